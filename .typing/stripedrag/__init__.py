@@ -1,0 +1,1 @@
+../../src/stripedrag/__init__.py

@@ -1,0 +1,132 @@
+"""The public door of the kernels: the whole Hyena operator between the two Linear layers of a block.
+
+B batch, L length, H channels, G filter groups, N modes, K taps. Inputs are checked here, once for every backend.
+The equations stand in `reference.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from stripedrag.kernels.dispatch import select
+from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
+
+__all__ = ["HyenaState", "hyena_filter", "hyena_step"]
+
+
+def hyena_filter(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    *,
+    heads: int | None = None,
+    state: HyenaState | None = None,
+    padding_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, HyenaState]:
+    """The operator over a sequence, and the state after its last token. Differentiable in every tensor.
+
+    Args:
+        z: (B, L, 3H), L ≥ 1, float64, float32, bfloat16 or float16: the rows of the input projection.
+        fir_weight: (3H, 1, K), any floating dtype.
+        fir_bias: (3H,), any floating dtype.
+        poles: (G, N, 1, 2) float32 or float64, last axis (re, im); G divides H.
+        residues: like poles.
+        skip: (H,), the D of the equations.
+        heads: the column-split channel layout [head][x2|x1|v][head width]; None is [x2|x1|v].
+        state: where an earlier part of the sequence stopped; None is the beginning. Not modified.
+        padding_mask: (B, L) bool, True for a real token; a padded token counts as zeros.
+        backend: a name from `dispatch.BACKENDS`; None chooses the fastest that runs.
+
+    Returns:
+        y (B, L, H) in the dtype of z, and a `HyenaState`. Arithmetic and modal state are float32 (float64 for a
+        float64 z) whatever the dtype of z.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, each named.
+        BackendError: the named backend cannot run here.
+    """
+    parameters = FilterParameters(fir_weight, fir_bias, poles, residues, skip, heads)
+    if z.ndim != 3 or z.shape[1] == 0:
+        raise ValueError(f"z has shape {tuple(z.shape)}; a sequence is (B, L, 3H) with L of at least 1")
+    _check_parameters(z, parameters)
+    if padding_mask is not None and (padding_mask.shape != z.shape[:2] or padding_mask.dtype != torch.bool):
+        raise ValueError(
+            f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}; "
+            f"for this z it is torch.bool of shape {tuple(z.shape[:2])}, True for a real token"
+        )
+    if state is None:
+        state = zero_state(z, parameters)
+    else:
+        _check_state(z, parameters, state)
+    return select(backend, z.device).hyena_filter(z, parameters, state, padding_mask)
+
+
+def hyena_step(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    *,
+    state: HyenaState,
+    heads: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, HyenaState]:
+    """The operator for one token: y (B, H) for z (B, 3H), in O(H·N). Arguments as in `hyena_filter`.
+
+    The tensors of `state` are overwritten in place and returned. Not differentiable: where a gradient would be
+    recorded it raises ValueError (call it under `torch.no_grad()`, or use `hyena_filter` with L = 1).
+    """
+    parameters = FilterParameters(fir_weight, fir_bias, poles, residues, skip, heads)
+    if z.ndim != 2:
+        raise ValueError(f"z has shape {tuple(z.shape)}; one token is (B, 3H)")
+    _check_parameters(z, parameters)
+    _check_state(z, parameters, state)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *parameters[:5], *state)):
+        raise ValueError("hyena_step overwrites its state and is not differentiable; call it under torch.no_grad()")
+    return select(backend, z.device).hyena_step(z, parameters, state), state
+
+
+def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:
+    fir_weight, fir_bias, poles, residues, skip, heads = parameters
+    if z.shape[-1] % 3 or not z.is_floating_point():
+        raise ValueError(f"z is {z.dtype} with {z.shape[-1]} channels; it takes a floating dtype and 3H channels")
+    channels = z.shape[-1] // 3
+    if fir_weight.ndim != 3 or fir_weight.shape[:2] != (3 * channels, 1) or fir_weight.shape[2] < 1:
+        raise ValueError(f"fir_weight has shape {tuple(fir_weight.shape)}; for this z it is ({3 * channels}, 1, K)")
+    if fir_bias.shape != (3 * channels,):
+        raise ValueError(f"fir_bias has shape {tuple(fir_bias.shape)}; for this z it is ({3 * channels},)")
+    if skip.shape != (channels,):
+        raise ValueError(f"skip has shape {tuple(skip.shape)}; for this z it is ({channels},)")
+    for name, system in (("poles", poles), ("residues", residues)):
+        if system.ndim != 4 or system.shape[2:] != (1, 2) or channels % max(system.shape[0], 1) or not system.numel():
+            raise ValueError(
+                f"{name} has shape {tuple(system.shape)}; for this z it is (G, N, 1, 2) with G a divisor of {channels}"
+            )
+        if system.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {system.dtype}, in which a pole of 0.9995 becomes 1; keep it in float32")
+    if poles.shape != residues.shape:
+        raise ValueError(f"poles have shape {tuple(poles.shape)}, residues {tuple(residues.shape)}; they go in pairs")
+    if heads is not None and (heads < 1 or channels % heads):
+        raise ValueError(f"heads is {heads}; it divides H, which is {channels} for this z")
+    for name, tensor in zip(parameters._fields, parameters[:5], strict=False):
+        if tensor.device != z.device:
+            raise ValueError(f"{name} is on {tensor.device} and z on {z.device}; move them together")
+
+
+def _check_state(z: Tensor, parameters: FilterParameters, state: HyenaState) -> None:
+    batch, channels = z.shape[0], parameters.channels
+    expected = (
+        ("fir", state.fir, (batch, 3 * channels, parameters.taps - 1), z.dtype),
+        ("iir", state.iir, (batch, channels, parameters.modes, 2), working_dtype(z)),
+    )
+    for name, tensor, shape, dtype in expected:
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != z.device:
+            raise ValueError(
+                f"state.{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
+                f"for this z it is {dtype} of shape {shape} on {z.device}"
+            )

@@ -1,0 +1,7 @@
+"""StripedHyena as a transformers model. Importing this room registers it with AutoConfig and AutoModelForCausalLM."""
+
+from stripedrag.model.cache import new_cache
+from stripedrag.model.config import StripedHyenaConfig
+from stripedrag.model.modeling import StripedHyenaForCausalLM, StripedHyenaModel
+
+__all__ = ["StripedHyenaConfig", "StripedHyenaForCausalLM", "StripedHyenaModel", "new_cache"]

@@ -1,0 +1,91 @@
+"""The generation cache: transformers' hybrid `DynamicCache`, with key/value layers that do not copy themselves.
+
+A Hyena layer keeps `conv_states` (B, 3H, K-1) and `recurrent_states` (B, H, N, 2) float32, the same bytes at any length
+(transformers' `LinearAttentionLayer`). An attention layer keeps keys and values.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from stripedrag.kernels.ops import HyenaState
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values (B, Hkv, L, head width) in buffers that grow by half: a token costs its own bytes, amortised.
+
+    `DynamicLayer` concatenates, which copies all keys and values for every token. `keys` and `values` are views of
+    what is filled.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype and device from the first states."""
+        super().lazy_initialization(key_states, value_states)
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones (B, Hkv, L, head width) included."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        filled = self.get_seq_length()
+        length = filled + key_states.shape[-2]
+        if not self._fits(length, key_states):
+            capacity = max(length, filled + filled // 2)
+            shape = (*key_states.shape[:2], capacity, key_states.shape[-1])
+            buffers = key_states.new_empty(shape), value_states.new_empty((*shape[:3], value_states.shape[-1]))
+            if filled:
+                buffers[0][:, :, :filled], buffers[1][:, :, :filled] = self.keys, self.values
+            self._buffers = buffers
+        assert self._buffers is not None
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, filled:length] = new
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _fits(self, length: int, key_states: Tensor) -> bool:
+        """Whether the buffers can take `length` tokens and are still what `keys` shows (beam search replaces it)."""
+        return (
+            self._buffers is not None
+            and length <= self._buffers[0].shape[-2]
+            and self._buffers[0].shape[0] == key_states.shape[0]
+            and self.keys.data_ptr() == self._buffers[0].data_ptr()
+        )
+
+
+def new_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache for a model of this configuration."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def hyena_state(cache: DynamicCache | None, layer_idx: int) -> HyenaState | None:
+    """The state that a Hyena layer carries, as views into the cache; None before its first token."""
+    if cache is None or not cache.has_previous_state(layer_idx):
+        return None
+    layer = cache.layers[layer_idx]
+    return HyenaState(layer.conv_states[0], layer.recurrent_states[0])
+
+
+def store_hyena_state(cache: DynamicCache, layer_idx: int, state: HyenaState) -> None:
+    """Copy a state into the cache."""
+    cache.update_conv_state(state.fir.detach(), layer_idx, conv_kernel_size=state.fir.shape[-1])
+    cache.update_recurrent_state(state.iir.detach(), layer_idx)
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of tokens and states that the cache holds (unfilled buffer space not counted)."""
+    tensors: list[Tensor | None] = []
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        elif layer.is_initialized:
+            tensors += [layer.keys, layer.values]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

@@ -1,0 +1,95 @@
+"""Prefill in segments and decode token by token, for a model of any kind: one place that times, streams and stops.
+
+Knows ids only. transformers' own `generate` works on the same models; this loop is what a pipeline needs beside it: the
+prompt fed in pieces of bounded memory, tokens handed out as they come, and no thread whose exception can get lost.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from stripedrag.errors import UsageError
+
+SEGMENT_TOKENS = 2048  # activations of so many tokens live at once
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else from the top-p mass at that temperature.
+
+    Raises `UsageError` for a temperature below 0 or a top_p outside (0, 1].
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UsageError(f"temperature is {self.temperature}; it is 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; it lies above 0 and goes up to 1")
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> Tensor:
+    """The logits (B, V) after input_ids (B, L), which follow whatever `cache` holds; the cache takes them in."""
+    for segment in input_ids.split(SEGMENT_TOKENS, dim=1):
+        logits = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    last: Tensor = logits[:, -1]
+    return last
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    logits: Tensor,
+    cache: DynamicCache,
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling,
+) -> Iterator[int]:
+    """Tokens that continue a prefill of one sequence, as they come; ends before a stop id or after `max_new_tokens`."""
+    choose = _Chooser(sampling, logits.device)
+    for made in range(max_new_tokens):
+        token = choose(logits)
+        if token in stop_ids:
+            return
+        yield token
+        if made + 1 < max_new_tokens:
+            ids = torch.tensor([[token]], device=logits.device)
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+def stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The ids that end an answer, by the model's generation config."""
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+class _Chooser:
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self._greedy = sampling.temperature == 0
+        if self._greedy:
+            return
+        self._warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_p < 1:
+            self._warp.append(TopPLogitsWarper(sampling.top_p))
+        self._generator = torch.Generator(device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        if self._greedy:
+            return int(logits[0].argmax())
+        probabilities = self._warp(None, logits.float()).softmax(-1)
+        return int(torch.multinomial(probabilities[0], 1, generator=self._generator))

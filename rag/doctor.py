@@ -1,0 +1,55 @@
+"""What runs on this machine, what does not, and why: one look for a user and for a bug report."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from stripedrag import __version__, weights
+from stripedrag.errors import SetupError
+from stripedrag.hardware import fast_dtype
+
+_PACKAGES = ("torch", "transformers", "llama-index-core", "faiss-cpu", "sentence-transformers", "triton")
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Findings by section, in words."""
+    import torch
+
+    from stripedrag.kernels.dispatch import BACKENDS
+    from stripedrag.model.smollm2 import PREPARED, prepared_dir
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backends = {
+        name: f"refused: {reason}" if (reason := backend.refuses(device)) else "runs"
+        for name, backend in BACKENDS.items()
+    }
+    places = {}
+    for carrier in weights.CARRIERS:
+        try:
+            places[carrier.distribution] = str(weights.find(carrier))
+        except SetupError:
+            places[carrier.distribution] = "missing: run `stripedrag setup`"
+    for name in PREPARED:
+        try:
+            places[name] = str(prepared_dir(name))
+        except SetupError:
+            places[name] = "not prepared: run `stripedrag setup`"
+    return {
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
+            "fast dtype": f"{str(fast_dtype(device)).removeprefix('torch.')} on {device}",
+        },
+        f"kernel backends on {device}": backends,
+        "weights": {"cache": str(weights.cache_dir()), **places},
+        "packages": {"stripedrag": __version__, **{name: _installed(name) for name in _PACKAGES}},
+    }
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

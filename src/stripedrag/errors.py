@@ -1,0 +1,43 @@
+"""The errors that stripedrag raises on purpose. Each message names the bad value, the limit and the mend.
+
+StripedragError
+├── UsageError (ValueError)      the caller can mend it; the command line exits with 2
+│   ├── CorpusError              a document, a file or a folder that cannot be indexed
+│   ├── IndexMismatchError       an index made by another embedder, chunker or schema
+│   ├── BudgetError              a request that cannot fit into the model's window
+│   ├── CheckpointError          a config or a set of tensors that is not a StripedHyena's
+│   └── SetupError               weights that are not on this machine yet
+└── BackendError (RuntimeError)  a kernel backend that was asked for by name and cannot run
+"""
+
+
+class StripedragError(Exception):
+    """Root of every error of this package."""
+
+
+class UsageError(StripedragError, ValueError):
+    """A caller's mistake."""
+
+
+class CorpusError(UsageError):
+    """A document, a file or a folder that cannot be indexed."""
+
+
+class IndexMismatchError(UsageError):
+    """An index that was made by another embedder, chunker or schema than the one in use."""
+
+
+class BudgetError(UsageError):
+    """A request that cannot fit into the model's window."""
+
+
+class CheckpointError(UsageError):
+    """A config or a set of tensors that is not a StripedHyena's."""
+
+
+class SetupError(UsageError):
+    """Weights that are not on this machine yet."""
+
+
+class BackendError(StripedragError, RuntimeError):
+    """A kernel backend that was asked for by name and cannot run here."""

@@ -1,0 +1,179 @@
+"""Loading, saving, dtypes, gradients and transformers' own machinery around the model."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stripedrag.errors import CheckpointError
+from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
+
+
+def test_auto_classes_know_the_model(golden, tmp_path):
+    folder = golden.write(tmp_path)
+    assert type(AutoConfig.from_pretrained(folder)) is StripedHyenaConfig
+    assert type(AutoModelForCausalLM.from_pretrained(folder)) is StripedHyenaForCausalLM
+
+
+def test_names_with_and_without_the_backbone_prefix_load_alike(golden, tmp_path):
+    bare = StripedHyenaForCausalLM.from_pretrained(golden.write(tmp_path / "bare"))
+    prefixed = StripedHyenaForCausalLM.from_pretrained(golden.write(tmp_path / "prefixed", prefix="backbone."))
+    assert_same_tensors(bare, prefixed)
+    assert torch.equal(bare.backbone.embedding_layer.weight, golden.weights["embedding_layer.weight"])
+
+
+def test_save_and_load_is_the_identity(golden, model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    again = StripedHyenaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_same_tensors(model, again)
+    drop = {"transformers_version", "architectures", "dtype", "_name_or_path"}
+    before, after = model.config.to_dict(), again.config.to_dict()
+    assert {k: v for k, v in before.items() if k not in drop} == {k: v for k, v in after.items() if k not in drop}
+
+
+@pytest.mark.parametrize("name", ["blocks.0.filter.poles", "blocks.1.mlp.l2.weight", "norm.scale"])
+def test_a_missing_tensor_is_named(sh_tiny, tmp_path, name):
+    weights = {k: v for k, v in sh_tiny.weights.items() if k != name}
+    with pytest.raises(CheckpointError, match=rf"lacks tensors: .*{name}\. Its weights and its config.json"):
+        StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path, weights=weights))
+
+
+def test_an_unused_tensor_is_named(sh_tiny, tmp_path):
+    weights = sh_tiny.weights | {"blocks.0.filter.extra": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"has unused tensors: .*blocks\.0\.filter\.extra"):
+        StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path, weights=weights))
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(sh_tiny, tmp_path):
+    weights = sh_tiny.weights | {"blocks.0.filter.D": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"misshapen tensors: .*filter\.D \(3,\) for \(64,\)"):
+        StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path, weights=weights))
+
+
+def test_the_stored_inv_freq_is_ignored(sh_tiny, tmp_path):
+    name = "blocks.1.inner_mha_cls.rotary_emb.inv_freq"
+    assert name in sh_tiny.weights
+    weights = sh_tiny.weights | {name: torch.full_like(sh_tiny.weights[name], 7.0)}
+    model = StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path, weights=weights)).eval()
+    with torch.no_grad():
+        logits = model(sh_tiny.ids).logits
+    assert (logits - sh_tiny.expected["full_logits"]).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_poles_stay_fp32_when_loaded_in_half_precision(golden, tmp_path, dtype):
+    model = StripedHyenaForCausalLM.from_pretrained(golden.write(tmp_path), dtype=dtype)
+    assert_only_systems_are_fp32(model, dtype)
+    assert torch.equal(model.backbone.blocks[0].filter.poles, golden.weights["blocks.0.filter.poles"])
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half()])
+def test_poles_stay_fp32_when_the_model_is_cast(golden, model, cast):
+    cast(model)
+    assert_only_systems_are_fp32(model, model.backbone.norm.scale.dtype)
+    assert torch.equal(model.backbone.blocks[0].filter.residues, golden.weights["blocks.0.filter.residues"])
+
+
+def test_gradients_reach_every_parameter_and_checkpointing_changes_none(model, golden):
+    def gradients():
+        model.zero_grad()
+        model.train()
+        model(golden.ids, labels=golden.ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    plain = gradients()
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in plain.values())
+    model.activation_checkpointing_enable()
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.allclose(plain[n], checkpointed[n], atol=1e-6) for n in plain)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_next_token(model, golden):
+    labels = golden.ids.clone()
+    labels[:, :10] = -100
+    with torch.no_grad():
+        loss = model(golden.ids, labels=labels, use_cache=False).loss
+    expected = torch.nn.functional.cross_entropy(
+        golden.expected["full_logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    assert torch.allclose(loss, expected, atol=1e-5)
+
+
+def test_generate_repeats_our_own_greedy_steps(model, golden):
+    prompt = golden.ids[:1, :20]
+    made = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ids = prompt
+    for _ in range(12):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(made, ids)
+
+
+def test_generate_stops_at_eos(model, golden):
+    prompt = golden.ids[:1, :20]
+    free = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    eos = int(free[0, 23])
+    stopped = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    first = 20 + free[0, 20:].tolist().index(eos)
+    assert torch.equal(stopped[0], free[0, : first + 1])
+
+
+def test_generate_on_a_left_padded_batch_is_generate_on_each_row(model, golden):
+    rows = [golden.ids[0, :20], golden.ids[1, :13]]
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    alone = [model.generate(row[None], **options)[0, -8:] for row in rows]
+    ids = torch.stack([rows[0], torch.cat([torch.zeros(7, dtype=torch.long), rows[1]])])
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    together = model.generate(ids, attention_mask=mask, **options)[:, -8:]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_beams_and_prefill_chunks_change_no_token(model, golden):
+    prompt = golden.ids[:, :21]
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    plain = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, prefill_chunk_size=8, **options), plain)
+    assert torch.equal(model.generate(prompt, **options, past_key_values=new_cache(model.config)), plain)
+    assert model.generate(prompt, num_beams=3, **options).shape == plain.shape
+
+
+def test_the_cache_of_a_hyena_layer_does_not_grow(model, golden):
+    from stripedrag.model.cache import cache_bytes
+
+    def held(tokens):
+        cache = new_cache(model.config)
+        with torch.no_grad():
+            model(golden.ids[:, :tokens], past_key_values=cache)
+        config = model.config
+        heads = config.num_key_value_heads * config.head_dim
+        attention = sum(kind == "full_attention" for kind in config.layer_types)
+        return cache_bytes(cache) - attention * 2 * 2 * tokens * heads * 4
+
+    states = 2 * 4 * 64 * (3 * 2 + model.config.state_size * 2) * (4 - len(model.config.attn_layer_idxs))
+    assert held(10) == held(60) == states
+
+
+def test_bad_calls_are_named(model, golden):
+    with pytest.raises(ValueError, match="one of them and not both"):
+        model()
+    with pytest.raises(ValueError, match=r"the input has shape \(2, 0\)"):
+        model(golden.ids[:, :0])
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\); with 0 tokens in the cache and 5 new"):
+        model(golden.ids[:, :5], attention_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="pads on the right or inside"):
+        model(golden.ids[:, :3], attention_mask=torch.tensor([[1, 1, 0]] * 2), use_cache=True)
+
+
+def assert_same_tensors(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.dtype == b[name].dtype, name
+        assert torch.equal(tensor, b[name]), name
+
+
+def assert_only_systems_are_fp32(model, dtype):
+    for name, parameter in model.named_parameters():
+        system = name.endswith(("poles", "residues"))
+        assert parameter.dtype == (torch.float32 if system else dtype), name

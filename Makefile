@@ -29,7 +29,7 @@ demo: install
 	@echo; echo '$$ stripedrag ask $(DEMO) "$(QUESTION_2)"'
 	@$(BIN)/stripedrag ask $(DEMO) "$(QUESTION_2)"
 QUESTION_1 := When did Genghis Khan die?
-QUESTION_2 := How many astronauts died in Apollo 1?
+QUESTION_2 := When was the Warsaw Uprising?
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check .

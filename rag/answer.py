@@ -14,8 +14,8 @@ _MIN_SUPPORT = 0.5  # the share of an answer's words that its best sentence must
 _SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s|$)|(?=\n)|\Z)", re.DOTALL)
 _WORD = re.compile(r"\w+")
 _STOP_WORDS = frozenset(
-    "a an and are as at be by for from had has have he her his in is it its of on or she that the their they this to "
-    "was were which who whom will with".split()
+    "a an and are as at be by did do does for from had has have he her his how in is it its of on or she that the "
+    "their they this to was were what when where which who whom whose why will with".split()
 )
 
 
@@ -68,13 +68,18 @@ def cite(answer: str, question: str, spans: Sequence[Span]) -> tuple[Citation, .
     """The sentences of `spans` that hold the answer's words, best first; none where no sentence holds half of them.
 
     A sentence counts by the answer's words that it holds and that no sentence before it did; the question's words
-    break ties, then the order of the spans. Words are compared without case; function words are left out.
+    break ties, then the order of the spans. It must hold one of the question's words too, or its passage's title must:
+    "three" stands in many sentences that have nothing to do with what was asked. Words are compared without case;
+    function words are left out.
     """
-    wanted = _words(answer)
-    if not wanted:
-        return ()
-    asked = _words(question)
-    candidates = [(citation, _words(citation.quote)) for span in spans for citation in _sentences(span)]
+    wanted, asked = _words(answer), _words(question)
+    candidates = []
+    for span in spans:
+        about = asked & _words(span.title)
+        for citation in _sentences(span):
+            words = _words(citation.quote)
+            if about or words & asked:
+                candidates.append((citation, words))
     chosen: list[Citation] = []
     missing = wanted
     while candidates and missing and len(chosen) < _MAX_CITATIONS:

@@ -251,8 +251,10 @@ def _spinner(message: str) -> Iterator[Any]:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and advice off the terminal, and off the network unless the user allows it."""
+    """Keep the libraries' own bars and advice out of what a command says; a long conversion keeps its bar."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not _err.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 

@@ -115,14 +115,20 @@ def test_citations_are_the_sentences_that_hold_the_answer():
     (citation,) = cite("Joseph Priestley", "Who published it first?", spans)
     assert citation.quote == "Joseph Priestley published it first!"
     assert text[citation.start - 100 : citation.end - 100] == citation.quote
-    both = cite("Priestley and Scheele", "Who?", spans)
+    both = cite("Priestley and Scheele", "Who found and published it?", spans)
     assert [c.quote for c in both] == ["Joseph Priestley published it first!", "Scheele found it in 1773."]
 
 
 @pytest.mark.parametrize("answer", ["", "the of", "Lavoisier named something else entirely"])
 def test_an_answer_that_no_sentence_holds_has_no_citation(answer):
     text = "Oxygen was found in 1774."
-    assert cite(answer, "Who?", [Span("doc", "t", 0, len(text), text, 1.0)]) == ()
+    assert cite(answer, "When was oxygen found?", [Span("doc", "t", 0, len(text), text, 1.0)]) == ()
+
+
+def test_a_sentence_about_something_else_is_not_cited_for_holding_the_same_word():
+    text = "The plague lasted three years."
+    assert cite("three", "How many astronauts died?", [Span("doc", "Black Death", 0, len(text), text, 1.0)]) == ()
+    assert cite("three", "How long was the black death?", [Span("doc", "Black Death", 0, len(text), text, 1.0)])
 
 
 def test_a_stop_string_ends_the_text_before_it(tiny_model, tokenizer):

@@ -8,7 +8,6 @@ and residues in float32.
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from stripedrag.errors import SetupError
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import StripedHyenaForCausalLM
-from stripedrag.weights import SMOLLM2, cache_dir, fetch, sha256
+from stripedrag.weights import SMOLLM2, cache_dir, fetch, sha256, unwritable
 
 STRIPED, BASELINE = "stripedhyena-smol-135m", "smollm2-135m-instruct"
 PREPARED = (STRIPED, BASELINE)
@@ -116,20 +115,17 @@ def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
     """Write a model folder whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.replace(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            folder = Path(scratch) / target.name
+            model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if not target.exists():  # else another process was first, with the same tensors
+                folder.rename(target)
     except OSError as error:
-        raise SetupError(f"could not write {target}: {error}. Free space there or set STRIPEDRAG_CACHE.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise unwritable(target, error) from error
 
 
 def _target(name: str) -> Path:

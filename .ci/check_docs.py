@@ -40,7 +40,7 @@ def _unknown_commands(path: Path) -> list[str]:
     faults = []
     code = re.findall(r"```.*?```|`[^`\n]+`", path.read_text(), re.DOTALL)
     for line in "\n".join(code).splitlines():
-        for command, rest in re.findall(r"\bstripedrag ([a-z-]+)([^`|;]*)", line):
+        for command, rest in re.findall(r"(?<!from )\bstripedrag ([a-z-]+)([^`|;]*)", line):
             known = _options().get(command)
             if known is None:
                 faults.append(f"{path}: `stripedrag {command}` is no command")

@@ -73,7 +73,10 @@ class Store:
         """
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"cannot create an index at {folder}: a file is there. Choose another path.")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot create an index at {folder}: {error.strerror}. Choose another path.") from error
         strangers = sorted({entry.name for entry in folder.iterdir()} - {FILE, f"{FILE}-journal"})
         if strangers and not (folder / FILE).exists():
             raise UsageError(

@@ -6,7 +6,8 @@ A chunk of C tokens is a lower-triangular Toeplitz product with the impulse resp
     y_i = Σ_{j≤i} h_{i-j} u_j + Re Σ_n R_n p_n^{i+1} S_n      h_t = Re Σ_n R_n p_n^t, and D added to h_0
     S'  = p^C S + Σ_j p^{C-1-j} u_j
 
-O(L (C + N) H) operations and O(H (C² + segment)) extra memory: no FFT of length 2L, whose fp32 error also grows with L.
+O(B L (C + N) H) operations and O(H (C² + B · segment)) extra memory: no FFT of length 2L, whose fp32 error also
+grows with L.
 """
 
 import torch
@@ -120,14 +121,15 @@ def _chunks(u: Tensor, modes: Tensor, chunk: int, tables: _Tables) -> tuple[Tens
     columns = u.view(batch, count, chunk, channels).permute(3, 2, 0, 1).reshape(channels, chunk, batch * count)
     ends = torch.bmm(tables.gather[..., tables.tokens - chunk :], columns)  # (H, 2N, B·M)
     ends = torch.complex(*ends.unflatten(2, (batch, count)).unflatten(1, (2, -1)).unbind(1))  # (H, N, B, M)
-    pole = tables.powers[..., chunk].to(ends.dtype)
-    states = _scan(torch.cat([modes.unsqueeze(-1), ends], dim=-1), pole)
-    entering = _real_rows(states[..., :-1].flatten(2))
+    # In complex128: the scan squares the pole again and again, and in complex64 slow poles would lose precision.
+    pole = tables.powers[..., chunk]
+    states = _scan(torch.cat([modes.unsqueeze(-1), ends], dim=-1).to(pole.dtype), pole)
+    entering = _real_rows(states[..., :-1].flatten(2)).to(u.dtype)
     out = torch.baddbmm(
         torch.bmm(tables.toeplitz[:, :chunk, :chunk], columns), tables.emit[:, :chunk], entering
     )  # (H, chunk, B·M)
     out = out.unflatten(2, (batch, count)).permute(2, 3, 1, 0).reshape(batch, length, channels)
-    return out, states[..., -1]
+    return out, states[..., -1].to(modes.dtype)
 
 
 def _scan(x: Tensor, pole: Tensor) -> Tensor:

@@ -52,16 +52,20 @@ def hyena_filter(
     if z.ndim != 3 or z.shape[1] == 0:
         raise ValueError(f"z has shape {tuple(z.shape)}; a sequence is (B, L, 3H) with L of at least 1")
     _check_parameters(z, parameters)
-    if padding_mask is not None and (padding_mask.shape != z.shape[:2] or padding_mask.dtype != torch.bool):
+    if padding_mask is not None and (
+        padding_mask.shape != z.shape[:2] or padding_mask.dtype != torch.bool or padding_mask.device != z.device
+    ):
         raise ValueError(
-            f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}; "
-            f"for this z it is torch.bool of shape {tuple(z.shape[:2])}, True for a real token"
+            f"padding_mask is {padding_mask.dtype} of shape {tuple(padding_mask.shape)} on {padding_mask.device}; "
+            f"for this z it is torch.bool of shape {tuple(z.shape[:2])}, True for a real token, on {z.device}"
         )
     if state is None:
         state = zero_state(z, parameters)
     else:
         _check_state(z, parameters, state)
-    return select(backend, z.device).hyena_filter(z, parameters, state, padding_mask)
+    # Autocast would turn the float32 arithmetic into half precision.
+    with torch.autocast(z.device.type, enabled=False):
+        return select(backend, z.device).hyena_filter(z, parameters, state, padding_mask)
 
 
 def hyena_step(
@@ -88,7 +92,8 @@ def hyena_step(
     _check_state(z, parameters, state)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *parameters[:5], *state)):
         raise ValueError("hyena_step overwrites its state and is not differentiable; call it under torch.no_grad()")
-    return select(backend, z.device).hyena_step(z, parameters, state), state
+    with torch.autocast(z.device.type, enabled=False):
+        return select(backend, z.device).hyena_step(z, parameters, state), state
 
 
 def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:
@@ -109,11 +114,16 @@ def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:
             )
         if system.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {system.dtype}, in which a pole of 0.9995 becomes 1; keep it in float32")
-    if poles.shape != residues.shape:
-        raise ValueError(f"poles have shape {tuple(poles.shape)}, residues {tuple(residues.shape)}; they go in pairs")
+    if poles.shape != residues.shape or poles.dtype != residues.dtype:
+        raise ValueError(
+            f"poles are {poles.dtype} of shape {tuple(poles.shape)}, residues {residues.dtype} of shape "
+            f"{tuple(residues.shape)}; they go in pairs"
+        )
     if heads is not None and (heads < 1 or channels % heads):
         raise ValueError(f"heads is {heads}; it divides H, which is {channels} for this z")
     for name, tensor in zip(parameters._fields, parameters[:5], strict=False):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; it takes a floating dtype")
         if tensor.device != z.device:
             raise ValueError(f"{name} is on {tensor.device} and z on {z.device}; move them together")
 
@@ -125,8 +135,8 @@ def _check_state(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
         ("iir", state.iir, (batch, channels, parameters.modes, 2), working_dtype(z)),
     )
     for name, tensor, shape, dtype in expected:
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != z.device:
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != z.device or tensor.stride(-1) > 1:
             raise ValueError(
                 f"state.{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
-                f"for this z it is {dtype} of shape {shape} on {z.device}"
+                f"for this z it is {dtype} of shape {shape} on {z.device}, its last axis contiguous"
             )

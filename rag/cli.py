@@ -10,13 +10,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from stripedrag import __version__
 from stripedrag.errors import StripedragError, UsageError
+from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, MODEL, POLICY
+from stripedrag.rag.retriever import Policy
 
 if TYPE_CHECKING:
     from stripedrag.rag.answer import Answer
@@ -34,7 +36,7 @@ _err = Console(stderr=True, highlight=False)
 IndexPath = Annotated[Path, typer.Argument(help="The folder of an index.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PolicyName = Annotated[
-    Literal["rank", "best-last", "document"],
+    Policy,
     typer.Option("--policy", help="The order of the passages: best first, best nearest to the question, or as read."),
 ]
 
@@ -46,9 +48,6 @@ def main() -> None:
     except StripedragError as error:
         _err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        _err.print("interrupted")
-        sys.exit(130)
 
 
 def _version(wanted: bool) -> None:
@@ -100,16 +99,19 @@ def index(
     from stripedrag.indexes.documents import Document
     from stripedrag.indexes.index import Index
     from stripedrag.indexes.readers import Skipped, read_documents
+    from stripedrag.indexes.store import FILE
 
     # Reading twice costs little beside embedding, finds every bad file before the work, and gives the bar its length.
     skipped: list[Skipped] = []
     chars = sum(len(document.text) for document in read_documents(path, skipped=skipped))
     for left_out in skipped:
         _err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
-    is_new = not (to / "index.sqlite").exists()
-    if not is_new and chunk_tokens is not None:
-        raise UsageError(f"{to} is an index already and keeps its chunk size; leave --chunk-tokens out")
+    is_new = not (to / FILE).exists()
     opened = Index.create(to, chunk_tokens=chunk_tokens) if is_new else Index.open(to)
+    kept = opened.manifest.chunk_tokens
+    if chunk_tokens not in (None, kept):
+        opened.close()
+        raise UsageError(f"{to} is an index of {kept} wordpieces a chunk and keeps them; leave --chunk-tokens out")
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with opened as target, Progress(*columns, console=_err, transient=True) as bar:
         task, embedded = bar.add_task("indexing", total=chars), 0
@@ -141,12 +143,14 @@ def index(
 def ask(
     index: IndexPath,
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
-    context_tokens: Annotated[int, typer.Option(help="Tokens that prompt and answer may have together.")] = 2048,
-    answer_tokens: Annotated[int, typer.Option(help="How many of them are kept for the answer.")] = 128,
+    context_tokens: Annotated[
+        int, typer.Option(help="Tokens that prompt and answer may have together.")
+    ] = CONTEXT_TOKENS,
+    answer_tokens: Annotated[int, typer.Option(help="How many of them are kept for the answer.")] = ANSWER_TOKENS,
     model: Annotated[
         str, typer.Option(help="A prepared model, a folder or a hub id; see `stripedrag doctor`.")
-    ] = "stripedhyena-smol-135m",
-    policy: PolicyName = "best-last",
+    ] = MODEL,
+    policy: PolicyName = POLICY,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
@@ -175,7 +179,7 @@ def ask(
 def retrieve(
     index: IndexPath,
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
-    budget_tokens: Annotated[int, typer.Option(help="Tokens to fill, by the embedder's tokenizer.")] = 2048,
+    budget_tokens: Annotated[int, typer.Option(help="Tokens to fill, by the embedder's tokenizer.")] = CONTEXT_TOKENS,
     policy: PolicyName = "rank",
     as_json: Json = False,
 ) -> None:

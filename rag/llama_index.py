@@ -4,7 +4,7 @@ The class for `from llama_index.llms.stripedhyena import StripedHyena`. Any mode
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ from stripedrag.errors import BudgetError, UsageError
 from stripedrag.model.generation import Sampling
 from stripedrag.model.loading import DEFAULT_MODEL, load_model
 from stripedrag.rag.completion import Completion
-from stripedrag.rag.prompt import chat_ids
+from stripedrag.rag.prompt import ChatFormat
+
+_OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "stop")
 
 
 class StripedHyena(CustomLLM):
@@ -48,6 +50,7 @@ class StripedHyena(CustomLLM):
 
     _model: Any = PrivateAttr()
     _tokenizer: Any = PrivateAttr()
+    _format: ChatFormat = PrivateAttr()
 
     def __init__(
         self,
@@ -57,8 +60,12 @@ class StripedHyena(CustomLLM):
         device: str | torch.device | None = None,
         **fields: Any,
     ) -> None:
+        unknown = sorted(fields.keys() - type(self).model_fields.keys())
+        if unknown:
+            raise UsageError(f"StripedHyena has no field {unknown[0]!r}; it has {', '.join(_OPTIONS)}")
         super().__init__(model=model, **fields)
         self._model, self._tokenizer = load_model(model, dtype=dtype, device=device)
+        self._format = ChatFormat(self._tokenizer)
 
     @classmethod
     def class_name(cls) -> str:
@@ -68,11 +75,11 @@ class StripedHyena(CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex plans with."""
-        wrapper = len(self._completion_ids("")) if self._tokenizer.chat_template else 1
+        wrapper = len(self._completion_ids(""))
         return LLMMetadata(
             context_window=self._window - wrapper,
             num_output=self.max_tokens,
-            is_chat_model=bool(self._tokenizer.chat_template),
+            is_chat_model=self._format.has_template,
             model_name=self.model,
             system_role=MessageRole.SYSTEM,
         )
@@ -122,18 +129,22 @@ class StripedHyena(CustomLLM):
         return int(self._model.config.max_position_embeddings)
 
     def _completion_ids(self, prompt: str, formatted: bool = False) -> list[int]:
-        if formatted or not self._tokenizer.chat_template:
-            ids: list[int] = self._tokenizer(prompt, add_special_tokens=not formatted, verbose=False).input_ids
-            return ids
-        return chat_ids(self._tokenizer, [("user", prompt)])
+        if formatted:
+            return self._format.control_ids(prompt)
+        if not self._format.has_template:
+            bos = self._tokenizer.bos_token_id
+            return [*([] if bos is None else [bos]), *self._format.plain_ids(prompt)]
+        return self._format.chat_ids([("user", prompt)])
 
-    def _completions(self, prompt: str, formatted: bool, options: dict[str, Any]) -> Iterator[CompletionResponse]:
+    def _completions(
+        self, prompt: str, formatted: bool, options: dict[str, Any]
+    ) -> Generator[CompletionResponse, None, None]:
         ids = self._completion_ids(prompt, formatted)
         for text, delta, usage, raw in self._generate(ids, options):
             yield CompletionResponse(text=text, delta=delta, additional_kwargs=usage, raw=raw)
 
-    def _replies(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Iterator[ChatResponse]:
-        ids = chat_ids(self._tokenizer, [(str(message.role.value), message.content or "") for message in messages])
+    def _replies(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Generator[ChatResponse, None, None]:
+        ids = self._format.chat_ids([(str(message.role.value), _text(message)) for message in messages])
         for text, delta, usage, raw in self._generate(ids, options):
             message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
             yield ChatResponse(message=message, delta=delta, additional_kwargs=usage, raw=raw)
@@ -144,6 +155,8 @@ class StripedHyena(CustomLLM):
         """Text so far, what is new, token counts and the reason to finish ("" until the last)."""
         settings = self._settings(options)
         reserve = settings["max_tokens"]
+        if not ids:
+            raise UsageError("the prompt has no tokens; give some text")
         if len(ids) + reserve > self._window:
             raise BudgetError(
                 f"the prompt has {len(ids)} tokens and max_tokens is {reserve}; {self.model} has a window of "
@@ -162,13 +175,15 @@ class StripedHyena(CustomLLM):
         yield completion.text, "", _usage(ids, completion), {"finish_reason": str(completion.finish)}
 
     def _settings(self, options: dict[str, Any]) -> dict[str, Any]:
-        names = ("max_tokens", "temperature", "top_p", "seed", "stop")
-        unknown = sorted(options.keys() - set(names))
+        unknown = sorted(options.keys() - set(_OPTIONS))
         if unknown:
-            raise UsageError(f"StripedHyena takes no option {unknown[0]!r}; it takes {', '.join(names)}")
-        settings = {name: options.get(name, getattr(self, name)) for name in names}
+            raise UsageError(f"StripedHyena takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = {name: given.get(name, getattr(self, name)) for name in _OPTIONS}
         if isinstance(settings["stop"], str):
             settings["stop"] = [settings["stop"]]
+        if "" in settings["stop"]:
+            raise UsageError("stop holds an empty string, which would end every answer at once; leave it out")
         if settings["max_tokens"] < 1:
             raise UsageError(f"max_tokens is {settings['max_tokens']}; it is at least 1")
         return settings
@@ -179,19 +194,31 @@ def _usage(prompt_ids: list[int], completion: Completion) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
+def _text(message: ChatMessage) -> str:
+    other = [block.block_type for block in message.blocks if block.block_type != "text"]
+    if other:
+        raise UsageError(f"a message holds a block of type {other[0]!r}; this model reads text only")
+    return message.content or ""
+
+
 def _last(responses: Iterator[Any]) -> Any:
     *_, last = responses
     last.delta = None
     return last
 
 
-async def _in_thread(responses: Iterator[Any]) -> AsyncGenerator[Any, None]:
+async def _in_thread(responses: Generator[Any, None, None]) -> AsyncGenerator[Any, None]:
     """The items of a blocking iterator, each computed in a thread; its exception is raised here."""
     end = object()
+    step: asyncio.Future[Any] | None = None
     try:
-        while (item := await asyncio.to_thread(next, responses, end)) is not end:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, responses, end))
+            item = await asyncio.shield(step)
+            if item is end:
+                return
             yield item
     finally:
-        close = getattr(responses, "close", None)
-        if close is not None:
-            await asyncio.to_thread(close)
+        if step is not None and not step.done():  # cancelled: the token under way ends first
+            await asyncio.wait([step])
+        responses.close()

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from stripedrag.errors import BudgetError
+from stripedrag.errors import BudgetError, UsageError
 from stripedrag.indexes.index import Index
 from stripedrag.rag.answer import Answer, Timings, Usage, cite
+from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, POLICY
 from stripedrag.rag.prompt import PromptFormat
 from stripedrag.rag.retriever import Context, Policy, Retriever
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stripedrag.model.generation import Sampling
-
-CONTEXT_TOKENS = 2048
-ANSWER_TOKENS = 128
 
 
 class Pipeline:
@@ -36,11 +34,12 @@ class Pipeline:
         tokenizer: "PreTrainedTokenizerBase",
         *,
         model_name: str,
-        policy: Policy = "best-last",
+        policy: Policy = POLICY,
     ) -> None:
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
         self.retriever = Retriever(index, policy=policy)
         self.prompt = PromptFormat(tokenizer)
+        self._owns_index = False
 
     @classmethod
     def open(
@@ -48,7 +47,7 @@ class Pipeline:
         index: str | Path | Index,
         *,
         model: str | Path | None = None,
-        policy: Policy = "best-last",
+        policy: Policy = POLICY,
         dtype: "torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
     ) -> "Pipeline":
@@ -63,12 +62,14 @@ class Pipeline:
             name = DEFAULT_MODEL if model is None else model
             loaded, tokenizer = load_model(name, dtype=dtype, device=device)
             pipeline = cls(opened, loaded, tokenizer, model_name=str(name), policy=policy)
+            pipeline._owns_index = opened is not index
             unless_well.pop_all()
         return pipeline
 
     def close(self) -> None:
-        """Close the index."""
-        self.index.close()
+        """Close the index, if `open` opened it."""
+        if self._owns_index:
+            self.index.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +111,10 @@ class Pipeline:
 
     def ask_many(self, questions: Iterable[str], context_tokens: int = CONTEXT_TOKENS, **options: Any) -> list[Answer]:
         """The answers to several questions, in their order; `options` are those of `ask`."""
+        if isinstance(questions, str):
+            raise UsageError(
+                f"questions is the string {questions!r}; it is a list of questions. Write [{questions!r}]."
+            )
         return [self.ask(question, context_tokens, **options) for question in questions]
 
     def stream(

@@ -19,6 +19,7 @@ TOLERANCES = {
     ("backend", torch.float64): 1e-10,
     ("backend", torch.float32): 5e-6,
     ("backend", torch.bfloat16): 8e-3,  # one rounding of the output: 2^-8, and one more where a sum ties
+    ("backend", torch.float16): 1e-3,
     ("gradient", torch.float64): 1e-9,
     ("gradient", torch.float32): 2e-5,
     ("gradient", torch.bfloat16): 2e-2,

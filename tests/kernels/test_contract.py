@@ -81,7 +81,7 @@ def assert_close(actual, expected, tolerance, what=""):
     assert worst <= tolerance, f"{what}: off by {worst:.2e} of the largest value, allowed {tolerance:.0e}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_backend_computes_the_definition(backend, length, dtype, tolerances, poisoned):
     inputs = make(length, dtype=dtype, heads=3)

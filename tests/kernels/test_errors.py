@@ -33,6 +33,8 @@ def inputs():
         (dict(poles=torch.zeros(3, 2, 1, 2)), "with G a divisor of 4"),
         (dict(residues=torch.zeros(4, 3, 1, 2)), "they go in pairs"),
         (dict(poles=torch.zeros(4, 2, 1, 2).bfloat16()), "a pole of 0.9995 becomes 1; keep it in float32"),
+        (dict(residues=torch.zeros(4, 2, 1, 2).double()), "residues torch.float64 .* they go in pairs"),
+        (dict(skip=torch.zeros(4, dtype=torch.long)), "skip is torch.int64; it takes a floating dtype"),
         (dict(heads=3), "heads is 3; it divides H, which is 4"),
         (dict(padding_mask=torch.ones(2, 5)), "padding_mask is torch.float32"),
         (dict(padding_mask=torch.ones(2, 4, dtype=torch.bool)), r"of shape \(2, 5\), True for a real token"),
@@ -40,6 +42,10 @@ def inputs():
         (
             dict(state=ops.HyenaState(torch.zeros(1, 12, 2), torch.zeros(2, 4, 2, 2))),
             r"state.fir is torch.float32 of shape \(1, 12, 2\)",
+        ),
+        (
+            dict(state=ops.HyenaState(torch.zeros(2, 12, 2), torch.zeros(2, 4, 2, 2).transpose(-1, -2))),
+            "its last axis contiguous",
         ),
         (
             dict(state=ops.HyenaState(torch.zeros(2, 12, 2), torch.zeros(2, 4, 2, 2).bfloat16())),

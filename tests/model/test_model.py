@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from stripedrag.errors import CheckpointError
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
@@ -47,6 +47,11 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(sh_tiny, tmp_path):
     weights = sh_tiny.weights | {"blocks.0.filter.D": torch.zeros(3)}
     with pytest.raises(CheckpointError, match=r"misshapen tensors: .*filter\.D \(3,\) for \(64,\)"):
         StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path, weights=weights))
+
+
+def test_mismatched_sizes_cannot_be_ignored(sh_tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="ignore_mismatched_sizes would leave weights random"):
+        StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path), ignore_mismatched_sizes=True)
 
 
 def test_the_stored_inv_freq_is_ignored(sh_tiny, tmp_path):
@@ -109,6 +114,27 @@ def test_generate_repeats_our_own_greedy_steps(model, golden):
     assert torch.equal(made, ids)
 
 
+def test_a_prefill_of_our_own_can_be_continued_by_generate(model, golden):
+    from stripedrag.model.generation import prefill
+
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    cache = new_cache(model.config)
+    prefill(model, golden.ids[:1, :20], cache)
+    continued = model.generate(golden.ids[:1, :25], past_key_values=cache, **options)
+    assert torch.equal(continued, model.generate(golden.ids[:1, :25], **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains_and_leaves_the_operator_in_fp32(model, golden, dtype):
+    with torch.no_grad():
+        exact = model(golden.ids, use_cache=False).logits
+    with torch.autocast("cpu", dtype=dtype):
+        out = model(golden.ids, labels=golden.ids, use_cache=False)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert (out.logits - exact).abs().mean() < 0.03
+
+
 def test_generate_stops_at_eos(model, golden):
     prompt = golden.ids[:1, :20]
     free = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -135,7 +161,9 @@ def test_beams_and_prefill_chunks_change_no_token(model, golden):
     plain = model.generate(prompt, **options)
     assert torch.equal(model.generate(prompt, prefill_chunk_size=8, **options), plain)
     assert torch.equal(model.generate(prompt, **options, past_key_values=new_cache(model.config)), plain)
-    assert model.generate(prompt, num_beams=3, **options).shape == plain.shape
+    beams = model.generate(prompt, num_beams=3, **options)
+    assert torch.equal(beams, model.generate(prompt, num_beams=3, use_cache=False, **options))
+    assert not torch.equal(beams, plain)
 
 
 def test_the_cache_of_a_hyena_layer_does_not_grow(model, golden):
@@ -161,6 +189,12 @@ def test_bad_calls_are_named(model, golden):
         model(golden.ids[:, :0])
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\); with 0 tokens in the cache and 5 new"):
         model(golden.ids[:, :5], attention_mask=torch.ones(2, 3))
+    cache = new_cache(model.config)
+    model(golden.ids[:, :5], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"the cache holds 5 tokens, through which no gradient flows; call under"):
+        model(golden.ids[:, 5:8], past_key_values=cache)
+    with pytest.raises(ValueError, match="the cache is a StaticCache; a StripedHyena takes a DynamicCache"):
+        model(golden.ids[:, :5], past_key_values=StaticCache(config=model.config, max_cache_len=64))
     with pytest.raises(ValueError, match="pads on the right or inside"):
         model(golden.ids[:, :3], attention_mask=torch.tensor([[1, 1, 0]] * 2), use_cache=True)
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.llms import ChatMessage
+from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
 from llama_index.llms.stripedhyena import StripedHyena
 
 from stripedrag.errors import BudgetError, UsageError
@@ -99,7 +99,11 @@ def test_async_forms_agree_and_leave_the_event_loop_free(tiny_llm):
         beating.cancel()
         return texts, beats
 
+    async def together():
+        return [r.text for r in await asyncio.gather(*(tiny_llm.acomplete("Oxygen is") for _ in range(6)))]
+
     texts, beats = asyncio.run(scenario())
+    texts += asyncio.run(together())
     assert len(set(texts)) == 1
     assert beats > 3
 
@@ -108,6 +112,22 @@ def test_an_abandoned_stream_blocks_nobody(tiny_llm):
     stream = tiny_llm.stream_complete("Oxygen is")
     next(stream)
     assert tiny_llm.complete("Oxygen is").text
+
+
+def test_a_cancelled_stream_is_cancelled_and_nothing_else(tiny_llm):
+    async def scenario(delay):
+        async def read():
+            async for _ in await tiny_llm.astream_complete("Oxygen is", max_tokens=200):
+                pass
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(delay)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    for delay in (0.0, 0.01, 0.05):
+        asyncio.run(scenario(delay))
 
 
 def test_options_of_a_call_override_the_fields(tiny_llm):
@@ -125,6 +145,16 @@ def test_what_does_not_fit_or_is_not_known_is_refused(tiny_llm):
         tiny_llm.complete("x", temprature=1)
     with pytest.raises(UsageError, match="max_tokens is 0; it is at least 1"):
         tiny_llm.complete("x", max_tokens=0)
+    with pytest.raises(UsageError, match="has no field 'temprature'; it has max_tokens"):
+        StripedHyena(temprature=0.7)
+    with pytest.raises(UsageError, match="stop holds an empty string"):
+        tiny_llm.complete("x", stop="")
+    with pytest.raises(UsageError, match="the prompt has no tokens"):
+        tiny_llm.complete("", formatted=True)
+    image = ChatMessage(role="user", blocks=[ImageBlock(image=b"png"), TextBlock(text="what is it?")])
+    with pytest.raises(UsageError, match="a block of type 'image'; this model reads text only"):
+        tiny_llm.chat([image])
+    assert tiny_llm.complete("x", stop=None, max_tokens=None, temperature=None).text
     with pytest.raises(BudgetError, match=r"the prompt has \d+ tokens and max_tokens is 12; .* has a window of 4096"):
         tiny_llm.complete("oxygen " * 4096)
     with pytest.raises(BudgetError):

@@ -54,6 +54,28 @@ def test_many_questions_get_the_answers_that_each_alone_gets(pipeline):
     assert [a.text for a in together] == [pipeline.ask(q, 400, answer_tokens=6).text for q in questions]
 
 
+def test_a_pipeline_closes_only_the_index_that_it_opened(index, index_path, tiny_folder):
+    with Pipeline.open(index, model=tiny_folder):
+        pass
+    assert index.document_count
+    with Pipeline.open(index_path, model=tiny_folder) as pipeline:
+        opened = pipeline.index
+    with pytest.raises(UsageError, match="closed"):
+        _ = opened.document_count
+
+
+def test_one_question_is_not_many(pipeline):
+    with pytest.raises(UsageError, match=r"questions is the string 'why\?'; it is a list of questions"):
+        pipeline.ask_many("why?")
+
+
+def test_the_defaults_are_those_of_the_rooms_below():
+    from stripedrag.model.loading import DEFAULT_MODEL
+    from stripedrag.rag import defaults
+
+    assert defaults.MODEL == DEFAULT_MODEL
+
+
 def test_sampling_repeats_with_its_seed(pipeline):
     def ask(seed):
         sampling = Sampling(temperature=1.5, top_p=0.9, seed=seed)
@@ -83,6 +105,10 @@ def test_a_request_that_cannot_fit_fails_with_the_numbers(pipeline, arguments, m
 def test_sampling_out_of_range_is_named():
     with pytest.raises(UsageError, match="temperature is -1; it is 0"):
         Sampling(temperature=-1)
+    with pytest.raises(UsageError, match="temperature is nan"):
+        Sampling(temperature=float("nan"))
+    with pytest.raises(UsageError, match="seed is -1; it lies from 0 to"):
+        Sampling(seed=-1)
     with pytest.raises(UsageError, match="top_p is 0; it lies above 0"):
         Sampling(top_p=0)
 
@@ -101,6 +127,18 @@ def test_a_folder_without_a_tokenizer_is_named(index, tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="has no tokenizer"):
         Pipeline.open(index, model=tmp_path)
+
+
+def test_a_broken_model_folder_is_named(index, tiny_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(UsageError, match=r"the model folder .*broken cannot be read"):
+        Pipeline.open(index, model=tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(UsageError, match=r"cannot be read: .*unheard-of"):
+        Pipeline.open(index, model=tmp_path / "broken")
 
 
 def test_weights_that_are_missing_name_setup(index, tmp_path, monkeypatch):

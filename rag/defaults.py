@@ -1,0 +1,8 @@
+"""What a question gets where nothing else is said; imports nothing heavy, for the command line."""
+
+from stripedrag.rag.retriever import Policy
+
+MODEL = "stripedhyena-smol-135m"
+CONTEXT_TOKENS = 2048
+ANSWER_TOKENS = 128
+POLICY: Policy = "best-last"  # measured: docs/LOG.md

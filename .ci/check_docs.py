@@ -15,13 +15,17 @@ MAX_ROOM_LINES = 80
 def main() -> None:
     """Print every fault and exit with 1 if there is one."""
     documents = [path for path in ROOT.rglob("*.md") if not _is_foreign(path)]
-    faults = [fault for path in documents for fault in (*_broken_links(path), *_unknown_commands(path))]
+    faults = [fault for path in documents for fault in _document_faults(path)]
     faults += [fault for room in ROOMS for fault in _room_readme(ROOT / room / "README.md")]
     faults += _versions()
     print(*faults, sep="\n", file=sys.stderr)
     if faults:
         sys.exit(1)
     print(f"docs: {len(documents)} documents checked")
+
+
+def _document_faults(path: Path) -> list[str]:
+    return [*_broken_links(path), *_unknown_commands(path), *_placeholders(path)]
 
 
 def _is_foreign(path: Path) -> bool:
@@ -62,6 +66,11 @@ def _options(cache: dict[str, set[str]] = {}) -> dict[str, set[str]]:  # noqa: B
         found = json.loads(subprocess.check_output([sys.executable, "-c", program], text=True))
         cache.update({name: {*options, "--help"} for name, options in found.items()})
     return cache
+
+
+def _placeholders(path: Path) -> list[str]:
+    lines = re.findall(r"^[A-Z_]{4,}$", path.read_text(), re.MULTILINE)
+    return [f"{path}: the placeholder {line} was left in" for line in lines]
 
 
 def _room_readme(path: Path) -> list[str]:

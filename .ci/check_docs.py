@@ -18,9 +18,8 @@ def main() -> None:
     faults = [fault for path in documents for fault in _document_faults(path)]
     faults += [fault for room in ROOMS for fault in _room_readme(ROOT / room / "README.md")]
     faults += _versions()
-    print(*faults, sep="\n", file=sys.stderr)
     if faults:
-        sys.exit(1)
+        sys.exit("\n".join(faults))
     print(f"docs: {len(documents)} documents checked")
 
 

@@ -222,7 +222,7 @@ def _print_answer(answer: "Answer") -> None:
         quote = " ".join(citation.quote.split())
         typer.echo(f"  [{number}] {citation.doc_id} {citation.start}:{citation.end}  “{quote}”")
     if not answer.citations:
-        typer.echo("  (no sentence of the passages holds this answer's words: do not trust it)")
+        typer.echo("  (no sentence holds words of both the question and this answer: check it against the passages)")
     typer.echo("\npassages, as the model read them")
     for span in answer.context.spans:
         opening = " ".join(span.text.split())

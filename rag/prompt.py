@@ -41,6 +41,13 @@ class ChatFormat:
 
     def plain_ids(self, text: str) -> list[int]:
         """The ids of `text` alone; what looks like a control token in it is text too."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the text {text[:40]!r} has U+{ord(text[error.start]):04X}, which is no character; "
+                "decode it as UTF-8 first"
+            ) from error
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def control_ids(self, text: str) -> list[int]:

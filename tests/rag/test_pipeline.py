@@ -64,6 +64,11 @@ def test_a_pipeline_closes_only_the_index_that_it_opened(index, index_path, tiny
         _ = opened.document_count
 
 
+def test_a_question_that_is_no_unicode_text_is_named(pipeline):
+    with pytest.raises(UsageError, match=r"has U\+DCFF, which is no character; decode it as UTF-8 first"):
+        pipeline.ask("why\udcff?")
+
+
 def test_one_question_is_not_many(pipeline):
     with pytest.raises(UsageError, match=r"questions is the string 'why\?'; it is a list of questions"):
         pipeline.ask_many("why?")

@@ -29,14 +29,14 @@ def bench(
         raise UsageError(f"no bench {name!r}; there is {', '.join(BENCHES)}")
     if repeats < 1:
         raise UsageError(f"repeats is {repeats}; it is at least 1")
-    if to is not None:  # before the work, so that a bad path costs none of it
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.touch()
+    scratch = to.with_name(f".{to.name}.part") if to is not None else None
+    if scratch is not None:  # before the work, so that a bad path costs none of it; `to` itself is only ever whole
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        scratch.touch()
     quiet_libraries()
     report: Report = import_module(BENCHES[name]).run(repeats)
     text = json.dumps(report.figures, indent=1)
-    if to is not None:
-        scratch = to.with_name(f".{to.name}.part")
+    if to is not None and scratch is not None:
         scratch.write_text(text + "\n")
         scratch.replace(to)
     typer.echo(text if as_json else report.table)

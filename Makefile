@@ -13,7 +13,7 @@ DEMO := build/demo
 install: $(INSTALLED)
 	@$(BIN)/stripedrag setup
 
-$(INSTALLED): constraints.txt pyproject.toml $(PLUGIN)/pyproject.toml
+$(INSTALLED): constraints.txt pyproject.toml $(PLUGIN)/pyproject.toml $(wildcard kernels/native/*)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet \

@@ -26,8 +26,9 @@ CHUNK_TOKENS = 64  # the Toeplitz work grows with it, the scan over chunks shrin
 SEGMENT_CHUNKS = 64  # chunks whose buffers live at once
 
 
-def refuses(device: torch.device) -> str | None:
+def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
     """Why this backend cannot run on `device`, or None."""
+    del taps, modes
     if device.type == "mps":
         return "it builds its tables in float64, which MPS does not have"
     return None

@@ -7,6 +7,7 @@ The equations stand in `reference.py`.
 import torch
 from torch import Tensor
 
+from stripedrag.kernels import cpu
 from stripedrag.kernels.dispatch import select
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
 
@@ -24,6 +25,7 @@ def hyena_filter(
     heads: int | None = None,
     state: HyenaState | None = None,
     padding_mask: Tensor | None = None,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, HyenaState]:
     """The operator over a sequence, and the state after its last token. Differentiable in every tensor.
@@ -38,6 +40,9 @@ def hyena_filter(
         heads: the column-split channel layout [head][x2|x1|v][head width]; None is [x2|x1|v].
         state: where an earlier part of the sequence stopped; None is the beginning. Not modified.
         padding_mask: (B, L) bool, True for a real token; a padded token counts as zeros.
+        out: (B, L, H) in the dtype of z, channels contiguous: y is written there, for a caller that has the memory
+            already. In the plain layout it may be `z[..., :H]` itself, which y then takes the place of. Without a
+            gradient only.
         backend: a name from `dispatch.BACKENDS`; None chooses the fastest that runs.
 
     Returns:
@@ -63,9 +68,15 @@ def hyena_filter(
         state = zero_state(z, parameters)
     else:
         _check_state(z, parameters, state)
+    if out is not None:
+        _check_out(z, parameters, state, out)
+    chosen = select(backend, z.device, parameters.taps, parameters.modes)
     # Autocast would turn the float32 arithmetic into half precision.
     with torch.autocast(z.device.type, enabled=False):
-        return select(backend, z.device).hyena_filter(z, parameters, state, padding_mask)
+        if out is not None and chosen.hyena_filter_out is not None:
+            return out, chosen.hyena_filter_out(z, parameters, state, padding_mask, out)
+        y, after = chosen.hyena_filter(z, parameters, state, padding_mask)
+    return (y if out is None else out.copy_(y)), after
 
 
 def hyena_step(
@@ -86,6 +97,10 @@ def hyena_step(
     recorded it raises ValueError (call it under `torch.no_grad()`, or use `hyena_filter` with L = 1).
     """
     parameters = FilterParameters(fir_weight, fir_bias, poles, residues, skip, heads)
+    if backend is None or backend == "cpu":
+        y = cpu.step_at_once(z, parameters, state)
+        if y is not None:
+            return y, state
     if z.ndim != 2:
         raise ValueError(f"z has shape {tuple(z.shape)}; one token is (B, 3H)")
     _check_parameters(z, parameters)
@@ -93,7 +108,8 @@ def hyena_step(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *parameters[:5], *state)):
         raise ValueError("hyena_step overwrites its state and is not differentiable; call it under torch.no_grad()")
     with torch.autocast(z.device.type, enabled=False):
-        return select(backend, z.device).hyena_step(z, parameters, state), state
+        chosen = select(backend, z.device, parameters.taps, parameters.modes)
+        return chosen.hyena_step(z, parameters, state), state
 
 
 def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:
@@ -140,3 +156,22 @@ def _check_state(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
                 f"state.{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
                 f"for this z it is {dtype} of shape {shape} on {z.device}, its last axis contiguous"
             )
+
+
+def _check_out(z: Tensor, parameters: FilterParameters, state: HyenaState, out: Tensor) -> None:
+    shape = (*z.shape[:2], parameters.channels)
+    if out.shape != shape or out.dtype != z.dtype or out.device != z.device or out.stride(-1) != 1:
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}; for this z it is {z.dtype} of shape "
+            f"{shape} on {z.device}, its last axis contiguous"
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *parameters[:5], *state, out)):
+        raise ValueError(
+            "no gradient flows through out, which is overwritten; call under torch.no_grad(), or without out"
+        )
+    shares = out.untyped_storage().data_ptr() == z.untyped_storage().data_ptr()
+    in_place = out.data_ptr() == z.data_ptr() and out.stride() == z.stride() and (parameters.heads or 1) == 1
+    if shares and not in_place:
+        raise ValueError(
+            "out shares memory with z; the one part of z that it may be is z[..., :H] in the plain layout (heads=None)"
+        )

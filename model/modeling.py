@@ -74,8 +74,11 @@ class HyenaFilter(nn.Module):
     def forward(
         self, z: Tensor, state: ops.HyenaState | None, padding_mask: Tensor | None
     ) -> tuple[Tensor, ops.HyenaState]:
-        """y (B, L, H) and the state after it, for z (B, L, 3H); see `ops.hyena_filter`."""
-        return ops.hyena_filter(z, *self._operands(), heads=self.heads, state=state, padding_mask=padding_mask)
+        """y (B, L, H) and the state after it, for z (B, L, 3H), which is used up; see `ops.hyena_filter`."""
+        # Where the layout allows it y takes the place of the gate in z: mapping new memory takes longer than the work.
+        in_place = self.heads is None and not torch.is_grad_enabled()
+        out = z[..., : self.D.shape[0]] if in_place else None
+        return ops.hyena_filter(z, *self._operands(), heads=self.heads, state=state, padding_mask=padding_mask, out=out)
 
     def step(self, z: Tensor, state: ops.HyenaState) -> Tensor:
         """y (B, H) for one token z (B, 3H); the state is overwritten."""

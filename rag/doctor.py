@@ -15,6 +15,7 @@ def examine() -> dict[str, dict[str, str]]:
     """Findings by section, in words."""
     import torch
 
+    from stripedrag.kernels.cpu import instruction_set
     from stripedrag.kernels.dispatch import BACKENDS
     from stripedrag.model.smollm2 import PREPARED, prepared_dir
 
@@ -23,6 +24,8 @@ def examine() -> dict[str, dict[str, str]]:
         name: f"refused: {reason}" if (reason := backend.refuses(device)) else "runs"
         for name, backend in BACKENDS.items()
     }
+    if backends["cpu"] == "runs":
+        backends["cpu"] += f" (instruction set {instruction_set()})"
     places = {}
     for carrier in weights.CARRIERS:
         try:

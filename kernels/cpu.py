@@ -1,0 +1,384 @@
+"""The `cpu` backend: the Hyena operator in C++ (`native/`), one pass over z, forward, backward and decode step.
+
+The operator is a `torch.library` op, so that autograd, `torch.compile` and `opcheck` know it; the extension itself is
+given addresses and was built without torch. A decode step in eager mode goes to the extension directly: at a few
+microseconds of work, the dispatcher would be most of its time.
+"""
+
+import importlib
+from typing import Any
+
+import torch  # before the extension: both use OpenMP, and the first to load decides which library serves the process
+from torch import Tensor
+
+from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
+
+try:
+    _native: Any = importlib.import_module("stripedrag.kernels._native")
+except ModuleNotFoundError:
+    _native = None
+    _MISSING = (
+        "its extension is not there: no C++ compiler worked when stripedrag was installed. Install one (Debian: g++) and "
+        "reinstall with `pip install -v`, which shows what fails"
+    )
+except ImportError as error:
+    _native, _MISSING = None, f"its extension does not load: {error}"
+
+MAX_TAPS, MAX_MODES = 8, 16
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+
+def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
+    """Why this backend cannot run on `device` with filters of so many taps and modes, or None."""
+    if device.type != "cpu":
+        return "it runs on the CPU only"
+    if _native is None:
+        return _MISSING
+    if taps > MAX_TAPS or modes > MAX_MODES:
+        return f"it takes up to {MAX_TAPS} taps and {MAX_MODES} modes; this filter has {taps} and {modes}"
+    return None
+
+
+def instruction_set() -> str | None:
+    """The x86-64 level that was chosen ("v2", "v3", "v4"; "native" elsewhere), or None where the extension is missing.
+
+    The best that the processor runs; the environment variable STRIPEDRAG_ISA, read at import, asks for a lower one.
+    """
+    return None if _native is None else str(_native.isa)
+
+
+def hyena_filter(
+    z: Tensor, parameters: FilterParameters, state: HyenaState, padding_mask: Tensor | None
+) -> tuple[Tensor, HyenaState]:
+    """y (B, L, H) and the state after the last token, for z (B, L, 3H); differentiable in every input."""
+    if z.dtype == torch.float16:  # the kernels have no float16; their float32 takes it without loss
+        y, after = hyena_filter(z.float(), parameters, HyenaState(state.fir.float(), state.iir), padding_mask)
+        return y.half(), HyenaState(after.fir.half(), after.iir)
+    tensors = (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    y, fir, iir, _ = torch.ops.stripedrag.hyena_filter(*tensors, padding_mask, parameters.heads or 1, keep)
+    return y, HyenaState(fir, iir)
+
+
+def hyena_filter_out(
+    z: Tensor, parameters: FilterParameters, state: HyenaState, padding_mask: Tensor | None, out: Tensor
+) -> HyenaState:
+    """The state after the last token; y is written into `out`, which may be the x2 channels of a plain z."""
+    if z.dtype == torch.float16:
+        y, after = hyena_filter(z, parameters, state, padding_mask)
+        out.copy_(y)
+        return after
+    tensors = (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
+    return HyenaState(*torch.ops.stripedrag.hyena_filter_out(*tensors, padding_mask, parameters.heads or 1, out))
+
+
+def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor:
+    """y (B, H) for one token z (B, 3H); the state is overwritten."""
+    if z.dtype == torch.float16:
+        fir = state.fir.float()
+        y = hyena_step(z.float(), parameters, HyenaState(fir, state.iir))
+        state.fir.copy_(fir)
+        return y.half()
+    work = working_dtype(z)
+    tensors = (z, *(p.to(work) for p in parameters[:5]), *state)
+    made: Tensor = torch.ops.stripedrag.hyena_step(*tensors, parameters.heads or 1)
+    return made
+
+
+def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor | None:
+    """y (B, H) for one token, or None where something is not as a decoding loop has it, however little.
+
+    One expression takes the place of every check and conversion: with them, and with the dispatcher, Python costs
+    several times the kernel. What it accepts is exactly what the extension can be given as it is: contiguous CPU
+    tensors of shapes and dtypes that fit, no gradient, no tracing.
+    """
+    fir_weight, fir_bias, poles, residues, skip, heads = parameters
+    fir, iir = state
+    dtype, z_shape, fir_shape, systems = z.dtype, z.shape, fir_weight.shape, poles.shape
+    if (
+        _native is None
+        or type(z) is not Tensor
+        or dtype not in _ELEMENTS
+        or (len(z_shape), len(fir_shape), len(systems)) != (2, 3, 4)
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    batch, columns = z_shape
+    channels, taps, heads = columns // 3, fir_shape[2], 1 if heads is None else heads
+    groups, modes = systems[:2]
+    work = torch.float64 if dtype is torch.float64 else torch.float32
+    kept = fir_weight.dtype
+    if not (
+        columns == 3 * channels
+        and fir_shape == (columns, 1, taps)
+        and systems == (groups, modes, 1, 2)
+        and residues.shape == systems
+        and fir_bias.shape == (columns,)
+        and skip.shape == (channels,)
+        and fir.shape == (batch, columns, taps - 1)
+        and iir.shape == (batch, channels, modes, 2)
+        and 1 <= taps <= MAX_TAPS
+        and 1 <= modes <= MAX_MODES
+        and groups > 0 == channels % groups
+        and heads > 0 == channels % heads
+        and kept is fir_bias.dtype
+        and (kept is work or kept is dtype)
+        and (skip.dtype is work or skip.dtype is dtype)
+        and poles.dtype is work
+        and residues.dtype is work
+        and fir.dtype is dtype
+        and iir.dtype is work
+    ):
+        return None
+    tensors = (z, fir_weight, fir_bias, poles, residues, skip, fir, iir)
+    for tensor in tensors:
+        if not (tensor.is_cpu and tensor.is_contiguous()):
+            return None
+    return _run_step(tensors, heads)
+
+
+@torch.library.custom_op("stripedrag::hyena_filter", mutates_args=(), device_types="cpu")
+def _filter(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    fir_state: Tensor,
+    iir_state: Tensor,
+    padding_mask: Tensor | None,
+    heads: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the states after it, and with `keep` the modal states that the gradient restarts from (else none)."""
+    operands = _Operands(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads)
+    y = _new(z, *z.shape[:2], skip.shape[0])
+    checkpoints = _new(poles, operands.checkpoint_numbers() if keep else 0)
+    return y, *operands.filter(y, checkpoints), checkpoints
+
+
+@_filter.register_fake
+def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads, keep):  # type: ignore[no-untyped-def]
+    numbers = torch.library.get_ctx().new_dynamic_size() if keep else 0
+    return (
+        z.new_empty(*z.shape[:2], skip.shape[0]),
+        torch.empty_like(fir_state, memory_format=torch.contiguous_format),
+        torch.empty_like(iir_state, memory_format=torch.contiguous_format),
+        poles.new_empty(numbers),
+    )
+
+
+@torch.library.custom_op("stripedrag::hyena_filter_out", mutates_args=("out",), device_types="cpu")
+def _filter_out(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    fir_state: Tensor,
+    iir_state: Tensor,
+    padding_mask: Tensor | None,
+    heads: int,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The states after z, whose y is written into `out`."""
+    operands = _Operands(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads)
+    return operands.filter(out, poles.new_empty(0))
+
+
+@_filter_out.register_fake
+def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads, out):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (fir_state, iir_state))
+
+
+@torch.library.custom_op("stripedrag::hyena_filter_backward", mutates_args=(), device_types="cpu")
+def _filter_backward(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    fir_state: Tensor,
+    padding_mask: Tensor | None,
+    heads: int,
+    checkpoints: Tensor,
+    dy: Tensor,
+    diir_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of z, the five parameters (poles and residues (H, N, 2), a channel each) and both given states."""
+    channels, modes = skip.shape[0], poles.shape[1]
+    operands = _Operands(z, fir_weight, fir_bias, poles, residues, skip, fir_state, diir_out, padding_mask, heads)
+    gradients = (
+        _new(z, *z.shape),
+        torch.empty_like(fir_weight, memory_format=torch.contiguous_format),
+        torch.empty_like(fir_bias, memory_format=torch.contiguous_format),
+        poles.new_empty(channels, modes, 2),
+        poles.new_empty(channels, modes, 2),
+        torch.empty_like(skip, memory_format=torch.contiguous_format),
+        torch.empty_like(fir_state, memory_format=torch.contiguous_format),
+        torch.empty_like(diir_out, memory_format=torch.contiguous_format),
+    )
+    operands.gradient(checkpoints, dy.contiguous(), diir_out.contiguous(), *gradients)
+    return gradients
+
+
+@_filter_backward.register_fake
+def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, padding_mask, heads, checkpoints, dy, diir_out):  # type: ignore[no-untyped-def]
+    channels, modes = skip.shape[0], poles.shape[1]
+    like = [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (fir_weight, fir_bias, skip, fir_state, diir_out)
+    ]
+    systems = poles.new_empty(channels, modes, 2), poles.new_empty(channels, modes, 2)
+    return z.new_empty(z.shape), *like[:2], *systems, *like[2:]
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    z, fir_weight, fir_bias, poles, residues, skip, fir_state, _, padding_mask, heads, _ = inputs
+    ctx.heads = heads
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(z, fir_weight, fir_bias, poles, residues, skip, fir_state, padding_mask, output[3])
+
+
+def _backward(ctx, dy, dfir_out, diir_out, _):  # type: ignore[no-untyped-def]
+    z, *parameters, fir_state, padding_mask, checkpoints = ctx.saved_tensors
+    dz, dfir_weight, dfir_bias, dpoles, dresidues, dskip, dfir, diir = torch.ops.stripedrag.hyena_filter_backward(
+        z, *parameters, fir_state, padding_mask, ctx.heads, checkpoints, dy, diir_out
+    )
+    # The FIR state after the sequence is its last K-1 rows, or where it is shorter also rows of the given state.
+    length, before = z.shape[1], fir_state.shape[-1]
+    rows = min(length, before)
+    if rows:
+        last = dfir_out[..., before - rows :].transpose(1, 2)
+        if padding_mask is not None:
+            last = last.masked_fill(~padding_mask[:, length - rows :, None], 0)
+        dz[:, length - rows :] += last
+    if rows < before:
+        dfir[..., length:] += dfir_out[..., : before - rows]
+    systems = parameters[2].shape
+
+    def per_group(gradient: Tensor) -> Tensor:
+        return gradient.view(systems[0], -1, systems[1], 2).sum(1).unsqueeze(2)
+
+    return dz, dfir_weight, dfir_bias, per_group(dpoles), per_group(dresidues), dskip, dfir, diir, None, None, None
+
+
+_filter.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("stripedrag::hyena_step", mutates_args=("fir_state", "iir_state"), device_types="cpu")
+def _step(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    fir_state: Tensor,
+    iir_state: Tensor,
+    heads: int,
+) -> Tensor:
+    """y for one token; the states are overwritten."""
+    parameters = (t.contiguous() for t in (fir_weight, fir_bias, poles, residues, skip))
+    fir, iir = fir_state.contiguous(), iir_state.contiguous()
+    y = _run_step((z.contiguous(), *parameters, fir, iir), heads)
+    for given, used in ((fir_state, fir), (iir_state, iir)):
+        if used is not given:
+            given.copy_(used)
+    return y
+
+
+@_step.register_fake
+def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, heads):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape[0], skip.shape[0])
+
+
+def _run_step(operands: tuple[Tensor, ...], heads: int) -> Tensor:
+    z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state = operands
+    batch, channels = z.shape[0], skip.shape[0]
+    y = z.new_empty(batch, channels)
+    _native.step(
+        _ELEMENTS[z.dtype],
+        _ELEMENTS[fir_weight.dtype],
+        _ELEMENTS[skip.dtype],
+        batch,
+        channels,
+        channels // heads,
+        *poles.shape[:2],
+        fir_weight.shape[2],
+        torch.get_num_threads(),
+        fir_weight.data_ptr(),
+        fir_bias.data_ptr(),
+        poles.data_ptr(),
+        residues.data_ptr(),
+        skip.data_ptr(),
+        z.data_ptr(),
+        y.data_ptr(),
+        fir_state.data_ptr(),
+        iir_state.data_ptr(),
+    )
+    return y
+
+
+class _Operands:
+    """The arguments of a call as the extension takes them: addresses of contiguous tensors, kept alive meanwhile."""
+
+    def __init__(
+        self,
+        z: Tensor,
+        fir_weight: Tensor,
+        fir_bias: Tensor,
+        poles: Tensor,
+        residues: Tensor,
+        skip: Tensor,
+        fir_state: Tensor,
+        iir_state: Tensor,
+        padding_mask: Tensor | None,
+        heads: int,
+    ) -> None:
+        channels = skip.shape[0]
+        self.element = _ELEMENTS[z.dtype]
+        self.sizes = (
+            *z.shape[:2],
+            channels,
+            channels // heads,
+            poles.shape[0],
+            poles.shape[1],
+            fir_weight.shape[2],
+            torch.get_num_threads(),
+        )
+        self.z = z if z.stride(2) == 1 else z.contiguous()
+        parameters = (t.contiguous() for t in (fir_weight, fir_bias, poles, residues, skip))
+        mask = None if padding_mask is None else padding_mask.contiguous()
+        self.tensors: tuple[Any, ...] = (*parameters, self.z, mask, fir_state.contiguous(), iir_state.contiguous())
+
+    def checkpoint_numbers(self) -> int:
+        """How many numbers of the working dtype the filter keeps for its gradient."""
+        return int(_native.checkpoint_numbers(self.element, self.sizes))
+
+    def filter(self, y: Tensor, checkpoints: Tensor) -> tuple[Tensor, Tensor]:
+        """The states after the sequence; y is written, and the checkpoints where there is room for them."""
+        *_, fir_state, iir_state = self.tensors
+        after = torch.empty_like(fir_state), torch.empty_like(iir_state)
+        _native.filter(
+            self.element, self.sizes, *self.z.stride()[:2], *y.stride()[:2], self._addresses(y, *after, checkpoints)
+        )
+        return after
+
+    def gradient(self, *read_and_written: Tensor) -> None:
+        """Write the gradients, from the checkpoints and the gradients of y and of the final modal state."""
+        _native.gradient(self.element, self.sizes, *self.z.stride()[:2], self._addresses(*read_and_written))
+
+    def _addresses(self, *more: Tensor) -> tuple[int, ...]:
+        return tuple(0 if t is None else t.data_ptr() for t in (*self.tensors, *more))
+
+
+def _new(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor, in huge pages where it is large."""
+    tensor = like.new_empty(shape)
+    _native.use_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor

@@ -1,0 +1,245 @@
+// What filter and gradient share: which channels a pair of vectors holds, its parameters gathered side by side, the
+// causal FIR over a few rows, and the walk that fetches the next rows from memory while these are computed.
+#pragma once
+#include <cstdlib>
+
+#include "simd.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace stripedrag::STRIPEDRAG_ISA {
+
+STRIPEDRAG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+STRIPEDRAG_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+STRIPEDRAG_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kStreamBytes = 1 << 20;  // an output above this passes the cache: it would not stay there anyway
+
+STRIPEDRAG_INLINE int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Uninitialised memory for vectors, given back at the end of its scope.
+template <class P>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : begin_(static_cast<P*>(std::aligned_alloc(kLineBytes, size_t(divide_up(count * sizeof(P), kLineBytes)) * kLineBytes))) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(begin_); }
+  bool has_memory() const { return begin_ != nullptr; }
+  P* begin() const { return begin_; }
+
+ private:
+  P* begin_;
+};
+
+// Whether rows of `row_channels` elements from `p` on can be written by streaming stores, and `bytes` of them are worth it.
+template <class T>
+static bool can_stream(const void* p, int64_t row_channels, int64_t bytes) {
+  return kCanStream<T> && bytes > kStreamBytes && reinterpret_cast<intptr_t>(p) % kLineBytes == 0 &&
+         row_channels * int64_t(sizeof(T)) % kLineBytes == 0;
+}
+
+// The pairs of all channels, head by head; the last pair of a head may be partly filled.
+struct Layout {
+  int64_t channels, head_width, pair_channels, pairs_per_head, pairs;
+  Layout(const Shape& shape, int64_t pair_channels)
+      : channels(shape.channels),
+        head_width(shape.head_width),
+        pair_channels(pair_channels),
+        pairs_per_head(divide_up(head_width, pair_channels)),
+        pairs(shape.channels / head_width * pairs_per_head) {}
+  int64_t in_head(int64_t pair) const { return pair % pairs_per_head * pair_channels; }
+  int64_t channel(int64_t pair) const { return pair / pairs_per_head * head_width + in_head(pair); }
+  int valid(int64_t pair) const { return int(smaller(pair_channels, head_width - in_head(pair))); }
+  // Column of z of the pair's first channel in stream 0 (x2), 1 (x1) or 2 (v).
+  int64_t column(int64_t pair, int stream) const {
+    return (pair / pairs_per_head * 3 + stream) * head_width + in_head(pair);
+  }
+};
+
+// How the work is cut. A block of pairs goes through time together, a tile of rows at a time: wide enough that rows are
+// read in long runs, small enough that a tile, and the next one on its way, stay in the second-level cache.
+struct Cut {
+  int64_t blocks, tile_rows;
+  static constexpr int64_t kRowBytes = 12 << 10, kTileBytes = 192 << 10;
+  Cut(const Shape& shape, const Layout& layout, int64_t element_bytes) {
+    const int64_t row_bytes = 3 * shape.channels * element_bytes;
+    int64_t share = shape.threads;  // so that batch · blocks is a multiple of the threads
+    for (int64_t a = shape.batch, b = share; b != 0;) {
+      const int64_t rest = a % b;
+      a = b, b = rest;
+      if (b == 0) share = shape.threads / a;
+    }
+    blocks = smaller(divide_up(divide_up(row_bytes, kRowBytes), share) * share, layout.pairs);
+    const int64_t rows = kTileBytes / larger(1, row_bytes / blocks) / 8 * 8;
+    tile_rows = rows >= kCheckpointTokens ? kCheckpointTokens : rows >= 16 ? 16 : 8;
+  }
+};
+
+// A pair's parameters and state, one allocation after the other in scratch memory.
+template <class W>
+struct Record {
+  Pair<W>*fir_weight, *fir_bias, *history, *skip, *poles, *residues, *state, *end;
+  Record(Pair<W>* base, const Shape& shape)
+      : fir_weight(base),                                 // [stream][tap]
+        fir_bias(fir_weight + 3 * shape.taps),            // [stream]
+        history(fir_bias + 3),                            // [stream][K-1], oldest first
+        skip(history + 3 * (shape.taps - 1)),             //
+        poles(skip + 1),                                  // [mode][re, im]
+        residues(poles + 2 * shape.modes),                // [mode][re, im]
+        state(residues + 2 * shape.modes),                // [mode][re, im]
+        end(state + 2 * shape.modes) {}
+  static int64_t pairs(const Shape& shape) {
+    return Record(nullptr, shape).end - static_cast<Pair<W>*>(nullptr);
+  }
+};
+
+template <class T>
+static void gather_parameters(const Shape& shape, const Parameters& from, const Layout& layout, int64_t pair,
+                              Record<Work<T>> to) {
+  using W = Work<T>;
+  const int valid = layout.valid(pair), taps = shape.taps, modes = shape.modes;
+  const int64_t first = layout.channel(pair), group_channels = shape.channels / shape.groups;
+  for (int s = 0; s < 3; s++) {
+    const int64_t column = layout.column(pair, s);
+    for (int k = 0; k < taps; k++)
+      to.fir_weight[s * taps + k] = gather<T>(
+          valid, [&](int c) { return static_cast<const W*>(from.fir_weight)[(column + c) * taps + k]; });
+    to.fir_bias[s] = gather<T>(valid, [&](int c) { return static_cast<const W*>(from.fir_bias)[column + c]; });
+  }
+  to.skip[0] = gather<T>(valid, [&](int c) { return static_cast<const W*>(from.skip)[first + c]; });
+  for (int i = 0; i < 2 * modes; i++) {
+    const auto at = [&](const void* system) {
+      return gather<T>(valid, [&](int c) {
+        return static_cast<const W*>(system)[(first + c) / group_channels * 2 * modes + i];
+      });
+    };
+    to.poles[i] = at(from.poles);
+    to.residues[i] = at(from.residues);
+  }
+}
+
+// The rows of z before the first, from the FIR state.
+template <class T>
+static void gather_history(const Shape& shape, const void* fir_state, const Layout& layout, int64_t batch,
+                           int64_t pair, Pair<Work<T>>* history) {
+  const int before = shape.taps - 1;
+  for (int s = 0; s < 3; s++)
+    for (int k = 0; k < before; k++) {
+      const T* from = static_cast<const T*>(fir_state) + (batch * 3 * shape.channels + layout.column(pair, s)) * before;
+      history[s * before + k] = gather<T>(layout.valid(pair), [&](int c) { return widen(from[c * before + k]); });
+    }
+}
+
+// The state (B, H, N, 2) of a pair.
+template <class T>
+static void gather_modes(const Shape& shape, const void* iir_state, const Layout& layout, int64_t batch, int64_t pair,
+                         Pair<Work<T>>* state) {
+  using W = Work<T>;
+  const int64_t width = 2 * shape.modes;
+  const W* from = static_cast<const W*>(iir_state) + (batch * shape.channels + layout.channel(pair)) * width;
+  for (int i = 0; i < width; i++)
+    state[i] = gather<T>(layout.valid(pair), [&](int c) { return from[c * width + i]; });
+}
+template <class T>
+static void scatter_modes(const Shape& shape, const Pair<Work<T>>* state, const Layout& layout, int64_t batch,
+                          int64_t pair, void* iir_state) {
+  using W = Work<T>;
+  const int64_t width = 2 * shape.modes;
+  W* to = static_cast<W*>(iir_state) + (batch * shape.channels + layout.channel(pair)) * width;
+  for (int i = 0; i < width; i++)
+    scatter<T>(state[i], layout.valid(pair), [&](int c, W x) { to[c * width + i] = x; });
+}
+
+// Prefetches a rectangle of memory line by line in address order, a little at each tick. A sequential walk is what the
+// hardware's own prefetcher follows; the order in which a tile is computed, down the rows, is not.
+class Walk {
+ public:
+  Walk() = default;
+  // `runs` runs of `run_bytes` in each row, `run_stride` apart; rows `row_stride` apart.
+  Walk(const void* start, int64_t run_bytes, int64_t runs, int64_t run_stride, int64_t row_stride)
+      : next_(static_cast<const char*>(start)),
+        row_(next_),
+        left_(run_bytes),
+        run_bytes_(run_bytes),
+        runs_(runs),
+        run_stride_(run_stride),
+        row_stride_(row_stride) {}
+  // `pace` in 1/256 lines; 0 does nothing.
+  inline __attribute__((always_inline)) void tick(int pace) {
+    for (credit_ += pace; credit_ >= 256; credit_ -= 256) {
+      __builtin_prefetch(next_, 0, 2);
+      next_ += kLineBytes;
+      left_ -= kLineBytes;
+      if (__builtin_expect(left_ <= 0, 0)) turn();
+    }
+  }
+
+ private:
+  void turn() {
+    if (++run_ == runs_) run_ = 0, row_ += row_stride_;
+    next_ = row_ + run_ * run_stride_;
+    left_ = run_bytes_;
+  }
+  const char *next_ = nullptr, *row_ = nullptr;
+  int64_t left_ = 0, run_bytes_ = 0, runs_ = 1, run_ = 0, run_stride_ = 0, row_stride_ = 0;
+  int credit_ = 0;
+};
+
+// The FIR of one stream over `rows` rows of z, into out[row] or multiplied into it. A padded row counts as zeros, and so
+// does its output. `history` holds the K-1 rows before, and at the end the last K-1 of these.
+template <class T, int K, bool kMultiply>
+static void fir_rows(const T* z, int64_t row_stride, int valid, const uint8_t* real, int rows,
+                     const Pair<Work<T>>* weight, const Pair<Work<T>>& bias, Pair<Work<T>>* history,
+                     Pair<Work<T>>* out, Walk& ahead, int pace) {
+  using W = Work<T>;
+  Vector<W> w[2][K], past[2][K];
+  for (int half = 0; half < 2; half++) {
+    for (int k = 0; k < K; k++) w[half][k] = weight[k].half[half];
+    for (int k = 0; k + 1 < K; k++) past[half][k] = history[k].half[half];
+  }
+  const auto run = [&](auto read, bool check) __attribute__((always_inline)) {
+    Walk walk = ahead;
+    for (int t = 0; t < rows; t++, z += row_stride) {
+      const bool pad = check && !real[t];
+      const Pair<W> now = pad ? Pair<W>{} : read();
+      walk.tick(pace);
+      for (int half = 0; half < 2; half++) {
+        past[half][K - 1] = now.half[half];
+        Vector<W> c = bias.half[half];
+        for (int k = 0; k < K; k++) c += w[half][k] * past[half][k];
+        for (int k = 0; k + 1 < K; k++) past[half][k] = past[half][k + 1];
+        if (pad) c = Vector<W>{};
+        if (kMultiply) out[t].half[half] *= c;
+        else out[t].half[half] = c;
+      }
+    }
+    ahead = walk;
+  };
+  if (valid < kPair<T>) run([&] { return load(z, valid); }, real != nullptr);
+  else if (real != nullptr) run([&] { return load(z); }, true);
+  else run([&] { return load(z); }, false);
+  for (int half = 0; half < 2; half++)
+    for (int k = 0; k + 1 < K; k++) history[k].half[half] = past[half][k];
+}
+
+template <class T>
+using FirRows = void (*)(const T*, int64_t, int, const uint8_t*, int, const Pair<Work<T>>*, const Pair<Work<T>>&,
+                         Pair<Work<T>>*, Pair<Work<T>>*, Walk&, int);
+template <class T, bool kMultiply>
+static FirRows<T> fir_rows_of(int taps) {
+  static constexpr FirRows<T> table[kMaxTaps] = {
+      fir_rows<T, 1, kMultiply>, fir_rows<T, 2, kMultiply>, fir_rows<T, 3, kMultiply>, fir_rows<T, 4, kMultiply>,
+      fir_rows<T, 5, kMultiply>, fir_rows<T, 6, kMultiply>, fir_rows<T, 7, kMultiply>, fir_rows<T, 8, kMultiply>};
+  return table[taps - 1];
+}
+
+}  // namespace stripedrag::STRIPEDRAG_ISA

@@ -1,0 +1,43 @@
+// Every kernel, compiled for one instruction set: STRIPEDRAG_ISA names the set and the namespace.
+#include "filter.h"
+#include "gradient.h"
+#include "step.h"
+
+namespace stripedrag::STRIPEDRAG_ISA {
+namespace {
+
+template <class Of>
+bool by_element(Element element, Of of) {
+  switch (element) {
+    case Element::float32: return of(float{});
+    case Element::bfloat16: return of(bfloat16{});
+    case Element::float64: return of(double{});
+  }
+  return false;
+}
+
+bool run_filter(Element element, const Filter& f) {
+  return by_element(element, [&](auto t) { return filter<decltype(t)>(f); });
+}
+bool run_gradient(Element element, const Gradient& f) {
+  return by_element(element, [&](auto t) { return gradient<decltype(t)>(f); });
+}
+void run_step(Element element, const Step& s) {
+  by_element(element, [&](auto t) { return step<decltype(t)>(s), true; });
+}
+int64_t checkpoint_numbers(Element element, const Shape& shape) {
+  int64_t numbers = 0;
+  by_element(element, [&](auto t) {
+    const Layout layout(shape, kPair<decltype(t)>);
+    numbers = shape.batch * divide_up(shape.length, kCheckpointTokens) * layout.pairs * layout.pair_channels * 2 * shape.modes;
+    return true;
+  });
+  return numbers;
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {run_filter, run_gradient, run_step, checkpoint_numbers};
+
+}  // namespace stripedrag::STRIPEDRAG_ISA

@@ -1,0 +1,205 @@
+// The binding: addresses and sizes in, nothing out. The one caller, kernels/cpu.py, owns every array, and has checked
+// shapes, dtypes and contiguity; so no torch is needed to build this, and nothing is copied.
+#include <nanobind/nanobind.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
+#include <new>
+#include <string>
+
+#include "operator.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace stripedrag {
+
+// As CMakeLists.txt compiles them.
+#if defined(__x86_64__)
+namespace v2 { extern const Kernels kernels; }
+namespace v3 { extern const Kernels kernels; }
+namespace v4 { extern const Kernels kernels; }
+#else
+namespace native { extern const Kernels kernels; }
+#endif
+
+namespace {
+
+struct Choice {
+  const char* name;
+  const Kernels* kernels;
+  bool runs;
+};
+
+// In order of preference. Levels of the x86-64 psABI; elsewhere one unit for the compiler's default target.
+const Choice* choices(size_t* count) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  static const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  static const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl");
+  static const Choice all[] = {{"v4", &v4::kernels, has_v4},
+                               {"v3", &v3::kernels, has_v3},
+                               {"v2", &v2::kernels, bool(__builtin_cpu_supports("sse4.2"))}};
+#else
+  static const Choice all[] = {{"native", &native::kernels, true}};
+#endif
+  *count = sizeof all / sizeof *all;
+  return all;
+}
+
+// Raises ImportError where STRIPEDRAG_ISA names a set that is not there, or none runs.
+const Choice& choose() {
+  size_t count = 0;
+  const Choice* all = choices(&count);
+  const char* wanted = std::getenv("STRIPEDRAG_ISA");
+  std::string runnable;
+  for (size_t i = 0; i < count; i++)
+    if (all[i].runs) {
+      if (wanted == nullptr || *wanted == 0 || std::string(wanted) == all[i].name) return all[i];
+      runnable += (runnable.empty() ? "" : ", ") + std::string(all[i].name);
+    }
+  if (runnable.empty()) throw nb::import_error("this processor has not even SSE4.2 (x86-64-v2), which the native kernels need");
+  throw nb::import_error(("STRIPEDRAG_ISA is '" + std::string(wanted) + "'; this processor runs " + runnable).c_str());
+}
+
+const Choice* chosen = nullptr;
+
+template <class P>
+P* at(uintptr_t address) {
+  return reinterpret_cast<P*>(address);
+}
+
+// From (B, L, H, head width, G, N, K, threads).
+Shape shape_of(const nb::tuple& sizes) {
+  const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
+  return {size(0), size(1), size(2), size(3), size(4), int(size(5)), int(size(6)), int(size(7))};
+}
+
+struct Addresses {
+  const nb::tuple& all;
+  size_t next = 0;
+  uintptr_t operator()() { return nb::cast<uintptr_t>(all[next++]); }
+};
+
+Parameters parameters_of(Addresses& a) {
+  Parameters p;
+  p.fir_weight = at<void>(a());
+  p.fir_bias = at<void>(a());
+  p.poles = at<void>(a());
+  p.residues = at<void>(a());
+  p.skip = at<void>(a());
+  return p;
+}
+
+Sequence sequence_of(Addresses& a, int64_t batch_stride, int64_t row_stride) {
+  Sequence s;
+  s.z = at<void>(a());
+  s.z_batch_stride = batch_stride, s.z_row_stride = row_stride;
+  s.real = at<uint8_t>(a());
+  s.fir_state = at<void>(a());
+  s.iir_state = at<void>(a());
+  return s;
+}
+
+void run_filter(int element, const nb::tuple& sizes, int64_t batch_stride, int64_t row_stride,
+                int64_t y_batch_stride, int64_t y_row_stride, const nb::tuple& addresses) {
+  Addresses a{addresses};
+  Filter f;
+  f.shape = shape_of(sizes);
+  f.parameters = parameters_of(a);
+  f.sequence = sequence_of(a, batch_stride, row_stride);
+  f.y = at<void>(a());
+  f.y_batch_stride = y_batch_stride, f.y_row_stride = y_row_stride;
+  f.fir_state_out = at<void>(a());
+  f.iir_state_out = at<void>(a());
+  f.checkpoints = at<void>(a());
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = chosen->kernels->filter(Element(element), f);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void run_gradient(int element, const nb::tuple& sizes, int64_t batch_stride, int64_t row_stride,
+                  const nb::tuple& addresses) {
+  Addresses a{addresses};
+  Gradient g;
+  g.shape = shape_of(sizes);
+  g.parameters = parameters_of(a);
+  g.sequence = sequence_of(a, batch_stride, row_stride);
+  g.checkpoints = at<void>(a());
+  g.dy = at<void>(a());
+  g.diir_out = at<void>(a());
+  g.dz = at<void>(a());
+  g.dfir_weight = at<void>(a());
+  g.dfir_bias = at<void>(a());
+  g.dpoles = at<void>(a());
+  g.dresidues = at<void>(a());
+  g.dskip = at<void>(a());
+  g.dfir_state = at<void>(a());
+  g.diir_state = at<void>(a());
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = chosen->kernels->gradient(Element(element), g);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+// Large new memory in pages of 2 MiB where the system gives them on request: in pages of 4 KiB, being mapped takes longer
+// than the operator does.
+void use_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
+// Holds the interpreter lock: a step takes microseconds.
+void run_step(int element, int fir_element, int skip_element, int64_t batch, int64_t channels, int64_t head_width,
+              int64_t groups, int modes, int taps, int threads, uintptr_t fir_weight, uintptr_t fir_bias,
+              uintptr_t poles, uintptr_t residues, uintptr_t skip, uintptr_t z, uintptr_t y, uintptr_t fir_state,
+              uintptr_t iir_state) {
+  Step s;
+  s.shape = {batch, 1, channels, head_width, groups, modes, taps, threads};
+  s.parameters = {at<void>(fir_weight), at<void>(fir_bias), at<void>(poles), at<void>(residues), at<void>(skip)};
+  s.fir_element = Element(fir_element), s.skip_element = Element(skip_element);
+  s.z = at<void>(z), s.y = at<void>(y);
+  s.fir_state = at<void>(fir_state), s.iir_state = at<void>(iir_state);
+  chosen->kernels->step(Element(element), s);
+}
+
+}  // namespace
+}  // namespace stripedrag
+
+NB_MODULE(_native, m) {
+  using namespace stripedrag;
+  chosen = &choose();
+  m.attr("isa") = chosen->name;
+  m.attr("has_openmp") =
+#if defined(_OPENMP)
+      true;
+#else
+      false;
+#endif
+  m.attr("max_taps") = kMaxTaps;
+  m.attr("max_modes") = kMaxModes;
+  m.def("filter", &run_filter, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "y_batch_stride"_a,
+        "y_row_stride"_a, "addresses"_a);
+  m.def("gradient", &run_gradient, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "addresses"_a);
+  m.def("use_huge_pages", &use_huge_pages, "address"_a, "bytes"_a);
+  m.def("step", &run_step);
+  m.def("checkpoint_numbers", [](int element, const nb::tuple& sizes) {
+    return chosen->kernels->checkpoint_numbers(Element(element), shape_of(sizes));
+  });
+}

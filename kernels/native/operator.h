@@ -1,0 +1,85 @@
+// What the Hyena operator is asked for, as plain data: shared by the binding and by the units compiled for one
+// instruction set. B batch, L length, H channels, G filter groups, N modes, K taps. Every pointer is the caller's; arrays
+// are contiguous and in checkpoint layout unless a stride says otherwise. Nothing here allocates or throws.
+#pragma once
+#include <cstdint>
+
+namespace stripedrag {
+
+// Of z, y and the FIR state. Parameters and the modal state are float, or double where z is.
+enum class Element : int { float32 = 0, bfloat16 = 1, float64 = 2 };
+
+constexpr int kMaxTaps = 8;
+constexpr int kMaxModes = 16;
+constexpr int64_t kCheckpointTokens = 32;  // the gradient restarts from a modal state kept every so many tokens
+
+struct Shape {
+  int64_t batch, length, channels;
+  int64_t head_width;  // H for the plain layout [x2|x1|v], else the width of [x2|x1|v] in each head
+  int64_t groups;
+  int modes, taps, threads;
+};
+
+struct Parameters {
+  const void* fir_weight;  // (3H, K)
+  const void* fir_bias;    // (3H)
+  const void* poles;       // (G, N, 2)
+  const void* residues;    // (G, N, 2)
+  const void* skip;        // (H)
+};
+
+struct Sequence {
+  const void* z;  // (B, L, 3H), channels contiguous
+  int64_t z_batch_stride, z_row_stride;
+  const uint8_t* real;  // (B, L), 0 for a padded token; null: all are real
+  const void* fir_state;  // (B, 3H, K-1), elements like z
+  const void* iir_state;  // (B, H, N, 2)
+};
+
+struct Filter {
+  Shape shape;
+  Parameters parameters;
+  Sequence sequence;
+  void* y;              // (B, L, H), channels contiguous; may be the x2 channels of z in the plain layout
+  int64_t y_batch_stride, y_row_stride;
+  void* fir_state_out;  // like the sequence's states
+  void* iir_state_out;
+  void* checkpoints;    // checkpoint_numbers() of them, in the unit's own order; null: none are kept
+};
+
+struct Gradient {
+  Shape shape;
+  Parameters parameters;
+  Sequence sequence;
+  const void* checkpoints;
+  const void* dy;         // (B, L, H)
+  const void* diir_out;   // (B, H, N, 2), of the final modal state
+  void* dz;               // (B, L, 3H)
+  void* dfir_weight;      // each like its parameter, but dpoles and dresidues (H, N, 2), a channel each
+  void* dfir_bias;
+  void* dpoles;
+  void* dresidues;
+  void* dskip;
+  void* dfir_state;       // (B, 3H, K-1), elements like z
+  void* diir_state;       // (B, H, N, 2)
+};
+
+struct Step {
+  Shape shape;  // length is 1
+  Parameters parameters;
+  Element fir_element, skip_element;  // FIR weight and bias, and skip, may be kept in z's element
+  const void* z;                      // (B, 3H)
+  void* y;                            // (B, H)
+  void* fir_state;                    // overwritten
+  void* iir_state;
+};
+
+// One instruction set's kernels. filter and gradient return false where scratch memory could not be had.
+struct Kernels {
+  bool (*filter)(Element, const Filter&);
+  bool (*gradient)(Element, const Gradient&);
+  void (*step)(Element, const Step&);
+  int64_t (*checkpoint_numbers)(Element, const Shape&);
+};
+
+}  // namespace stripedrag

@@ -18,8 +18,8 @@ try:
 except ModuleNotFoundError:
     _native = None
     _MISSING = (
-        "its extension is not there: no C++ compiler worked when stripedrag was installed. Install one (Debian: g++) and "
-        "reinstall with `pip install -v`, which shows what fails"
+        "its extension is not there, for want of a C++ compiler when stripedrag was installed. Get one (Debian: g++) "
+        "and install again with `pip install -v`, which shows what fails"
     )
 except ImportError as error:
     _native, _MISSING = None, f"its extension does not load: {error}"

@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False)
 
 IndexPath = Annotated[Path, typer.Argument(help="The folder of an index.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -46,7 +46,7 @@ def main() -> None:
     try:
         app()
     except StripedragError as error:
-        _err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
@@ -105,7 +105,7 @@ def index(
     skipped: list[Skipped] = []
     chars = sum(len(document.text) for document in read_documents(path, skipped=skipped))
     for left_out in skipped:
-        _err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
+        err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
     is_new = not (to / FILE).exists()
     opened = Index.create(to, chunk_tokens=chunk_tokens) if is_new else Index.open(to)
     kept = opened.manifest.chunk_tokens
@@ -113,7 +113,7 @@ def index(
         opened.close()
         raise UsageError(f"{to} is an index of {kept} wordpieces a chunk and keeps them; leave --chunk-tokens out")
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with opened as target, Progress(*columns, console=_err, transient=True) as bar:
+    with opened as target, Progress(*columns, console=err, transient=True) as bar:
         task, embedded = bar.add_task("indexing", total=chars), 0
 
         def documents() -> Iterator[Document]:
@@ -247,17 +247,17 @@ def _print_json(value: Any) -> None:
 @contextmanager
 def _spinner(message: str) -> Iterator[Any]:
     """Tell on stderr what takes time: a spinner on a terminal, plain lines elsewhere."""
-    if not _err.is_terminal:
-        yield lambda text: _err.print(text, markup=False)
+    if not err.is_terminal:
+        yield lambda text: err.print(text, markup=False)
         return
-    with _err.status(message) as status:
+    with err.status(message) as status:
         yield status.update
 
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice out of what a command says; a long conversion keeps its bar."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not _err.is_terminal:
+    if not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging

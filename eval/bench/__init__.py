@@ -1,3 +1,8 @@
 """Benchmarks by name: each is a module with `run(repeats) -> Report`. Run by `stripedrag bench`."""
 
-BENCHES = {"generate": "stripedrag.eval.bench.generate"}
+BENCHES = {
+    "decode": "stripedrag.eval.bench.decode",
+    "filter": "stripedrag.eval.bench.filter",
+    "generate": "stripedrag.eval.bench.generate",
+    "layer": "stripedrag.eval.bench.layer",
+}

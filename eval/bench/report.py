@@ -1,9 +1,11 @@
-"""What a benchmark hands over, and what of the machine every figure must be read beside."""
+"""What benchmarks share: timing in turn, what of the machine every figure must be read beside, tables and plots."""
 
 import os
 import platform
+import statistics
 import subprocess
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,99 @@ import torch
 
 from stripedrag import __version__
 from stripedrag.hardware import fast_dtype
+from stripedrag.kernels.cpu import instruction_set
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The raw figures, for a JSON file, and a table of them, for people."""
+    """The raw figures, for a JSON file, and a table and perhaps a plot of them, for people."""
 
     figures: dict[str, Any]
     table: str
+    plot: Callable[[Path], None] | None = None  # draws into a file whose suffix names the format
+
+
+def interleaved(repeats: int, **sides: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each side in every repetition, the sides taken in turn, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repetition in range(repeats + 1):
+        for name, side in sides.items():
+            taken = _seconds(side)
+            if repetition:
+                seconds[name].append(taken)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each side."""
+    return {name: statistics.median(runs) for name, runs in seconds.items()}
+
+
+class Bandwidth:
+    """STREAM's copy and triad (McCalpin 1995) by torch's own operations, over three arrays of 128 MiB.
+
+    Bytes are counted as STREAM counts them: what is read and what is written, not the lines that a write first reads.
+    """
+
+    def __init__(self) -> None:
+        self._a, self._b, self._c = (torch.ones(2**25) for _ in range(3))
+        self.copy_bytes, self.triad_bytes = 2 * self._a.nbytes, 3 * self._a.nbytes
+
+    def copy(self) -> None:
+        """c = a."""
+        self._c.copy_(self._a)
+
+    def triad(self) -> None:
+        """c = a + 3 b."""
+        torch.add(self._a, self._b, alpha=3.0, out=self._c)
+
+
+def peak_bytes(run: Callable[[], object]) -> int | None:
+    """How far the process's resident memory rises during `run`, its results included; None where nothing tells."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not os.access(reset, os.W_OK):
+        return None
+    reset.write_text("5")  # the high-water mark becomes what is resident now
+    before = _resident_kib(status, "VmRSS")
+    result = run()
+    peak = _resident_kib(status, "VmHWM")
+    del result
+    return 1024 * (peak - before)
+
+
+def _resident_kib(status: Path, field: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+
+def plot(
+    path: Path,
+    series: Mapping[str, Sequence[tuple[Any, float]]],
+    title: str,
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    bars: bool = False,
+) -> None:
+    """Draw lines, or bars, of (x, y) points into `path`. Needs matplotlib (the `bench` extra)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in series.items():
+        x, y = zip(*points, strict=True)
+        if bars:
+            axes.bar(x, y, label=name)
+        else:
+            axes.plot(x, y, marker="o", label=name)
+    if log_x:
+        axes.set_xscale("log", base=2)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if not bars:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
 
 
 def machine() -> dict[str, Any]:
@@ -33,8 +120,9 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
+        "kernels": instruction_set() or "torch",
         "read_bytes_per_s": _read_bandwidth(),
-        "matmul_flop_per_s": _matmul_rate(dtype),
+        "matmul_flop_per_s": matmul_rate(dtype),
     }
 
 
@@ -44,13 +132,13 @@ def _read_bandwidth() -> float:
     return data.nbytes / min(_seconds(data.sum) for _ in range(5))
 
 
-def _matmul_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a (2048, 2048) product, the best of five: what a prefill can reach, at most."""
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a (2048, 2048) product, the best of five: what arithmetic can reach, at most."""
     a = torch.ones(2048, 2048, dtype=dtype)
     return 2 * 2048**3 / min(_seconds(lambda: a @ a) for _ in range(5))
 
 
-def _seconds(run: Any) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

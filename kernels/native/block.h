@@ -67,10 +67,11 @@ struct Layout {
 
 // How the work is cut. A block of pairs goes through time together, a tile of rows at a time: wide enough that rows are
 // read in long runs, small enough that a tile, and the next one on its way, stay in the second-level cache.
+constexpr int64_t kTileBytes = 192 << 10;
 struct Cut {
   int64_t blocks, tile_rows;
-  static constexpr int64_t kRowBytes = 12 << 10, kTileBytes = 192 << 10;
-  Cut(const Shape& shape, const Layout& layout, int64_t element_bytes) {
+  // For tiles of at least `least_rows` rows of z.
+  Cut(const Shape& shape, const Layout& layout, int64_t element_bytes, int64_t least_rows) {
     const int64_t row_bytes = 3 * shape.channels * element_bytes;
     int64_t share = shape.threads;  // so that batch · blocks is a multiple of the threads
     for (int64_t a = shape.batch, b = share; b != 0;) {
@@ -78,24 +79,29 @@ struct Cut {
       a = b, b = rest;
       if (b == 0) share = shape.threads / a;
     }
-    blocks = smaller(divide_up(divide_up(row_bytes, kRowBytes), share) * share, layout.pairs);
-    const int64_t rows = kTileBytes / larger(1, row_bytes / blocks) / 8 * 8;
+    blocks = smaller(divide_up(divide_up(row_bytes * least_rows, kTileBytes), share) * share, layout.pairs);
+    const int64_t rows = kTileBytes / larger(1, row_bytes / blocks);
     tile_rows = rows >= kCheckpointTokens ? kCheckpointTokens : rows >= 16 ? 16 : 8;
   }
 };
+
+// FIRs are compiled for three taps and for the most: a filter of another length is padded with zeros on its old side, and
+// its history likewise.
+constexpr int kUsualTaps = 3;
+STRIPEDRAG_INLINE int padded_taps(const Shape& shape) { return shape.taps <= kUsualTaps ? kUsualTaps : kMaxTaps; }
 
 // A pair's parameters and state, one allocation after the other in scratch memory.
 template <class W>
 struct Record {
   Pair<W>*fir_weight, *fir_bias, *history, *skip, *poles, *residues, *state, *end;
   Record(Pair<W>* base, const Shape& shape)
-      : fir_weight(base),                                 // [stream][tap]
-        fir_bias(fir_weight + 3 * shape.taps),            // [stream]
-        history(fir_bias + 3),                            // [stream][K-1], oldest first
-        skip(history + 3 * (shape.taps - 1)),             //
-        poles(skip + 1),                                  // [mode][re, im]
-        residues(poles + 2 * shape.modes),                // [mode][re, im]
-        state(residues + 2 * shape.modes),                // [mode][re, im]
+      : fir_weight(base),                                  // [stream][padded tap]
+        fir_bias(fir_weight + 3 * padded_taps(shape)),     // [stream]
+        history(fir_bias + 3),                             // [stream][padded taps - 1], oldest first
+        skip(history + 3 * (padded_taps(shape) - 1)),      //
+        poles(skip + 1),                                   // [mode][re, im]
+        residues(poles + 2 * shape.modes),                 // [mode][re, im]
+        state(residues + 2 * shape.modes),                 // [mode][re, im]
         end(state + 2 * shape.modes) {}
   static int64_t pairs(const Shape& shape) {
     return Record(nullptr, shape).end - static_cast<Pair<W>*>(nullptr);
@@ -106,12 +112,13 @@ template <class T>
 static void gather_parameters(const Shape& shape, const Parameters& from, const Layout& layout, int64_t pair,
                               Record<Work<T>> to) {
   using W = Work<T>;
-  const int valid = layout.valid(pair), taps = shape.taps, modes = shape.modes;
+  const int valid = layout.valid(pair), taps = shape.taps, padding = padded_taps(shape) - taps, modes = shape.modes;
   const int64_t first = layout.channel(pair), group_channels = shape.channels / shape.groups;
   for (int s = 0; s < 3; s++) {
     const int64_t column = layout.column(pair, s);
+    for (int k = 0; k < padding; k++) to.fir_weight[s * (padding + taps) + k] = {};
     for (int k = 0; k < taps; k++)
-      to.fir_weight[s * taps + k] = gather<T>(
+      to.fir_weight[s * (padding + taps) + padding + k] = gather<T>(
           valid, [&](int c) { return static_cast<const W*>(from.fir_weight)[(column + c) * taps + k]; });
     to.fir_bias[s] = gather<T>(valid, [&](int c) { return static_cast<const W*>(from.fir_bias)[column + c]; });
   }
@@ -131,12 +138,14 @@ static void gather_parameters(const Shape& shape, const Parameters& from, const 
 template <class T>
 static void gather_history(const Shape& shape, const void* fir_state, const Layout& layout, int64_t batch,
                            int64_t pair, Pair<Work<T>>* history) {
-  const int before = shape.taps - 1;
-  for (int s = 0; s < 3; s++)
+  const int before = shape.taps - 1, padding = padded_taps(shape) - shape.taps;
+  for (int s = 0; s < 3; s++, history += padding + before) {
+    for (int k = 0; k < padding; k++) history[k] = {};
     for (int k = 0; k < before; k++) {
       const T* from = static_cast<const T*>(fir_state) + (batch * 3 * shape.channels + layout.column(pair, s)) * before;
-      history[s * before + k] = gather<T>(layout.valid(pair), [&](int c) { return widen(from[c * before + k]); });
+      history[padding + k] = gather<T>(layout.valid(pair), [&](int c) { return widen(from[c * before + k]); });
     }
+  }
 }
 
 // The state (B, H, N, 2) of a pair.
@@ -159,21 +168,29 @@ static void scatter_modes(const Shape& shape, const Pair<Work<T>>* state, const 
     scatter<T>(state[i], layout.valid(pair), [&](int c, W x) { to[c * width + i] = x; });
 }
 
-// Prefetches a rectangle of memory line by line in address order, a little at each tick. A sequential walk is what the
-// hardware's own prefetcher follows; the order in which a tile is computed, down the rows, is not.
+// `rows` rows of memory of `runs` runs each.
+struct Rectangle {
+  const void* start;
+  int64_t rows, row_stride, runs, run_stride, run_bytes;
+};
+
+// The columns of z that pairs [begin, end) read, over `rows` rows from `z` on.
+template <class T>
+static Rectangle columns_of(const Layout& layout, const T* z, int64_t rows, int64_t row_stride, int64_t begin,
+                            int64_t end) {
+  const int64_t bytes = sizeof(T), first = layout.column(begin, 0), valid = layout.valid(end - 1);
+  const bool plain = layout.head_width == layout.channels, whole = begin == 0 && end == layout.pairs;
+  const int64_t run = layout.column(end - 1, plain && !whole ? 0 : 2) + valid - first;
+  return {z + first, rows, row_stride * bytes, plain && !whole ? 3 : 1, layout.channels * bytes, run * bytes};
+}
+
+// Prefetches rectangles line by line in address order, a little at each tick. A sequential walk is what the hardware's own
+// prefetcher follows; the order in which a tile is computed, down the rows, is not.
 class Walk {
  public:
-  Walk() = default;
-  // `runs` runs of `run_bytes` in each row, `run_stride` apart; rows `row_stride` apart.
-  Walk(const void* start, int64_t run_bytes, int64_t runs, int64_t run_stride, int64_t row_stride)
-      : next_(static_cast<const char*>(start)),
-        row_(next_),
-        left_(run_bytes),
-        run_bytes_(run_bytes),
-        runs_(runs),
-        run_stride_(run_stride),
-        row_stride_(row_stride) {}
-  // `pace` in 1/256 lines; 0 does nothing.
+  Walk() : now_{}, later_{} {}
+  explicit Walk(const Rectangle& now, const Rectangle& later = {}) : now_(now), later_(later) { enter(); }
+  // `pace` in 1/256 lines.
   inline __attribute__((always_inline)) void tick(int pace) {
     for (credit_ += pace; credit_ >= 256; credit_ -= 256) {
       __builtin_prefetch(next_, 0, 2);
@@ -184,22 +201,33 @@ class Walk {
   }
 
  private:
-  void turn() {
-    if (++run_ == runs_) run_ = 0, row_ += row_stride_;
-    next_ = row_ + run_ * run_stride_;
-    left_ = run_bytes_;
+  void enter() {
+    row_ = next_ = static_cast<const char*>(now_.start);
+    left_ = now_.rows > 0 ? now_.run_bytes : INT64_MAX;
   }
+  void turn() {
+    if (++run_ < now_.runs) {
+      next_ = row_ + run_ * now_.run_stride;
+    } else if (--now_.rows > 0) {
+      run_ = 0, next_ = row_ += now_.row_stride;
+    } else {
+      run_ = 0, now_ = later_, later_ = {};
+      return enter();
+    }
+    left_ = now_.run_bytes;
+  }
+  Rectangle now_, later_;
   const char *next_ = nullptr, *row_ = nullptr;
-  int64_t left_ = 0, run_bytes_ = 0, runs_ = 1, run_ = 0, run_stride_ = 0, row_stride_ = 0;
+  int64_t left_ = INT64_MAX, run_ = 0;
   int credit_ = 0;
 };
 
-// The FIR of one stream over `rows` rows of z, into out[row] or multiplied into it. A padded row counts as zeros, and so
-// does its output. `history` holds the K-1 rows before, and at the end the last K-1 of these.
-template <class T, int K, bool kMultiply>
-static void fir_rows(const T* z, int64_t row_stride, int valid, const uint8_t* real, int rows,
-                     const Pair<Work<T>>* weight, const Pair<Work<T>>& bias, Pair<Work<T>>* history,
-                     Pair<Work<T>>* out, Walk& ahead, int pace) {
+// The FIR of one stream over `rows` rows of z: emit(row, c). A padded row counts as zeros, and so does its output.
+// `history` holds the K-1 rows before, and at the end the last K-1 of these.
+template <class T, int K, class Emit>
+STRIPEDRAG_INLINE void fir(const T* z, int64_t row_stride, int valid, const uint8_t* real, int rows,
+                           const Pair<Work<T>>* weight, const Pair<Work<T>>& bias, Pair<Work<T>>* history, Walk& ahead,
+                           int pace, Emit emit) {
   using W = Work<T>;
   Vector<W> w[2][K], past[2][K];
   for (int half = 0; half < 2; half++) {
@@ -212,34 +240,20 @@ static void fir_rows(const T* z, int64_t row_stride, int valid, const uint8_t* r
       const bool pad = check && !real[t];
       const Pair<W> now = pad ? Pair<W>{} : read();
       walk.tick(pace);
+      Pair<W> c = bias;
       for (int half = 0; half < 2; half++) {
         past[half][K - 1] = now.half[half];
-        Vector<W> c = bias.half[half];
-        for (int k = 0; k < K; k++) c += w[half][k] * past[half][k];
+        for (int k = 0; k < K; k++) c.half[half] += w[half][k] * past[half][k];
         for (int k = 0; k + 1 < K; k++) past[half][k] = past[half][k + 1];
-        if (pad) c = Vector<W>{};
-        if (kMultiply) out[t].half[half] *= c;
-        else out[t].half[half] = c;
       }
+      emit(t, pad ? Pair<W>{} : c);
     }
     ahead = walk;
   };
-  if (valid < kPair<T>) run([&] { return load(z, valid); }, real != nullptr);
-  else if (real != nullptr) run([&] { return load(z); }, true);
-  else run([&] { return load(z); }, false);
+  if (valid == kPair<T> && real == nullptr) run([&] { return load(z); }, false);
+  else run([&] { return load(z, valid); }, real != nullptr);
   for (int half = 0; half < 2; half++)
     for (int k = 0; k + 1 < K; k++) history[k].half[half] = past[half][k];
-}
-
-template <class T>
-using FirRows = void (*)(const T*, int64_t, int, const uint8_t*, int, const Pair<Work<T>>*, const Pair<Work<T>>&,
-                         Pair<Work<T>>*, Pair<Work<T>>*, Walk&, int);
-template <class T, bool kMultiply>
-static FirRows<T> fir_rows_of(int taps) {
-  static constexpr FirRows<T> table[kMaxTaps] = {
-      fir_rows<T, 1, kMultiply>, fir_rows<T, 2, kMultiply>, fir_rows<T, 3, kMultiply>, fir_rows<T, 4, kMultiply>,
-      fir_rows<T, 5, kMultiply>, fir_rows<T, 6, kMultiply>, fir_rows<T, 7, kMultiply>, fir_rows<T, 8, kMultiply>};
-  return table[taps - 1];
 }
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -74,6 +74,20 @@ static void scan_tile(const Shape& shape, const Record<Work<T>>& record, int row
     }
 }
 
+// u = x1 v and the gate x2 of a tile.
+template <class T, int K>
+static void fir_tile(const T* const z[3], int64_t row_stride, int valid, const uint8_t* real, int rows,
+                     const Record<Work<T>>& r, Pair<Work<T>>* u, Pair<Work<T>>* gate, Walk& ahead, int pace) {
+  using W = Work<T>;
+  const auto stream = [&](int s, auto emit) __attribute__((always_inline)) {
+    fir<T, K>(z[s], row_stride, valid, real, rows, r.fir_weight + s * K, r.fir_bias[s], r.history + s * (K - 1), ahead,
+              pace, emit);
+  };
+  stream(1, [&](int t, const Pair<W>& c) { u[t] = c; });
+  stream(2, [&](int t, const Pair<W>& c) { u[t].half[0] *= c.half[0], u[t].half[1] *= c.half[1]; });
+  stream(0, [&](int t, const Pair<W>& c) { gate[t] = c; });
+}
+
 // Pairs [begin, end) of one sequence, from its first row to its last.
 template <class T, bool kStream>
 static void filter_block(const Filter& f, const Layout& layout, int64_t tile_rows, int64_t batch, int64_t begin,
@@ -81,6 +95,7 @@ static void filter_block(const Filter& f, const Layout& layout, int64_t tile_row
   using W = Work<T>;
   const Shape& shape = f.shape;
   const Sequence& in = f.sequence;
+  const int before = shape.taps - 1;
   const int64_t record_pairs = Record<W>::pairs(shape), length = shape.length;
   const auto record = [&](int64_t pair) { return Record<W>(scratch + (pair - begin) * record_pairs, shape); };
   for (int64_t pair = begin; pair < end; pair++) {
@@ -92,24 +107,17 @@ static void filter_block(const Filter& f, const Layout& layout, int64_t tile_row
   const T* z = static_cast<const T*>(in.z) + batch * in.z_batch_stride;
   T* y = static_cast<T*>(f.y) + batch * f.y_batch_stride;
   const uint8_t* real = in.real == nullptr ? nullptr : in.real + batch * length;
-  const FirRows<T> fir = fir_rows_of<T, false>(shape.taps), fir_into = fir_rows_of<T, true>(shape.taps);
+  const int taps = padded_taps(shape), padding = taps - shape.taps;
+  const auto run_fir = taps == kUsualTaps ? fir_tile<T, kUsualTaps> : fir_tile<T, kMaxTaps>;
   // The next tile's lines are asked for in step with the arithmetic of this one: so many of each row's for each tap and
   // mode, by their share of the multiply-adds.
-  const int taps = shape.taps, before = taps - 1;
-  const int adds = 6 * (taps + 1) + 2 * (6 * shape.modes + 2), lines = 3 * int(divide_up(kPair<T> * sizeof(T), kLineBytes));
-  const bool plain = layout.head_width == shape.channels;
-  const int64_t first_column = layout.column(begin, 0);
-  const int64_t run_columns =
-      (plain ? layout.column(end - 1, 0) + layout.valid(end - 1) : layout.column(end - 1, 2) + layout.valid(end - 1)) -
-      first_column;
-  const bool whole_rows = run_columns == (plain ? 1 : 3) * shape.channels;
+  const int lines = 3 * int(divide_up(kPair<T> * sizeof(T), kLineBytes));
+  const int adds = 6 * (taps + 1) + 2 * (6 * shape.modes + 2);
   for (int64_t t = 0; t < length; t += tile_rows) {
     const int rows = int(smaller(tile_rows, length - t));
-    const bool more = t + 2 * tile_rows <= length;
-    const T* next = z + (t + tile_rows) * in.z_row_stride + first_column;
-    const int64_t run_bytes = (whole_rows ? 3 * shape.channels : run_columns) * int64_t(sizeof(T));
-    Walk ahead = more ? Walk(next, run_bytes, plain && !whole_rows ? 3 : 1, shape.channels * int64_t(sizeof(T)),
-                             in.z_row_stride * int64_t(sizeof(T)))
+    const bool more = t + tile_rows < length;
+    const int64_t next_rows = smaller(tile_rows, length - t - tile_rows);
+    Walk ahead = more ? Walk(columns_of(layout, z + (t + tile_rows) * in.z_row_stride, next_rows, in.z_row_stride, begin, end))
                       : Walk();
     const int pace_of_a_fir = more ? 256 * lines * 2 * (taps + 1) / adds + 1 : 0;
     const int pace_of_a_mode = more ? 256 * lines * 6 / adds + 1 : 0;
@@ -118,18 +126,15 @@ static void filter_block(const Filter& f, const Layout& layout, int64_t tile_row
       const int valid = layout.valid(pair);
       if (f.checkpoints != nullptr && t % kCheckpointTokens == 0) {
         const int64_t tiles = divide_up(length, kCheckpointTokens), width = 2 * shape.modes;
-        memcpy(static_cast<Pair<W>*>(f.checkpoints) +
-                   ((batch * tiles + t / kCheckpointTokens) * layout.pairs + pair) * width,
-               r.state, size_t(width) * sizeof(Pair<W>));
+        Pair<W>* kept = static_cast<Pair<W>*>(f.checkpoints) +
+                        ((batch * tiles + t / kCheckpointTokens) * layout.pairs + pair) * width;
+        for (int i = 0; i < width; i++)
+          for (int half = 0; half < 2; half++) stream_vector(&kept[i].half[half], (Bits)r.state[i].half[half]);
       }
-      const uint8_t* mask = real == nullptr ? nullptr : real + t;
-      const auto rows_of = [&](FirRows<T> run, int s, Pair<W>* out) {
-        run(z + t * in.z_row_stride + layout.column(pair, s), in.z_row_stride, valid, mask, rows,
-            r.fir_weight + s * taps, r.fir_bias[s], r.history + s * before, out, ahead, pace_of_a_fir);
-      };
-      rows_of(fir, 1, u);
-      rows_of(fir_into, 2, u);
-      rows_of(fir, 0, gate);
+      const T* streams[3];
+      for (int i = 0; i < 3; i++) streams[i] = z + t * in.z_row_stride + layout.column(pair, i);
+      run_fir(streams, in.z_row_stride, valid, real == nullptr ? nullptr : real + t, rows, r, u, gate, ahead,
+              pace_of_a_fir);
       scan_tile<T, kStream>(shape, r, rows, valid, u, gate, sums, y + t * f.y_row_stride + layout.channel(pair),
                             f.y_row_stride, ahead, pace_of_a_mode);
     }
@@ -140,10 +145,10 @@ static void filter_block(const Filter& f, const Layout& layout, int64_t tile_row
     for (int s = 0; s < 3; s++)
       for (int k = 0; k < before; k++) {
         T* to = static_cast<T*>(f.fir_state_out) + (batch * 3 * shape.channels + layout.column(pair, s)) * before + k;
-        scatter<T>(r.history[s * before + k], layout.valid(pair), [&](int c, W x) { to[c * before] = narrow<T>(x); });
+        scatter<T>(r.history[s * (taps - 1) + padding + k], layout.valid(pair), [&](int c, W x) { to[c * before] = narrow<T>(x); });
       }
   }
-  if (kStream) end_of_streams();
+  end_of_streams();
 }
 
 template <class T>
@@ -151,7 +156,7 @@ static bool filter(const Filter& f) {
   using W = Work<T>;
   const Shape& shape = f.shape;
   const Layout layout(shape, kPair<T>);
-  const Cut cut(shape, layout, sizeof(T));
+  const Cut cut(shape, layout, sizeof(T), 16);
   const int64_t stride = divide_up(layout.pairs, cut.blocks) * Record<W>::pairs(shape);
   Scratch<Pair<W>> scratch(shape.threads * stride);
   if (!scratch.has_memory()) return false;

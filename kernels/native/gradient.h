@@ -17,18 +17,26 @@ constexpr int kTile = int(kCheckpointTokens);
 // A pair's sums of parameter gradients, and what one tile hands to the tile before it.
 template <class W>
 struct GradientRecord {
-  Pair<W>*dfir_weight, *dfir_bias, *dskip, *dpoles, *dresidues, *future, *adjoint, *end;
+  Pair<W>*dfir_weight, *dfir_bias, *dskip, *dpoles, *dresidues, *lost, *future, *adjoint, *end;
   GradientRecord(Pair<W>* base, const Shape& shape)
-      : dfir_weight(base),                                // [stream][tap]
-        dfir_bias(dfir_weight + 3 * shape.taps),          // [stream]
-        dskip(dfir_bias + 3),                             //
-        dpoles(dskip + 1),                                // [mode][re, im]
-        dresidues(dpoles + 2 * shape.modes),              // [mode][re, im]
-        future(dresidues + 2 * shape.modes),              // [stream][K-1]: dx of the rows after the tile
-        adjoint(future + 3 * (shape.taps - 1)),           // [mode][re, im]: conj(p) λ of the row after the tile
+      : dfir_weight(base),                                 // [stream][padded tap]
+        dfir_bias(dfir_weight + 3 * padded_taps(shape)),   // [stream]
+        dskip(dfir_bias + 3),                              //
+        dpoles(dskip + 1),                                 // [mode][re, im]
+        dresidues(dpoles + 2 * shape.modes),               // [mode][re, im]
+        lost(dresidues + 2 * shape.modes),                 // what rounding took from each of the sums above
+        future(lost + (lost - base)),                      // [stream][padded taps - 1]: dx of the rows after the tile
+        adjoint(future + 3 * (padded_taps(shape) - 1)),    // [mode][re, im]: conj(p) λ of the row after the tile
         end(adjoint + 2 * shape.modes) {}
   static int64_t pairs(const Shape& shape) {
     return GradientRecord(nullptr, shape).end - static_cast<Pair<W>*>(nullptr);
+  }
+  // Adds a tile's part to a sum, compensated (Kahan 1965): a long sequence has thousands of tiles.
+  void add(Pair<W>* sum, int half, Vector<W> part) const {
+    Vector<W>&total = sum->half[half], &rest = sum[lost - dfir_weight].half[half];
+    const Vector<W> wanted = part - rest, after = total + wanted;
+    rest = (after - total) - wanted;
+    total = after;
   }
 };
 
@@ -41,7 +49,7 @@ struct Tile {
 // `kModes` modes of one half of a pair over a tile: forward for the states and their part of `filtered`, then backward.
 template <class W, int kModes>
 static void adjoint_scan(int half, int rows, const Pair<W>* poles, const Pair<W>* residues, const Pair<W>* entering,
-                         Tile<W>& tile, Pair<W>* adjoint, Pair<W>* dpoles, Pair<W>* dresidues, Walk& ahead, int pace) {
+                         Tile<W>& tile, const GradientRecord<W>& d, int first, Walk& ahead, int pace) {
   using V = Vector<W>;
   V pr[kModes], pi[kModes], rr[kModes], ri[kModes], sr[kModes], si[kModes];
   V states[kTile + 1][kModes][2];
@@ -65,6 +73,7 @@ static void adjoint_scan(int half, int rows, const Pair<W>* poles, const Pair<W>
     }
     tile.filtered[t].half[half] = sum;
   }
+  Pair<W>*adjoint = d.adjoint + first, *dpoles = d.dpoles + first, *dresidues = d.dresidues + first;
   V ar[kModes], ai[kModes], dpr[kModes] = {}, dpi[kModes] = {}, drr[kModes] = {}, dri[kModes] = {};
   for (int m = 0; m < kModes; m++) ar[m] = adjoint[2 * m].half[half], ai[m] = adjoint[2 * m + 1].half[half];
   for (int t = rows - 1; t >= 0; t--) {
@@ -90,69 +99,142 @@ static void adjoint_scan(int half, int rows, const Pair<W>* poles, const Pair<W>
   ahead = walk;
   for (int m = 0; m < kModes; m++) {
     adjoint[2 * m].half[half] = ar[m], adjoint[2 * m + 1].half[half] = ai[m];
-    dpoles[2 * m].half[half] += dpr[m], dpoles[2 * m + 1].half[half] += dpi[m];
-    dresidues[2 * m].half[half] += drr[m], dresidues[2 * m + 1].half[half] += dri[m];
+    d.add(dpoles + 2 * m, half, dpr[m]), d.add(dpoles + 2 * m + 1, half, dpi[m]);
+    d.add(dresidues + 2 * m, half, drr[m]), d.add(dresidues + 2 * m + 1, half, dri[m]);
   }
 }
 
-// The transpose of one stream's FIR: dz of a tile from dx, and the gradients of its weight and bias. `before` holds the
-// K-1 rows of z before the tile, `future` the K-1 rows of dx after it, replaced by the tile's first.
-template <class T, int K, bool kStream>
-static void transpose_fir(const T* z, int64_t z_row_stride, T* dz, int64_t dz_row_stride, int valid,
-                          const uint8_t* real, int rows, const Pair<Work<T>>* weight, const Pair<Work<T>>* before,
-                          const Pair<Work<T>>* dx, Pair<Work<T>>* future, Pair<Work<T>>* dweight,
-                          Pair<Work<T>>* dbias) {
+// The transpose of one stream's FIR: dz of a tile from dx(row), and the gradients of its weight and bias. `before` holds
+// the K-1 rows of z before the tile, d.future the K-1 rows of dx after it, replaced by the tile's first. Not inlined: its
+// loop fills the registers.
+template <class T, int K, class Dx>
+static __attribute__((noinline)) void transpose_fir(const T* z, int64_t z_row_stride, T* dz, int64_t dz_row_stride, bool streams, int valid,
+                                     const uint8_t* real, int rows, const Pair<Work<T>>* weight,
+                                     const Pair<Work<T>>* before, const GradientRecord<Work<T>>& d, int s,
+                                     Walk& ahead, int pace, Dx dx) {
   using W = Work<T>;
   using V = Vector<W>;
-  const auto row = [&](int t) __attribute__((always_inline)) {
-    if (t < 0) return t >= 1 - K ? before[t + K - 1] : Pair<W>{};
-    return real != nullptr && !real[t] ? Pair<W>{} : load(z + t * z_row_stride, valid);
-  };
+  Pair<W>* future = d.future + s * (K - 1);
   V w[2][K], dw[2][K] = {}, db[2] = {}, after[2][K], window[2][K];  // after[i] = dx_{t+i}, window[k] = z_{t-K+1+k}
-  for (int half = 0; half < 2; half++) {
-    for (int k = 0; k < K; k++) w[half][k] = weight[k].half[half];
-    for (int i = 0; i + 1 < K; i++) after[half][i] = future[i].half[half];
-  }
-  for (int k = 0; k < K; k++) {
-    const Pair<W> z_row = row(rows - K + k);
-    window[0][k] = z_row.half[0], window[1][k] = z_row.half[1];
-  }
-  for (int t = rows - 1; t >= 0; t--) {
-    const Pair<W> above = row(t - K);
-    Pair<W> out;
+  const auto run = [&](auto read, auto write, bool check) __attribute__((always_inline)) {
+    const auto row = [&](int t) __attribute__((always_inline)) {
+      if (t < 0) return t > -K ? before[t + K - 1] : Pair<W>{};
+      return check && !real[t] ? Pair<W>{} : read(z + t * z_row_stride);
+    };
     for (int half = 0; half < 2; half++) {
-      for (int i = K - 1; i > 0; i--) after[half][i] = after[half][i - 1];
-      const V now = after[half][0] = dx[t].half[half];
-      db[half] += now;
-      V sum = w[half][K - 1] * now;
-      for (int i = 1; i < K; i++) sum += w[half][K - 1 - i] * after[half][i];
-      for (int k = 0; k < K; k++) dw[half][k] += now * window[half][k];
-      for (int k = K - 1; k > 0; k--) window[half][k] = window[half][k - 1];
-      window[half][0] = above.half[half];
-      out.half[half] = sum;
+      for (int k = 0; k < K; k++) w[half][k] = weight[k].half[half];
+      for (int i = 0; i + 1 < K; i++) after[half][i] = future[i].half[half];
     }
-    if (real != nullptr && !real[t]) out = Pair<W>{};
-    if (kStream) stream(dz + t * dz_row_stride, out);
-    else store(dz + t * dz_row_stride, out, valid);
-  }
+    for (int k = 0; k < K; k++) {
+      const Pair<W> z_row = row(rows - K + k);
+      window[0][k] = z_row.half[0], window[1][k] = z_row.half[1];
+    }
+    Walk walk = ahead;
+    for (int t = rows - 1; t >= 0; t--) {
+      const bool pad = check && !real[t];
+      const Pair<W> above = row(t - K), now = pad ? Pair<W>{} : dx(t);
+      walk.tick(pace);
+      Pair<W> out;
+      for (int half = 0; half < 2; half++) {
+        for (int i = K - 1; i > 0; i--) after[half][i] = after[half][i - 1];
+        after[half][0] = now.half[half];
+        db[half] += now.half[half];
+        V sum = w[half][K - 1] * now.half[half];
+        for (int i = 1; i < K; i++) sum += w[half][K - 1 - i] * after[half][i];
+        for (int k = 0; k < K; k++) dw[half][k] += now.half[half] * window[half][k];
+        for (int k = K - 1; k > 0; k--) window[half][k] = window[half][k - 1];
+        window[half][0] = above.half[half];
+        out.half[half] = sum;
+      }
+      write(dz + t * dz_row_stride, pad ? Pair<W>{} : out);
+    }
+    ahead = walk;
+  };
+  const auto read_all = [](const T* p) { return load(p); };
+  const auto read_some = [&](const T* p) { return load(p, valid); };
+  const auto write_all = [&](T* p, const Pair<W>& x) { streams ? stream(p, x) : store(p, x); };
+  const auto write_some = [&](T* p, const Pair<W>& x) { store(p, x, valid); };
+  if (valid < kPair<T>) run(read_some, write_some, real != nullptr);
+  else if (real != nullptr) run(read_all, write_all, true);
+  else run(read_all, write_all, false);
   for (int half = 0; half < 2; half++) {
     for (int i = 0; i + 1 < K; i++) future[i].half[half] = after[half][i];
-    for (int k = 0; k < K; k++) dweight[k].half[half] += dw[half][k];
-    dbias->half[half] += db[half];
+    for (int k = 0; k < K; k++) d.add(d.dfir_weight + s * K + k, half, dw[half][k]);
+    d.add(d.dfir_bias + s, half, db[half]);
   }
 }
 
+// What a tile of one pair reads and writes.
 template <class T>
-using TransposeFir = void (*)(const T*, int64_t, T*, int64_t, int, const uint8_t*, int, const Pair<Work<T>>*,
-                              const Pair<Work<T>>*, const Pair<Work<T>>*, Pair<Work<T>>*, Pair<Work<T>>*,
-                              Pair<Work<T>>*);
-template <class T, bool kStream>
-static TransposeFir<T> transpose_fir_of(int taps) {
-  static constexpr TransposeFir<T> table[kMaxTaps] = {
-      transpose_fir<T, 1, kStream>, transpose_fir<T, 2, kStream>, transpose_fir<T, 3, kStream>,
-      transpose_fir<T, 4, kStream>, transpose_fir<T, 5, kStream>, transpose_fir<T, 6, kStream>,
-      transpose_fir<T, 7, kStream>, transpose_fir<T, 8, kStream>};
-  return table[taps - 1];
+struct TileArguments {
+  const T *z[3], *dy;  // at the tile's first row, dy at the pair's first channel
+  T* dz[3];
+  int64_t z_row_stride, dy_row_stride, dz_row_stride;
+  const uint8_t* real;
+  int rows, valid, modes;
+  bool is_first;  // of the sequence
+  bool streams;   // dz passes the cache
+  const Pair<Work<T>>* entering;
+  int pace_of_a_fir, pace_of_a_mode;
+};
+
+template <class T, int K>
+static void gradient_tile(const TileArguments<T>& a, const Record<Work<T>>& r, const GradientRecord<Work<T>>& d,
+                          Tile<Work<T>>& tile, Walk& ahead) {
+  using W = Work<T>;
+  using V = Vector<W>;
+  constexpr int kBefore = K - 1;
+  Pair<W> past[3 * kBefore + 1], history[3 * kBefore + 1];
+  for (int s = 0; s < 3; s++)
+    for (int i = 0; i < kBefore; i++) {
+      const int row = i - kBefore;
+      past[s * kBefore + i] = a.is_first                          ? r.history[s * kBefore + i]
+                              : a.real != nullptr && !a.real[row] ? Pair<W>{}
+                                                                  : load(a.z[s] + row * a.z_row_stride, a.valid);
+      history[s * kBefore + i] = past[s * kBefore + i];
+    }
+  const auto forward = [&](int s, auto emit) __attribute__((always_inline)) {
+    fir<T, K>(a.z[s], a.z_row_stride, a.valid, a.real, a.rows, r.fir_weight + s * K, r.fir_bias[s],
+              history + s * kBefore, ahead, a.pace_of_a_fir, emit);
+  };
+  const Pair<W> skip = *r.skip;
+  Pair<W> dskip = {};
+  forward(1, [&](int t, const Pair<W>& c) { tile.x1[t] = c; });
+  forward(2, [&](int t, const Pair<W>& c) {
+    tile.v[t] = c;
+    for (int half = 0; half < 2; half++) {
+      const V u = tile.x1[t].half[half] * c.half[half];
+      tile.u[t].half[half] = u, tile.filtered[t].half[half] = skip.half[half] * u;
+    }
+  });
+  const auto dy = [&](int t) __attribute__((always_inline)) { return load(a.dy + t * a.dy_row_stride, a.valid); };
+  forward(0, [&](int t, const Pair<W>& c) {
+    const Pair<W> dy_row = dy(t);
+    for (int half = 0; half < 2; half++) {
+      const V g = c.half[half] * dy_row.half[half];
+      tile.g[t].half[half] = g, tile.du[t].half[half] = skip.half[half] * g;
+      dskip.half[half] += g * tile.u[t].half[half];
+    }
+  });
+  for (int half = 0; half < 2; half++) {
+    d.add(d.dskip, half, dskip.half[half]);
+    for (int m = 0; m < a.modes;) {
+      const int i = 2 * m, group = a.modes - m >= 2 ? 2 : 1;
+      const auto run = group == 2 ? adjoint_scan<W, 2> : adjoint_scan<W, 1>;
+      run(half, a.rows, r.poles + i, r.residues + i, a.entering + i, tile, d, i, ahead, a.pace_of_a_mode * group);
+      m += group;
+    }
+  }
+  const auto transpose = [&](int s, auto dx) __attribute__((always_inline)) {
+    transpose_fir<T, K>(a.z[s], a.z_row_stride, a.dz[s], a.dz_row_stride, a.streams, a.valid, a.real, a.rows,
+                        r.fir_weight + s * K, past + s * kBefore, d, s, ahead, a.pace_of_a_fir, dx);
+  };
+  const auto product = [](const Pair<W>& x, const Pair<W>& y) __attribute__((always_inline)) {
+    return Pair<W>{{x.half[0] * y.half[0], x.half[1] * y.half[1]}};
+  };
+  transpose(0, [&](int t) { return product(dy(t), tile.filtered[t]); });
+  transpose(1, [&](int t) { return product(tile.du[t], tile.v[t]); });
+  transpose(2, [&](int t) { return product(tile.du[t], tile.x1[t]); });
 }
 
 // Pairs [begin, end) through all batches.
@@ -162,7 +244,7 @@ static void gradient_block(const Gradient& f, const Layout& layout, bool streams
   using W = Work<T>;
   const Shape& shape = f.shape;
   const Sequence& in = f.sequence;
-  const int taps = shape.taps, before = taps - 1, modes = shape.modes;
+  const int taps = padded_taps(shape), padding = taps - shape.taps, before = taps - 1, modes = shape.modes;
   const int64_t length = shape.length, channels = shape.channels, tiles = divide_up(length, kTile);
   const int64_t record_pairs = Record<W>::pairs(shape) + GradientRecord<W>::pairs(shape);
   const auto record = [&](int64_t pair) { return Record<W>(scratch + (pair - begin) * record_pairs, shape); };
@@ -171,8 +253,9 @@ static void gradient_block(const Gradient& f, const Layout& layout, bool streams
     gather_parameters<T>(shape, f.parameters, layout, pair, record(pair));
     memset(sums(pair).dfir_weight, 0, size_t(GradientRecord<W>::pairs(shape)) * sizeof(Pair<W>));
   }
-  const FirRows<T> fir = fir_rows_of<T, false>(taps);
-  const TransposeFir<T> transpose = streams ? transpose_fir_of<T, true>(taps) : transpose_fir_of<T, false>(taps);
+  const auto run_tile = taps == kUsualTaps ? gradient_tile<T, kUsualTaps> : gradient_tile<T, kMaxTaps>;
+  const int lines = 4 * int(divide_up(kPair<T> * sizeof(T), kLineBytes));
+  const int adds = 2 * (3 * (3 * taps + 2) + 18 * modes);
   Tile<W> tile;
   for (int64_t batch = 0; batch < shape.batch; batch++) {
     const T* z = static_cast<const T*>(in.z) + batch * in.z_batch_stride;
@@ -187,79 +270,41 @@ static void gradient_block(const Gradient& f, const Layout& layout, bool streams
       const int64_t t0 = k * kTile;
       const int rows = int(smaller(kTile, length - t0));
       const uint8_t* real = in.real == nullptr ? nullptr : in.real + batch * length + t0;
-      Walk none;
+      // The rows before these are next: fetched in step with the arithmetic, as in the filter.
+      const int64_t next = (k - 1) * kTile;
+      Walk ahead = k == 0 ? Walk()
+                          : Walk(columns_of(layout, z + next * in.z_row_stride, kTile, in.z_row_stride, begin, end),
+                                 {dy + next * channels + layout.channel(begin), kTile, channels * int64_t(sizeof(T)), 1, 0,
+                                  (layout.channel(end - 1) + layout.valid(end - 1) - layout.channel(begin)) * int64_t(sizeof(T))});
+      TileArguments<T> a;
+      a.z_row_stride = in.z_row_stride, a.dy_row_stride = channels, a.dz_row_stride = 3 * channels;
+      a.real = real, a.rows = rows, a.modes = modes, a.is_first = k == 0, a.streams = streams;
+      a.pace_of_a_fir = k == 0 ? 0 : 256 * lines * (3 * taps + 2) / adds + 1;  // half of it forward, half in the transpose
+      a.pace_of_a_mode = k == 0 ? 0 : 256 * lines * 9 / adds + 1;
       for (int64_t pair = begin; pair < end; pair++) {
-        const Record<W> r = record(pair);
-        const GradientRecord<W> d = sums(pair);
-        const int valid = layout.valid(pair);
-        const T *z_tile[3], *dy_tile = dy + t0 * channels + layout.channel(pair);
-        Pair<W> past[3 * (kMaxTaps - 1)], history[3 * (kMaxTaps - 1)];
         for (int s = 0; s < 3; s++) {
-          z_tile[s] = z + t0 * in.z_row_stride + layout.column(pair, s);
-          for (int i = 0; i < before; i++) {
-            const int row = i - before;
-            past[s * before + i] = k == 0                            ? r.history[s * before + i]
-                                   : real != nullptr && !real[row] ? Pair<W>{}
-                                                                     : load(z_tile[s] + row * in.z_row_stride, valid);
-          }
+          a.z[s] = z + t0 * in.z_row_stride + layout.column(pair, s);
+          a.dz[s] = dz + t0 * 3 * channels + layout.column(pair, s);
         }
-        memcpy(history, past, size_t(3 * before) * sizeof(Pair<W>));
-        const auto recompute = [&](int s, Pair<W>* out) {
-          fir(z_tile[s], in.z_row_stride, valid, real, rows, r.fir_weight + s * taps, r.fir_bias[s],
-              history + s * before, out, none, 0);
-        };
-        recompute(0, tile.g);
-        recompute(1, tile.x1);
-        recompute(2, tile.v);
-        for (int t = 0; t < rows; t++) {
-          const Pair<W> dy_row = load(dy_tile + t * channels, valid);
-          for (int half = 0; half < 2; half++) {
-            const Vector<W> skip = r.skip->half[half], u = tile.x1[t].half[half] * tile.v[t].half[half];
-            const Vector<W> g = tile.g[t].half[half] * dy_row.half[half];
-            tile.u[t].half[half] = u, tile.g[t].half[half] = g;
-            tile.filtered[t].half[half] = skip * u, tile.du[t].half[half] = skip * g;
-            d.dskip->half[half] += g * u;
-          }
-        }
-        const Pair<W>* entering =
+        a.dy = dy + t0 * channels + layout.channel(pair);
+        a.valid = layout.valid(pair);
+        a.entering =
             static_cast<const Pair<W>*>(f.checkpoints) + ((batch * tiles + k) * layout.pairs + pair) * 2 * modes;
-        for (int half = 0; half < 2; half++)
-          for (int m = 0; m < modes;) {
-            const int i = 2 * m, group = modes - m >= 2 ? 2 : 1;
-            const auto run = group == 2 ? adjoint_scan<W, 2> : adjoint_scan<W, 1>;
-            run(half, rows, r.poles + i, r.residues + i, entering + i, tile, d.adjoint + i, d.dpoles + i,
-                d.dresidues + i, none, 0);
-            m += group;
-          }
-        for (int t = 0; t < rows; t++) {
-          const bool pad = real != nullptr && !real[t];
-          const Pair<W> dy_row = load(dy_tile + t * channels, valid);
-          for (int half = 0; half < 2; half++) {
-            const Vector<W> du = tile.du[t].half[half], x1 = tile.x1[t].half[half];
-            tile.x1[t].half[half] = du * tile.v[t].half[half];
-            tile.v[t].half[half] = du * x1;
-            tile.filtered[t].half[half] *= dy_row.half[half];
-          }
-          if (pad) tile.x1[t] = tile.v[t] = tile.filtered[t] = Pair<W>{};
-        }
-        const Pair<W>* dx[3] = {tile.filtered, tile.x1, tile.v};
-        for (int s = 0; s < 3; s++)
-          transpose(z_tile[s], in.z_row_stride, dz + t0 * 3 * channels + layout.column(pair, s), 3 * channels, valid,
-                    real, rows, r.fir_weight + s * taps, past + s * before, dx[s], d.future + s * before,
-                    d.dfir_weight + s * taps, d.dfir_bias + s);
+        run_tile(a, record(pair), sums(pair), tile, ahead);
       }
     }
     for (int64_t pair = begin; pair < end; pair++) {
       const GradientRecord<W> d = sums(pair);
       scatter_modes<T>(shape, d.adjoint, layout, batch, pair, f.diir_state);
       for (int s = 0; s < 3; s++)
-        for (int i = 0; i < before; i++) {  // row i - (K-1) of z reached the outputs of rows 0 to i
+        for (int i = padding; i < before; i++) {  // row i - (taps-1) of z reached the outputs of rows 0 to i
           Pair<W> sum = {};
           for (int j = 0; j <= i; j++)
             for (int half = 0; half < 2; half++)
               sum.half[half] += record(pair).fir_weight[s * taps + j].half[half] * d.future[s * before + i - j].half[half];
-          T* to = static_cast<T*>(f.dfir_state) + (batch * 3 * channels + layout.column(pair, s)) * before + i;
-          scatter<T>(sum, layout.valid(pair), [&](int c, W x) { to[c * before] = narrow<T>(x); });
+          const int kept = before - padding;
+          T* to = static_cast<T*>(f.dfir_state) + (batch * 3 * channels + layout.column(pair, s)) * kept + i - padding;
+          scatter<T>(sum, layout.valid(pair), [&](int c, W x) { to[c * kept] = narrow<T>(x); });
         }
     }
   }
@@ -271,7 +316,8 @@ static void gradient_block(const Gradient& f, const Layout& layout, bool streams
     };
     for (int s = 0; s < 3; s++) {
       const int64_t column = layout.column(pair, s);
-      for (int i = 0; i < taps; i++) write(f.dfir_weight, column * taps + i, taps, d.dfir_weight[s * taps + i]);
+      for (int i = 0; i < shape.taps; i++)
+        write(f.dfir_weight, column * shape.taps + i, shape.taps, d.dfir_weight[s * taps + padding + i]);
       write(f.dfir_bias, column, 1, d.dfir_bias[s]);
     }
     const int64_t first = layout.channel(pair);
@@ -291,7 +337,7 @@ static bool gradient(const Gradient& f) {
   const Layout layout(shape, kPair<T>);
   Shape one = shape;
   one.batch = 1;  // a block goes through all batches, so only blocks are shared out
-  const Cut cut(one, layout, sizeof(T));
+  const Cut cut(one, layout, sizeof(T), kTile);
   const int64_t stride =
       divide_up(layout.pairs, cut.blocks) * (Record<W>::pairs(shape) + GradientRecord<W>::pairs(shape));
   Scratch<Pair<W>> scratch(shape.threads * stride);

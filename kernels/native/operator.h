@@ -44,7 +44,7 @@ struct Filter {
   int64_t y_batch_stride, y_row_stride;
   void* fir_state_out;  // like the sequence's states
   void* iir_state_out;
-  void* checkpoints;    // checkpoint_numbers() of them, in the unit's own order; null: none are kept
+  void* checkpoints;    // checkpoint_numbers() of them, 64-byte aligned, in the unit's own order; null: none are kept
 };
 
 struct Gradient {

@@ -1,19 +1,16 @@
 """What every backend of the Hyena operator promises. A backend that is registered is tested here unasked."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from hyena_inputs import CPU, assert_close, gradients, make, random_state, widen, widen_state
 from stripedrag.kernels import ops
 from stripedrag.kernels.dispatch import BACKENDS
 
 LENGTHS = (1, 2, 63, 64, 65, 1000)
-PARAMETERS = ("fir_weight", "fir_bias", "poles", "residues", "skip")
-CPU = torch.device("cpu")
 
 
 def runnable(name):
@@ -36,56 +33,6 @@ def poisoned():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
-
-
-def make(length, *, batch=2, channels=12, modes=3, taps=3, groups=None, heads=None, dtype=torch.float32, seed=0):
-    """Inputs whose poles lie in the unit disc, one of them 0 and one of them slow."""
-    rng = torch.Generator().manual_seed(seed)
-    systems = groups or channels
-    radius = torch.rand(systems, modes, generator=rng) * 0.99
-    radius[0, 0], radius[-1, -1] = 0.0, 0.9995
-    angle = torch.rand(systems, modes, generator=rng) * 3
-    poles = torch.view_as_real(torch.polar(radius, angle)).unsqueeze(2)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return dict(
-        z=torch.randn(batch, length, 3 * channels, generator=rng).to(dtype),
-        fir_weight=torch.randn(3 * channels, 1, taps, generator=rng).to(dtype),
-        fir_bias=torch.randn(3 * channels, generator=rng).to(dtype),
-        poles=poles.to(wide),
-        residues=torch.randn(systems, modes, 1, 2, generator=rng).to(wide) / modes,
-        skip=torch.randn(channels, generator=rng).to(wide),
-        heads=heads,
-    )
-
-
-def random_state(inputs, seed=1):
-    rng = torch.Generator().manual_seed(seed)
-    z, modes, taps = inputs["z"], inputs["poles"].shape[1], inputs["fir_weight"].shape[-1]
-    batch, channels = z.shape[0], z.shape[2] // 3
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return ops.HyenaState(
-        torch.randn(batch, 3 * channels, taps - 1, generator=rng).to(z.dtype),
-        torch.randn(batch, channels, modes, 2, generator=rng).to(wide),
-    )
-
-
-def ramp(shape):
-    """Weights that differ from element to element."""
-    return torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(shape)
-
-
-def widen(inputs):
-    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-
-
-def widen_state(state):
-    return ops.HyenaState(state.fir.double(), state.iir.double())
-
-
-def assert_close(actual, expected, tolerance, what=""):
-    scale = expected.abs().max().double().clamp(min=1e-30)
-    worst = (actual.double() - expected.double()).abs().max() / scale
-    assert worst <= tolerance, f"{what}: off by {worst:.2e} of the largest value, allowed {tolerance:.0e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -179,19 +126,10 @@ def test_every_gradient_is_that_of_the_definition(backend, length, dtype, tolera
     inputs = make(length, dtype=dtype, groups=4, heads=3)
     state = random_state(inputs)
 
-    def gradients(inputs, state, backend):
-        leaves = [inputs[n].clone().requires_grad_() for n in ("z", *PARAMETERS)]
-        leaves += [t.clone().requires_grad_() for t in state]
-        y, after = ops.hyena_filter(*leaves[:6], heads=3, state=ops.HyenaState(*leaves[6:]), backend=backend)
-        # Linear in all three: the sine of a modal state of a hundred would turn an error well inside its own tolerance
-        # into a gradient's beyond this one's.
-        loss = sum((t.double() * ramp(t.shape)).sum() for t in (y, *after))
-        return torch.autograd.grad(loss, leaves)
-
     actual = gradients(inputs, state, backend)
     exact = gradients(widen(inputs), widen_state(state), "reference")
-    for name, a, e in zip(("z", *PARAMETERS, "state.fir", "state.iir"), actual, exact, strict=True):
-        assert_close(a, e, tolerances["gradient", dtype], name)
+    for name, gradient in actual.items():
+        assert_close(gradient, exact[name], tolerances["gradient", dtype], name)
 
 
 @pytest.mark.parametrize("modes,taps,groups,heads", [(1, 2, 1, None), (16, 8, 6, 12), (2, 3, 12, 1), (8, 1, 2, 4)])

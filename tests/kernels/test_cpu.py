@@ -1,0 +1,244 @@
+"""What the `cpu` backend promises beyond the contract of every backend."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyena_inputs import CPU, PARAMETERS, assert_close, gradients, make, random_state, widen, widen_state
+from stripedrag.kernels import cpu, dispatch, ops
+
+pytestmark = pytest.mark.skipif(cpu.refuses(CPU) is not None, reason=str(cpu.refuses(CPU)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape_gives_the_outputs_states_and_gradients_of_the_definition(data):
+    heads, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    channels = heads * width
+    inputs = make(
+        data.draw(st.integers(1, 70)),
+        batch=data.draw(st.integers(1, 3)),
+        channels=channels,
+        modes=data.draw(st.integers(1, 16)),
+        taps=data.draw(st.integers(1, 8)),
+        groups=data.draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0])),
+        heads=data.draw(st.sampled_from([None, heads])),
+        dtype=torch.float64,
+    )
+    state = random_state(inputs)
+    mask = torch.rand(inputs["z"].shape[:2], generator=torch.Generator().manual_seed(0)) > 0.2
+    mask = data.draw(st.sampled_from([None, mask]))
+    y, after = ops.hyena_filter(**inputs, state=state, padding_mask=mask, backend="cpu")
+    exact, exact_after = ops.hyena_filter(**inputs, state=state, padding_mask=mask, backend="reference")
+    assert_close(y, exact, 1e-11, "y")
+    assert torch.equal(after.fir, exact_after.fir)
+    assert_close(after.iir, exact_after.iir, 1e-11, "state.iir")
+    exact_gradients = gradients(inputs, state, "reference", mask)
+    for name, gradient in gradients(inputs, state, "cpu", mask).items():
+        assert_close(gradient, exact_gradients[name], 1e-10, name)
+
+
+@pytest.mark.parametrize("exact_backend", ["torch", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_hold_over_a_long_sequence(dtype, exact_backend, tolerances):
+    inputs = make(65_536, batch=1, channels=4, modes=2, dtype=dtype)
+    state = random_state(inputs)
+    exact = gradients(widen(inputs), widen_state(state), exact_backend)
+    for name, gradient in gradients(inputs, state, "cpu").items():
+        assert_close(gradient, exact[name], tolerances["gradient", dtype], name)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    inputs = make(300, channels=96, modes=5, groups=48, heads=2)
+    state = random_state(inputs)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            y, after = ops.hyena_filter(**inputs, state=state, backend="cpu")
+            runs.append([y, *after, *gradients(inputs, state, "cpu").values()])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_split_sequence_has_the_same_bits(dtype):
+    inputs = make(200, channels=70, heads=2, dtype=dtype)
+    z = inputs.pop("z")
+    whole, end = ops.hyena_filter(z, **inputs, backend="cpu")
+    for cut in (1, 2, 31, 32, 33, 199):
+        first, state = ops.hyena_filter(z[:, :cut], **inputs, backend="cpu")
+        second, state = ops.hyena_filter(z[:, cut:], **inputs, state=state, backend="cpu")
+        assert torch.equal(torch.cat([first, second], dim=1), whole)
+        assert all(torch.equal(a, b) for a, b in zip(state, end, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", ["wide", "like z"])
+@pytest.mark.parametrize("heads,groups", [(None, 70), (2, 7), (70, 1)])
+def test_a_step_takes_parameters_of_either_dtype(dtype, kept, heads, groups, tolerances):
+    inputs = make(5, channels=70, modes=3, groups=groups, heads=heads, dtype=dtype)
+    if kept == "wide":
+        inputs |= {n: inputs[n].to(inputs["poles"].dtype) for n in ("fir_weight", "fir_bias")}
+    else:
+        inputs |= {"skip": inputs["skip"].to(dtype)}
+    z = inputs.pop("z")
+    whole, end = ops.hyena_filter(z, **inputs, backend="cpu")
+    _, state = ops.hyena_filter(z[:, :4], **inputs, backend="cpu")
+    with torch.no_grad():
+        y, state = ops.hyena_step(z[:, 4], **inputs, state=state, backend="cpu")
+    assert_close(y, whole[:, 4], tolerances["backend", dtype])
+    assert torch.equal(state.fir, end.fir)
+    assert_close(state.iir, end.iir, tolerances["backend", end.iir.dtype])
+
+
+def test_a_step_writes_states_that_are_not_contiguous():
+    inputs = make(6)
+    z = inputs.pop("z")
+    _, state = ops.hyena_filter(z[:, :5], **inputs, backend="cpu")
+    spread = ops.HyenaState(*(torch.stack([t, torch.zeros_like(t)], dim=1)[:, 0] for t in state))
+    assert not spread.iir.is_contiguous()
+    expected, _ = ops.hyena_step(z[:, 5], **inputs, state=state, backend="cpu")
+    y, _ = ops.hyena_step(z[:, 5], **inputs, state=spread, backend="cpu")
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(spread, state, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_the_operators_pass_opcheck(dtype, with_mask):
+    inputs = make(40, channels=6, heads=2, dtype=dtype)
+    wide = inputs["poles"].dtype
+    state = random_state(inputs)
+    operands = [inputs["z"], *(inputs[n].to(wide) for n in PARAMETERS), *state]
+    mask = torch.arange(40).expand(2, -1) > 3 if with_mask else None
+    leaves = [t.clone().requires_grad_() for t in operands]
+    torch.library.opcheck(torch.ops.stripedrag.hyena_filter, (*leaves, mask, 2, True))
+    torch.library.opcheck(torch.ops.stripedrag.hyena_filter, (*operands, mask, 2, False))
+    out = torch.empty(2, 40, 6, dtype=dtype)
+    torch.library.opcheck(torch.ops.stripedrag.hyena_filter_out, (*operands, mask, 2, out))
+    token = inputs["z"][:, 0].contiguous()
+    torch.library.opcheck(torch.ops.stripedrag.hyena_step, (token, *operands[1:], 2))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_operator_compiles_without_a_graph_break(compiler):
+    inputs = make(50, channels=6, heads=2)
+    state = random_state(inputs)
+
+    def loss(z, poles, state):
+        y, after = ops.hyena_filter(**(inputs | dict(z=z, poles=poles)), state=state)
+        return (y * y).sum() + after.iir.sum()
+
+    leaves = inputs["z"].clone().requires_grad_(), inputs["poles"].clone().requires_grad_()
+    expected = torch.autograd.grad(loss(*leaves, state), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves, state), leaves), expected, strict=True):
+        assert_close(a, b, 1e-6)
+
+    def step(z, state):
+        return ops.hyena_step(z, **{n: inputs[n] for n in (*PARAMETERS, "heads")}, state=state)[0] + 1
+
+    with torch.no_grad():
+        ours, theirs = (ops.HyenaState(*(t.clone() for t in state)) for _ in range(2))
+        compiled_step = torch.compile(step, fullgraph=True, backend=compiler)
+        for t in range(3):
+            assert_close(compiled_step(inputs["z"][:, t], ours), step(inputs["z"][:, t], theirs), 1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_filters_beyond_its_limits_go_to_the_torch_backend_with_a_warning():
+    dispatch.select.cache_clear()
+    inputs = make(20, modes=17)
+    with pytest.warns(
+        UserWarning, match=r"takes up to 8 taps and 16 modes; this filter has 3 and 17\. The torch backend"
+    ):
+        y, _ = ops.hyena_filter(**inputs)
+    expected, _ = ops.hyena_filter(**inputs, backend="torch")
+    assert torch.equal(y, expected)
+    with pytest.raises(dispatch.BackendError, match="cpu refused: it takes up to 8 taps and 16 modes"):
+        ops.hyena_filter(**inputs, backend="cpu")
+
+
+def test_without_the_extension_the_torch_backend_serves_and_says_so_once(monkeypatch, recwarn):
+    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(cpu, "_MISSING", "its extension is not there", raising=False)
+    dispatch.select.cache_clear()
+    inputs = make(20)
+    for _ in range(2):
+        _, state = ops.hyena_filter(**inputs)
+        with torch.no_grad():
+            ops.hyena_step(inputs["z"][:, 0], **{n: inputs[n] for n in (*PARAMETERS, "heads")}, state=state)
+    dispatch.select.cache_clear()
+    told = [str(w.message) for w in recwarn]
+    assert told == [
+        "the cpu kernels cannot be used: its extension is not there. The torch backend serves, more slowly."
+    ]
+
+
+def test_one_openmp_library_serves_torch_and_the_kernels():
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not list what a process has loaded")
+    ops.hyena_filter(**make(20), backend="cpu")
+    assert len(set(re.findall(r"\S*lib(?:gomp|omp|iomp5)\S*\.so\S*", maps.read_text()))) == 1
+
+
+@pytest.mark.skipif(cpu.instruction_set() == "native", reason="one instruction set on this kind of processor")
+def test_every_instruction_set_gives_the_same_numbers(tmp_path):
+    program = (
+        "import sys, torch; from stripedrag.kernels import cpu, ops; saved = torch.load(sys.argv[1]); "
+        "y, after = ops.hyena_filter(**saved, backend='cpu'); "
+        "torch.save((cpu.instruction_set(), y, *after), sys.argv[2])"
+    )
+    inputs = make(100, channels=50, modes=7, taps=4, heads=2)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    exact, exact_after = ops.hyena_filter(**widen(inputs), backend="reference")
+    levels = ["v2", "v3", "v4"][: ["v2", "v3", "v4"].index(cpu.instruction_set()) + 1]
+    for level in levels:
+        arguments = [sys.executable, "-c", program, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
+        subprocess.run(arguments, check=True, env=os.environ | {"STRIPEDRAG_ISA": level}, cwd=tmp_path)
+        used, y, _, iir = torch.load(tmp_path / "outputs.pt")
+        assert used == level
+        assert_close(y, exact, 5e-6, level)
+        assert_close(iir, exact_after.iir, 5e-6, level)
+
+
+def test_an_instruction_set_that_is_not_there_is_named():
+    program = "import torch; from stripedrag.kernels import cpu; print(cpu.refuses(torch.device('cpu')))"
+    told = subprocess.check_output(
+        [sys.executable, "-c", program], env=os.environ | {"STRIPEDRAG_ISA": "v9"}, text=True
+    )
+    assert re.search(r"does not load: STRIPEDRAG_ISA is 'v9'; this processor runs (v4, v3, v2|v3, v2|v2|native)", told)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_package_installs_and_answers_with_the_torch_backend(tmp_path):
+    root, false = Path(__file__).parents[2], shutil.which("false")
+    environment = os.environ | {"CXX": false, "CC": false}
+    run = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*run, "wheel", "-q", "--no-deps", "-w", tmp_path, root], check=True, timeout=600, env=environment)
+    (wheel,) = tmp_path.glob("stripedrag-*.whl")
+    subprocess.run([*run, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=300)
+    program = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; "
+        "import torch; from stripedrag.kernels import dispatch; from stripedrag.rag.doctor import examine; "
+        "print(dispatch.select(None, torch.device('cpu')).name, examine()['kernel backends on cpu']['cpu'])"
+    )
+    told = subprocess.check_output(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        text=True,
+    )
+    assert told.startswith("torch refused: its extension is not there, for want of a C++ compiler")

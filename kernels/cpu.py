@@ -10,6 +10,7 @@ from typing import Any
 
 import torch  # before the extension: both use OpenMP, and the first to load decides which library serves the process
 from torch import Tensor
+from torch.nn import Parameter
 
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
 
@@ -136,6 +137,35 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
         if not (tensor.is_cpu and tensor.is_contiguous()):
             return None
     return _run_step(tensors, heads)
+
+
+def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`F.linear` for a single row in float32 or bfloat16, or None where that is not what is asked for.
+
+    torch's own takes three times as long on one row in bfloat16, which is most of a decode step.
+    """
+    dtype, (rows, columns) = x.dtype, weight.shape
+    if (
+        _native is None
+        or x.numel() != columns
+        or type(x) is not Tensor
+        or type(weight) is not Parameter
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or (dtype is not torch.bfloat16 and dtype is not torch.float32)
+        or weight.dtype is not dtype
+        or torch.is_autocast_enabled("cpu")
+        or not (x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous())
+        or x.shape[-1] != columns
+        or not (
+            bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == (rows,) and bias.is_contiguous())
+        )
+    ):
+        return None
+    y = x.new_empty(*x.shape[:-1], rows)
+    threads, added = torch.get_num_threads(), 0 if bias is None else bias.data_ptr()
+    _native.linear(_ELEMENTS[dtype], rows, columns, threads, weight.data_ptr(), added, x.data_ptr(), y.data_ptr())
+    return y
 
 
 @torch.library.custom_op("stripedrag::hyena_filter", mutates_args=(), device_types="cpu")

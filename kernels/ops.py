@@ -5,13 +5,14 @@ The equations stand in `reference.py`.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stripedrag.kernels import cpu
 from stripedrag.kernels.dispatch import select
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
 
-__all__ = ["HyenaState", "hyena_filter", "hyena_step"]
+__all__ = ["HyenaState", "hyena_filter", "hyena_step", "linear"]
 
 
 def hyena_filter(
@@ -110,6 +111,16 @@ def hyena_step(
     with torch.autocast(z.device.type, enabled=False):
         chosen = select(backend, z.device, parameters.taps, parameters.modes)
         return chosen.hyena_step(z, parameters, state), state
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, as `torch.nn.functional.linear`: (…, out) for x (…, in) and weight (out, in).
+
+    One row on a CPU without a gradient, which is a decode step, goes to the native kernels where these are there; its
+    sums are float32 whatever the dtype.
+    """
+    y = cpu.linear_at_once(x, weight, bias)
+    return F.linear(x, weight, bias) if y is None else y
 
 
 def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:

@@ -42,14 +42,22 @@ class RMSNorm(nn.Module):
         return (wide * root * self.scale.float()).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """torch's linear layer, a single row at a time through our kernels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, out) for input (…, in)."""
+        return ops.linear(input, self.weight, self.bias)
+
+
 class GatedMLP(nn.Module):
     """l3(act(l1 x) · l2 x), without biases (Shazeer 2020)."""
 
     def __init__(self, config: StripedHyenaConfig) -> None:
         super().__init__()
-        self.l1 = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.l2 = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.l3 = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.l1 = Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.l2 = Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.l3 = Linear(config.mlp_size, config.hidden_size, bias=False)
         self.activation = _ACTIVATIONS[config.mlp_activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,8 +117,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.Wqkv = nn.Linear(config.hidden_size, rows, bias=config.qkv_proj_bias)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.mha_out_proj_bias)
+        self.Wqkv = Linear(config.hidden_size, rows, bias=config.qkv_proj_bias)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size, bias=config.mha_out_proj_bias)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None
@@ -153,9 +161,9 @@ class StripedHyenaBlock(GradientCheckpointingLayer):
         if self.is_attention:
             self.inner_mha_cls = Attention(config, layer_idx)
         else:
-            self.projections = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+            self.projections = Linear(config.hidden_size, 3 * config.hidden_size)
             self.filter = HyenaFilter(config)
-            self.out_filter_dense = nn.Linear(config.hidden_size, config.hidden_size)
+            self.out_filter_dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -254,7 +262,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         self.embedding_layer = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(StripedHyenaBlock(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config)
-        self.unembed = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.unembed = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -336,7 +344,7 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
         """The unembedding."""
         return self.backbone.unembed
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+    def set_output_embeddings(self, new_embeddings: Linear) -> None:
         """Replace the unembedding."""
         self.backbone.unembed = new_embeddings
 

@@ -1,6 +1,7 @@
 // Every kernel, compiled for one instruction set: STRIPEDRAG_ISA names the set and the namespace.
 #include "filter.h"
 #include "gradient.h"
+#include "linear.h"
 #include "step.h"
 
 namespace stripedrag::STRIPEDRAG_ISA {
@@ -25,6 +26,9 @@ bool run_gradient(Element element, const Gradient& f) {
 void run_step(Element element, const Step& s) {
   by_element(element, [&](auto t) { return step<decltype(t)>(s), true; });
 }
+bool run_linear(Element element, const Linear& f) {
+  return by_element(element, [&](auto t) { return linear<decltype(t)>(f); });
+}
 int64_t checkpoint_numbers(Element element, const Shape& shape) {
   int64_t numbers = 0;
   by_element(element, [&](auto t) {
@@ -38,6 +42,6 @@ int64_t checkpoint_numbers(Element element, const Shape& shape) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {run_filter, run_gradient, run_step, checkpoint_numbers};
+const Kernels kernels = {run_filter, run_gradient, run_step, run_linear, checkpoint_numbers};
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -179,6 +179,13 @@ void run_step(int element, int fir_element, int skip_element, int64_t batch, int
   chosen->kernels->step(Element(element), s);
 }
 
+// Holds the interpreter lock, as the step does.
+void run_linear(int element, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t bias, uintptr_t x,
+                uintptr_t y) {
+  const Linear f = {rows, columns, threads, at<void>(weight), at<void>(bias), at<void>(x), at<void>(y)};
+  if (!chosen->kernels->linear(Element(element), f)) throw std::bad_alloc();
+}
+
 }  // namespace
 }  // namespace stripedrag
 
@@ -199,6 +206,7 @@ NB_MODULE(_native, m) {
   m.def("gradient", &run_gradient, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "addresses"_a);
   m.def("use_huge_pages", &use_huge_pages, "address"_a, "bytes"_a);
   m.def("step", &run_step);
+  m.def("linear", &run_linear);
   m.def("checkpoint_numbers", [](int element, const nb::tuple& sizes) {
     return chosen->kernels->checkpoint_numbers(Element(element), shape_of(sizes));
   });

@@ -74,11 +74,22 @@ struct Step {
   void* iir_state;
 };
 
-// One instruction set's kernels. filter and gradient return false where scratch memory could not be had.
+// y = W x + b for one row, all of one element.
+struct Linear {
+  int64_t rows, columns;
+  int threads;
+  const void* weight;  // (rows, columns)
+  const void* bias;    // (rows), or null
+  const void* x;       // (columns)
+  void* y;             // (rows)
+};
+
+// One instruction set's kernels. All but step return false where scratch memory could not be had.
 struct Kernels {
   bool (*filter)(Element, const Filter&);
   bool (*gradient)(Element, const Gradient&);
   void (*step)(Element, const Step&);
+  bool (*linear)(Element, const Linear&);
   int64_t (*checkpoint_numbers)(Element, const Shape&);
 };
 

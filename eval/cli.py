@@ -34,6 +34,8 @@ def bench(
         raise UsageError(f"no bench {name!r}; there is {', '.join(BENCHES)}")
     if repeats < 1:
         raise UsageError(f"repeats is {repeats}; it is at least 1")
+    if to is not None and to.suffix == ".svg":
+        raise UsageError(f"{to} is where the plot would go; name the JSON file, {to.with_suffix('.json').name}")
     scratch = to.with_name(f".{to.name}.part") if to is not None else None
     if scratch is not None:  # before the work, so that a bad path costs none of it; `to` itself is only ever whole
         scratch.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:
     _native = None
     _MISSING = (
-        "its extension is not there, for want of a C++ compiler when stripedrag was installed. Get one (Debian: g++) "
+        "its extension is not there: no C++17 compiler worked when stripedrag was installed. Get one (g++ 12 or newer) "
         "and install again with `pip install -v`, which shows what fails"
     )
 except ImportError as error:
@@ -86,12 +86,16 @@ def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Te
     return made
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor | None:
     """y (B, H) for one token, or None where something is not as a decoding loop has it, however little.
 
     One expression takes the place of every check and conversion: with them, and with the dispatcher, Python costs
     several times the kernel. What it accepts is exactly what the extension can be given as it is: contiguous CPU
-    tensors of shapes and dtypes that fit, no gradient, no tracing.
+    tensors of shapes and dtypes that fit, no gradient, no compiler or tracer that would miss the call.
     """
     fir_weight, fir_bias, poles, residues, skip, heads = parameters
     fir, iir = state
@@ -102,7 +106,7 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
         or dtype not in _ELEMENTS
         or (len(z_shape), len(fir_shape), len(systems)) != (2, 3, 4)
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        or _is_traced()
     ):
         return None
     batch, columns = z_shape
@@ -111,7 +115,7 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
     work = torch.float64 if dtype is torch.float64 else torch.float32
     kept = fir_weight.dtype
     if not (
-        columns == 3 * channels
+        columns == 3 * channels > 0
         and fir_shape == (columns, 1, taps)
         and systems == (groups, modes, 1, 2)
         and residues.shape == systems
@@ -144,14 +148,19 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
 
     torch's own takes three times as long on one row in bfloat16, which is most of a decode step.
     """
-    dtype, (rows, columns) = x.dtype, weight.shape
     if (
         _native is None
-        or x.numel() != columns
         or type(x) is not Tensor
         or type(weight) is not Parameter
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        or _is_traced()
+        or weight.ndim != 2
+    ):
+        return None
+    dtype, (rows, columns) = x.dtype, weight.shape
+    if (
+        x.numel() != columns
+        or not columns
         or (dtype is not torch.bfloat16 and dtype is not torch.float32)
         or weight.dtype is not dtype
         or torch.is_autocast_enabled("cpu")
@@ -241,7 +250,15 @@ def _filter_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of z, the five parameters (poles and residues (H, N, 2), a channel each) and both given states."""
     channels, modes = skip.shape[0], poles.shape[1]
+    # The gradient reads no modal state but the kept ones; the operands want one, and any will do.
     operands = _Operands(z, fir_weight, fir_bias, poles, residues, skip, fir_state, diir_out, padding_mask, heads)
+    if checkpoints.numel() != operands.checkpoint_numbers():
+        raise RuntimeError(
+            f"the filter kept {checkpoints.numel()} numbers for its gradient, which needs "
+            f"{operands.checkpoint_numbers()}: it was called, or traced, where no gradient was wanted"
+        )
+    if checkpoints.data_ptr() % 64:
+        checkpoints = checkpoints.clone()  # torch's own memory is aligned; what a saved-tensor hook gives need not be
     gradients = (
         _new(z, *z.shape),
         torch.empty_like(fir_weight, memory_format=torch.contiguous_format),
@@ -351,6 +368,7 @@ def _run_step(operands: tuple[Tensor, ...], heads: int) -> Tensor:
         fir_state.data_ptr(),
         iir_state.data_ptr(),
     )
+    torch.autograd.graph.increment_version((fir_state, iir_state))
     return y
 
 

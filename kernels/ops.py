@@ -12,7 +12,7 @@ from stripedrag.kernels import cpu
 from stripedrag.kernels.dispatch import select
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
 
-__all__ = ["HyenaState", "hyena_filter", "hyena_step", "linear"]
+__all__ = ["HyenaState", "hyena_filter", "hyena_step", "linear", "writes_out"]
 
 
 def hyena_filter(
@@ -113,6 +113,11 @@ def hyena_step(
         return chosen.hyena_step(z, parameters, state), state
 
 
+def writes_out(z: Tensor, taps: int, modes: int) -> bool:
+    """Whether the backend that runs for z writes y into `out` itself; another computes it elsewhere and copies."""
+    return select(None, z.device, taps, modes).hyena_filter_out is not None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `torch.nn.functional.linear`: (…, out) for x (…, in) and weight (out, in).
 
@@ -125,7 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:
     fir_weight, fir_bias, poles, residues, skip, heads = parameters
-    if z.shape[-1] % 3 or not z.is_floating_point():
+    if not z.shape[-1] or z.shape[-1] % 3 or not z.is_floating_point():
         raise ValueError(f"z is {z.dtype} with {z.shape[-1]} channels; it takes a floating dtype and 3H channels")
     channels = z.shape[-1] // 3
     if fir_weight.ndim != 3 or fir_weight.shape[:2] != (3 * channels, 1) or fir_weight.shape[2] < 1:
@@ -180,9 +185,13 @@ def _check_out(z: Tensor, parameters: FilterParameters, state: HyenaState, out: 
         raise ValueError(
             "no gradient flows through out, which is overwritten; call under torch.no_grad(), or without out"
         )
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out has strides {out.stride()}: several of its rows are the same memory")
+    if torch.compiler.is_compiling() or not z.numel():
+        return
     shares = out.untyped_storage().data_ptr() == z.untyped_storage().data_ptr()
     in_place = out.data_ptr() == z.data_ptr() and out.stride() == z.stride() and (parameters.heads or 1) == 1
     if shares and not in_place:
         raise ValueError(
-            "out shares memory with z; the one part of z that it may be is z[..., :H] in the plain layout (heads=None)"
+            "out lies in the storage of z; of that it may only be z[..., :H], and in the plain layout (heads=None)"
         )

@@ -80,11 +80,18 @@ class HyenaFilter(nn.Module):
         self.heads = config.num_attention_heads if config.column_split_hyena else None
 
     def forward(
-        self, z: Tensor, state: ops.HyenaState | None, padding_mask: Tensor | None
+        self, z: Tensor, state: ops.HyenaState | None, padding_mask: Tensor | None, *, may_overwrite: bool = False
     ) -> tuple[Tensor, ops.HyenaState]:
-        """y (B, L, H) and the state after it, for z (B, L, 3H), which is used up; see `ops.hyena_filter`."""
+        """y (B, L, H) and the state after it, for z (B, L, 3H); see `ops.hyena_filter`."""
         # Where the layout allows it y takes the place of the gate in z: mapping new memory takes longer than the work.
-        in_place = self.heads is None and not torch.is_grad_enabled()
+        in_place = (
+            may_overwrite
+            and self.heads is None
+            and z.is_contiguous()
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and ops.writes_out(z, self.short_filter_weight.shape[-1], self.poles.shape[1])
+        )
         out = z[..., : self.D.shape[0]] if in_place else None
         return ops.hyena_filter(z, *self._operands(), heads=self.heads, state=state, padding_mask=padding_mask, out=out)
 
@@ -188,7 +195,8 @@ class StripedHyenaBlock(GradientCheckpointingLayer):
         if state is not None and z.shape[1] == 1 and padding_mask is None and not torch.is_grad_enabled():
             y = self.filter.step(z[:, 0], state).unsqueeze(1)
         else:
-            y, after = self.filter(z, state, padding_mask)
+            # Nobody else holds z, unless a hook has seen it.
+            y, after = self.filter(z, state, padding_mask, may_overwrite=not self.projections._forward_hooks)
             if cache is not None:
                 store_hyena_state(cache, self.layer_idx, after)
         mixed: Tensor = self.out_filter_dense(y)
@@ -262,7 +270,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         self.embedding_layer = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(StripedHyenaBlock(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config)
-        self.unembed = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.unembed: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -344,7 +352,7 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
         """The unembedding."""
         return self.backbone.unembed
 
-    def set_output_embeddings(self, new_embeddings: Linear) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the unembedding."""
         self.backbone.unembed = new_embeddings
 

@@ -40,11 +40,11 @@ class Scratch {
   P* begin_;
 };
 
-// Whether rows of `row_channels` elements from `p` on can be written by streaming stores, and `bytes` of them are worth it.
+// Whether `bytes` at `p` are worth streaming stores, and can be written so: by whole pairs that begin on a line.
 template <class T>
-static bool can_stream(const void* p, int64_t row_channels, int64_t bytes) {
+static bool can_stream(const void* p, int64_t head_width, int64_t bytes) {
   return kCanStream<T> && bytes > kStreamBytes && reinterpret_cast<intptr_t>(p) % kLineBytes == 0 &&
-         row_channels * int64_t(sizeof(T)) % kLineBytes == 0;
+         head_width % kPair<T> == 0;
 }
 
 // The pairs of all channels, head by head; the last pair of a head may be partly filled.
@@ -86,7 +86,7 @@ struct Cut {
 };
 
 // FIRs are compiled for three taps and for the most: a filter of another length is padded with zeros on its old side, and
-// its history likewise.
+// its history likewise. (An infinite input then makes a NaN of a few outputs more than it would.)
 constexpr int kUsualTaps = 3;
 STRIPEDRAG_INLINE int padded_taps(const Shape& shape) { return shape.taps <= kUsualTaps ? kUsualTaps : kMaxTaps; }
 
@@ -104,7 +104,7 @@ struct Record {
         state(residues + 2 * shape.modes),                 // [mode][re, im]
         end(state + 2 * shape.modes) {}
   static int64_t pairs(const Shape& shape) {
-    return Record(nullptr, shape).end - static_cast<Pair<W>*>(nullptr);
+    return 6 * padded_taps(shape) + 1 + 6 * shape.modes;
   }
 };
 
@@ -193,7 +193,7 @@ class Walk {
   // `pace` in 1/256 lines.
   inline __attribute__((always_inline)) void tick(int pace) {
     for (credit_ += pace; credit_ >= 256; credit_ -= 256) {
-      __builtin_prefetch(next_, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(next_), 0, 2);
       next_ += kLineBytes;
       left_ -= kLineBytes;
       if (__builtin_expect(left_ <= 0, 0)) turn();
@@ -202,7 +202,7 @@ class Walk {
 
  private:
   void enter() {
-    row_ = next_ = static_cast<const char*>(now_.start);
+    row_ = next_ = reinterpret_cast<uintptr_t>(now_.start);
     left_ = now_.rows > 0 ? now_.run_bytes : INT64_MAX;
   }
   void turn() {
@@ -217,7 +217,7 @@ class Walk {
     left_ = now_.run_bytes;
   }
   Rectangle now_, later_;
-  const char *next_ = nullptr, *row_ = nullptr;
+  uintptr_t next_ = 0, row_ = 0;  // numbers, since past the end the walk goes on nowhere
   int64_t left_ = INT64_MAX, run_ = 0;
   int credit_ = 0;
 };

@@ -29,7 +29,8 @@ struct GradientRecord {
         adjoint(future + 3 * (padded_taps(shape) - 1)),    // [mode][re, im]: conj(p) λ of the row after the tile
         end(adjoint + 2 * shape.modes) {}
   static int64_t pairs(const Shape& shape) {
-    return GradientRecord(nullptr, shape).end - static_cast<Pair<W>*>(nullptr);
+    const int64_t sums = 3 * padded_taps(shape) + 4 + 4 * shape.modes;
+    return 2 * sums + 3 * (padded_taps(shape) - 1) + 2 * shape.modes;
   }
   // Adds a tile's part to a sum, compensated (Kahan 1965): a long sequence has thousands of tiles.
   void add(Pair<W>* sum, int half, Vector<W> part) const {

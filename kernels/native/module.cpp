@@ -1,5 +1,5 @@
-// The binding: addresses and sizes in, nothing out. The one caller, kernels/cpu.py, owns every array, and has checked
-// shapes, dtypes and contiguity; so no torch is needed to build this, and nothing is copied.
+// The binding: addresses and sizes in, nothing out. The one caller, kernels/cpu.py, owns every array, and the door before
+// it has checked shapes, dtypes and contiguity; so no torch is needed to build this, and nothing is copied.
 #include <nanobind/nanobind.h>
 
 #if defined(__linux__)
@@ -38,14 +38,9 @@ struct Choice {
 const Choice* choices(size_t* count) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  static const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  static const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512vl");
-  static const Choice all[] = {{"v4", &v4::kernels, has_v4},
-                               {"v3", &v3::kernels, has_v3},
-                               {"v2", &v2::kernels, bool(__builtin_cpu_supports("sse4.2"))}};
+  static const Choice all[] = {{"v4", &v4::kernels, __builtin_cpu_supports("x86-64-v4") != 0},
+                               {"v3", &v3::kernels, __builtin_cpu_supports("x86-64-v3") != 0},
+                               {"v2", &v2::kernels, __builtin_cpu_supports("x86-64-v2") != 0}};
 #else
   static const Choice all[] = {{"native", &native::kernels, true}};
 #endif
@@ -165,7 +160,9 @@ void use_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 }
 
-// Holds the interpreter lock: a step takes microseconds.
+// A call on fewer numbers takes microseconds and keeps the interpreter lock.
+constexpr int64_t kNumbersUnderTheLock = 1 << 20;
+
 void run_step(int element, int fir_element, int skip_element, int64_t batch, int64_t channels, int64_t head_width,
               int64_t groups, int modes, int taps, int threads, uintptr_t fir_weight, uintptr_t fir_bias,
               uintptr_t poles, uintptr_t residues, uintptr_t skip, uintptr_t z, uintptr_t y, uintptr_t fir_state,
@@ -176,14 +173,25 @@ void run_step(int element, int fir_element, int skip_element, int64_t batch, int
   s.fir_element = Element(fir_element), s.skip_element = Element(skip_element);
   s.z = at<void>(z), s.y = at<void>(y);
   s.fir_state = at<void>(fir_state), s.iir_state = at<void>(iir_state);
-  chosen->kernels->step(Element(element), s);
+  if (batch * channels * modes > kNumbersUnderTheLock) {
+    nb::gil_scoped_release release;
+    chosen->kernels->step(Element(element), s);
+  } else {
+    chosen->kernels->step(Element(element), s);
+  }
 }
 
-// Holds the interpreter lock, as the step does.
 void run_linear(int element, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t bias, uintptr_t x,
                 uintptr_t y) {
   const Linear f = {rows, columns, threads, at<void>(weight), at<void>(bias), at<void>(x), at<void>(y)};
-  if (!chosen->kernels->linear(Element(element), f)) throw std::bad_alloc();
+  bool done;
+  if (rows * columns > kNumbersUnderTheLock) {
+    nb::gil_scoped_release release;
+    done = chosen->kernels->linear(Element(element), f);
+  } else {
+    done = chosen->kernels->linear(Element(element), f);
+  }
+  if (!done) throw std::bad_alloc();
 }
 
 }  // namespace
@@ -193,14 +201,6 @@ NB_MODULE(_native, m) {
   using namespace stripedrag;
   chosen = &choose();
   m.attr("isa") = chosen->name;
-  m.attr("has_openmp") =
-#if defined(_OPENMP)
-      true;
-#else
-      false;
-#endif
-  m.attr("max_taps") = kMaxTaps;
-  m.attr("max_modes") = kMaxModes;
   m.def("filter", &run_filter, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "y_batch_stride"_a,
         "y_row_stride"_a, "addresses"_a);
   m.def("gradient", &run_gradient, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "addresses"_a);

@@ -80,6 +80,19 @@ bool run(Shape shape, bool with_mask, int64_t row_padding) {
   return true;
 }
 
+template <class T>
+bool run_linear(int64_t rows, int64_t columns) {
+  auto weight = numbers<T>(rows * columns), bias = numbers<T>(rows), x = numbers<T>(columns), y = numbers<T>(rows);
+  if (!kernels.linear(element_of<T>, {rows, columns, 2, weight.get(), bias.get(), x.get(), y.get()})) return false;
+  for (int64_t r = 0; r < rows; r++) {
+    double sum = STRIPEDRAG_ISA::widen(bias[r]);
+    for (int64_t i = 0; i < columns; i++)
+      sum += double(STRIPEDRAG_ISA::widen(weight[r * columns + i])) * STRIPEDRAG_ISA::widen(x[i]);
+    if (!(std::abs(sum - STRIPEDRAG_ISA::widen(y[r])) <= 2e-2 * (1 + std::abs(sum)))) return false;
+  }
+  return true;
+}
+
 int main() {
   struct Case {
     int64_t batch, length, heads, width, groups;
@@ -88,7 +101,8 @@ int main() {
   const Case cases[] = {{1, 1, 1, 1, 1, 1, 1, 1},   {2, 2, 1, 5, 5, 3, 2, 2},    {1, 31, 3, 7, 7, 5, 3, 3},
                         {3, 33, 1, 33, 11, 16, 8, 2}, {1, 65, 2, 31, 62, 2, 4, 2}, {2, 70, 5, 3, 1, 7, 5, 1},
                         {1, 97, 1, 100, 50, 8, 3, 4}, {1, 40, 3, 64, 192, 4, 3, 2}, {2, 64, 1, 48, 48, 9, 7, 3},
-                        {1, 600, 1, 576, 576, 1, 3, 2}};  // the last is large enough for stores that pass the cache
+                        {1, 500, 1, 1040, 1040, 1, 3, 2}, {1, 700, 1, 1024, 512, 2, 3, 2}};
+  // The last two are large enough for stores that pass the cache, the former with a pair that is half full.
   for (const Case& c : cases)
     for (const bool with_mask : {false, true}) {
       const Shape shape = {c.batch, c.length, c.heads * c.width, c.width, c.groups, c.modes, c.taps, c.threads};
@@ -97,5 +111,7 @@ int main() {
         return 1;
       }
     }
+  for (const int64_t columns : {1, 31, 33, 576})
+    if (!run_linear<float>(37, columns) || !run_linear<bfloat16>(300, columns)) return 1;
   return 0;
 }

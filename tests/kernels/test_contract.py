@@ -167,6 +167,19 @@ def test_left_padding_changes_no_real_token(backend):
     assert_close(after.iir, alone_after.iir, 1e-12)
 
 
+def test_y_goes_where_the_caller_says(backend):
+    inputs = make(70)
+    y, after = ops.hyena_filter(**inputs, backend=backend)
+    wide = torch.full((2, 75, 40), 7.0)
+    with torch.no_grad():
+        out, state = ops.hyena_filter(**inputs, out=wide[:, 3:73, 5:17], backend=backend)
+    assert out.data_ptr() == wide[:, 3:73, 5:17].data_ptr()
+    assert torch.equal(out, y)
+    assert torch.equal(state.iir, after.iir)
+    out.fill_(7.0)
+    assert (wide == 7.0).all()
+
+
 def test_a_given_state_is_not_modified(backend):
     inputs = make(20)
     state = random_state(inputs)

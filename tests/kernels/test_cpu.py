@@ -56,6 +56,53 @@ def test_gradients_hold_over_a_long_sequence(dtype, exact_backend, tolerances):
         assert_close(gradient, exact[name], tolerances["gradient", dtype], name)
 
 
+@pytest.mark.parametrize("channels,heads", [(1024, None), (1040, None), (960, 6), (1024, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_large_outputs_that_pass_the_cache_are_those_of_the_definition(channels, heads, dtype, tolerances):
+    inputs = make(700, batch=1, channels=channels, heads=heads, dtype=dtype)
+    state = random_state(inputs)
+    y, after = ops.hyena_filter(**inputs, state=state, backend="cpu")
+    assert y.nbytes > 2**20
+    exact, exact_after = ops.hyena_filter(**widen(inputs), state=widen_state(state), backend="torch")
+    assert_close(y, exact, tolerances["backend", dtype], "y")
+    assert_close(after.iir, exact_after.iir, tolerances["backend", after.iir.dtype], "state")
+    exact_gradients = gradients(widen(inputs), widen_state(state), "torch")
+    assert_close(gradients(inputs, state, "cpu")["z"], exact_gradients["z"], tolerances["gradient", dtype], "z")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_y_may_take_the_place_of_the_gate_in_z(dtype):
+    inputs = make(1000, channels=300, dtype=dtype)
+    y, after = ops.hyena_filter(**inputs, backend="cpu")
+    z = inputs["z"].clone()
+    with torch.no_grad():
+        out, after_in_place = ops.hyena_filter(**(inputs | {"z": z}), out=z[..., :300], backend="cpu")
+    assert out.data_ptr() == z.data_ptr()
+    assert torch.equal(out, y)
+    assert torch.equal(z[..., 300:], inputs["z"][..., 300:])
+    assert all(torch.equal(a, b) for a, b in zip(after_in_place, after, strict=True))
+
+
+def test_a_backward_pass_is_told_that_a_step_overwrote_its_state():
+    inputs = make(9)
+    z = inputs.pop("z").requires_grad_()
+    _, state = ops.hyena_filter(z, **inputs, backend="cpu")
+    loss = (state.iir**2).sum()
+    with torch.no_grad():
+        ops.hyena_step(z[:, 0].contiguous(), **inputs, state=state, backend="cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_gradient_that_was_not_prepared_for_is_refused():
+    inputs = make(9)
+    wide = [inputs[n] for n in PARAMETERS]
+    z = inputs["z"].requires_grad_()
+    y = torch.ops.stripedrag.hyena_filter(z, *wide, *random_state(inputs), None, 1, False)[0]
+    with pytest.raises(RuntimeError, match="kept 0 numbers for its gradient, which needs"):
+        y.sum().backward()
+
+
 def test_the_number_of_threads_changes_no_bit():
     inputs = make(300, channels=96, modes=5, groups=48, heads=2)
     state = random_state(inputs)
@@ -145,6 +192,16 @@ def test_the_operator_compiles_without_a_graph_break(compiler):
     compiled = torch.compile(loss, fullgraph=True, backend=compiler)
     for a, b in zip(torch.autograd.grad(compiled(*leaves, state), leaves), expected, strict=True):
         assert_close(a, b, 1e-6)
+
+    def into(z, out):
+        return ops.hyena_filter(**(inputs | dict(z=z)), out=out)[0] + 1
+
+    with torch.no_grad():
+        out, z = torch.zeros(2, 50, 6), inputs["z"]
+        assert_close(
+            torch.compile(into, fullgraph=True, backend=compiler)(z, out), into(z, torch.zeros_like(out)), 1e-6
+        )
+        assert_close(out + 1, into(z, torch.zeros_like(out)), 1e-6)
 
     def step(z, state):
         return ops.hyena_step(z, **{n: inputs[n] for n in (*PARAMETERS, "heads")}, state=state)[0] + 1

@@ -25,6 +25,7 @@ def inputs():
     [
         (dict(z=torch.zeros(2, 12)), r"z has shape \(2, 12\); a sequence is \(B, L, 3H\)"),
         (dict(z=torch.zeros(2, 0, 12)), "with L of at least 1"),
+        (dict(z=torch.zeros(2, 5, 0)), "0 channels; it takes a floating dtype and 3H channels"),
         (dict(z=torch.zeros(2, 5, 13)), "13 channels; it takes a floating dtype and 3H channels"),
         (dict(z=torch.zeros(2, 5, 12, dtype=torch.long)), "z is torch.int64"),
         (dict(fir_weight=torch.zeros(12, 3)), r"fir_weight has shape \(12, 3\); for this z it is \(12, 1, K\)"),
@@ -56,6 +57,31 @@ def inputs():
 def test_bad_inputs_are_named(inputs, change, message):
     with pytest.raises(ValueError, match=message):
         ops.hyena_filter(**(inputs | change))
+
+
+@pytest.mark.parametrize(
+    "out,message",
+    [
+        (
+            torch.zeros(2, 5, 3),
+            r"out is torch.float32 of shape \(2, 5, 3\) on cpu; for this z it is .* of shape \(2, 5, 4\)",
+        ),
+        (torch.zeros(2, 5, 4).double(), "out is torch.float64"),
+        (torch.zeros(2, 4, 5).transpose(1, 2), "its last axis contiguous"),
+        (torch.zeros(1, 5, 4).expand(2, -1, -1), "several of its rows are the same memory"),
+        ("the value in z", r"out lies in the storage of z; of that it may only be z\[..., :H\]"),
+        ("the gate, column-split", r"in the plain layout \(heads=None\)"),
+        ("a gradient", "no gradient flows through out"),
+    ],
+)
+def test_a_bad_out_is_named(inputs, out, message):
+    if out == "a gradient":
+        inputs["skip"], out = torch.zeros(4, requires_grad=True), torch.zeros(2, 5, 4)
+    elif isinstance(out, str):
+        inputs["heads"] = 2 if "column" in out else None
+        out = inputs["z"][..., :4] if "column" in out else inputs["z"][..., 8:]
+    with pytest.raises(ValueError, match=message):
+        ops.hyena_filter(**inputs, out=out)
 
 
 def test_a_step_takes_one_token(inputs):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hyena_inputs import CPU, assert_close
 
+from hyena_inputs import CPU, assert_close
 from stripedrag.kernels import cpu, ops
 
 native = pytest.mark.skipif(cpu.refuses(CPU) is not None, reason=str(cpu.refuses(CPU)))
@@ -54,14 +54,20 @@ def test_the_number_of_threads_changes_no_bit():
         lambda x, w, b: (x.double(), torch.nn.Parameter(w.double()), b.double()),
         lambda x, w, b: (x, torch.nn.Parameter(w.detach().t().contiguous().t()), b),
         lambda x, w, b: (x, w.detach(), b),  # no parameter: perhaps a view, perhaps of a quantized kind
-        lambda x, w, b: (x.view(1, 4, 8)[:, 0], torch.nn.Parameter(w[:, :8].contiguous()), b),
+        lambda x, w, b: (torch.cat([x, x], dim=-1)[..., ::2], w, b),  # strided
     ],
 )
 def test_what_is_not_one_plain_row_goes_to_torch(change):
     x, weight, bias = change(*layer(6, 32, torch.float32))
     with torch.no_grad():
-        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias)) or x.shape[-1] == 8
-        assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), 1e-6)
+        assert cpu.linear_at_once(x, weight, bias) is None
+        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_autocast_is_left_to_torch():
+    x, weight, bias = layer(6, 32, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
 
 
 def test_a_gradient_flows_through_one_row():

@@ -1,0 +1,98 @@
+"""The benchmarks measure what they say: rivals that compute the same, sides in turn, files that are whole."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hyena_inputs import assert_close, make
+from stripedrag.errors import UsageError
+from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
+from stripedrag.eval.bench.filter import parameters, rows_of
+from stripedrag.eval.bench.report import Bandwidth, interleaved, medians, peak_bytes, plot
+from stripedrag.eval.cli import app
+from stripedrag.kernels import ops
+
+
+def test_the_fft_rival_computes_the_operator():
+    inputs = make(300, modes=2)
+    inputs.pop("heads")
+    inputs["poles"][0, 0] = 0.1  # a logarithm has no pole of 0
+    y, state = ops.hyena_filter(**inputs)
+    assert_close(hyena_fft(**inputs), y, 1e-4)  # in float32 the FFT is the less exact one
+    prefilled, modes = hyena_fft_prefill(**inputs)
+    assert_close(prefilled, y, 1e-4)
+    assert_close(torch.view_as_real(modes), state.iir, 1e-4)
+
+
+def test_the_fft_rival_has_the_gradients_of_the_operator():
+    inputs = make(100, modes=2)
+    inputs.pop("heads")
+    inputs["poles"][0, 0] = 0.1
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    ours = torch.autograd.grad(ops.hyena_filter(**inputs)[0].sum(), leaves)
+    theirs = torch.autograd.grad(hyena_fft(**inputs).sum(), leaves)
+    for name, a, b in zip(inputs, theirs, ours, strict=True):
+        assert_close(a, b, 1e-4, name)
+
+
+def test_sides_are_taken_in_turn_and_the_first_round_does_not_count():
+    calls = []
+    seconds = interleaved(2, a=lambda: calls.append("a"), b=lambda: calls.append("b"))
+    assert calls == ["a", "b"] * 3
+    assert {name: len(runs) for name, runs in seconds.items()} == {"a": 2, "b": 2}
+    assert medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+
+
+def test_triad_and_copy_move_what_they_count():
+    bandwidth = Bandwidth()
+    bandwidth.triad()
+    assert bandwidth._c[0] == 4.0
+    bandwidth.copy()
+    assert torch.equal(bandwidth._c, bandwidth._a)
+    assert bandwidth.triad_bytes == 3 * 2**27
+
+
+def test_the_rise_of_memory_is_seen():
+    rise = peak_bytes(lambda: torch.ones(2**25))
+    if rise is None:
+        pytest.skip("this system does not tell")
+    assert 2**27 <= rise < 2**28
+
+
+def test_the_benchmarks_filter_is_stable_and_of_the_length_asked_for():
+    given = parameters(64, 8, torch.bfloat16)
+    assert torch.view_as_complex(given["poles"]).abs().max() < 1
+    assert rows_of(64, 2048, torch.bfloat16).shape == (1, 2048, 192)
+
+
+def test_a_plot_is_drawn(tmp_path):
+    plot(tmp_path / "x.svg", {"a": [(1, 2.0), (2, 3.0)]}, "title", "x", "y", log_x=True)
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+
+
+def test_a_bench_writes_json_and_plot_whole(tmp_path, monkeypatch):
+    from stripedrag.eval.bench import BENCHES, report
+
+    def draw(path):
+        plot(path, {"a": [("x", 1.0)]}, "", "", "", bars=True)
+
+    monkeypatch.setitem(BENCHES, "mine", "mine")
+    monkeypatch.setattr(
+        "stripedrag.eval.cli.import_module",
+        lambda name: type(
+            "Mine", (), {"run": staticmethod(lambda repeats: report.Report({"repeats": repeats}, "a table", draw))}
+        ),
+    )
+    run = CliRunner().invoke(app, ["bench", "mine", "--repeats", "2", "--to", str(tmp_path / "new" / "mine.json")])
+    assert run.exit_code == 0, run.output
+    assert "a table" in run.stdout
+    assert json.loads((tmp_path / "new" / "mine.json").read_text()) == {"repeats": 2}
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["mine.json", "mine.svg"]
+
+
+def test_a_plots_name_is_no_name_for_the_figures(tmp_path):
+    run = CliRunner().invoke(app, ["bench", "decode", "--to", str(tmp_path / "x.svg")])
+    assert isinstance(run.exception, UsageError)
+    assert "x.svg is where the plot would go; name the JSON file, x.json" in str(run.exception)

@@ -55,7 +55,7 @@ def hyena_filter(
     if z.dtype == torch.float16:  # the kernels have no float16; their float32 takes it without loss
         y, after = hyena_filter(z.float(), parameters, HyenaState(state.fir.float(), state.iir), padding_mask)
         return y.half(), HyenaState(after.fir.half(), after.iir)
-    tensors = (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
+    tensors = _tensors(z, parameters, state)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     y, fir, iir, _ = torch.ops.stripedrag.hyena_filter(*tensors, padding_mask, parameters.heads or 1, keep)
     return y, HyenaState(fir, iir)
@@ -69,7 +69,7 @@ def hyena_filter_out(
         y, after = hyena_filter(z, parameters, state, padding_mask)
         out.copy_(y)
         return after
-    tensors = (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
+    tensors = _tensors(z, parameters, state)
     return HyenaState(*torch.ops.stripedrag.hyena_filter_out(*tensors, padding_mask, parameters.heads or 1, out))
 
 
@@ -80,10 +80,13 @@ def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Te
         y = hyena_step(z.float(), parameters, HyenaState(fir, state.iir))
         state.fir.copy_(fir)
         return y.half()
-    work = working_dtype(z)
-    tensors = (z, *(p.to(work) for p in parameters[:5]), *state)
-    made: Tensor = torch.ops.stripedrag.hyena_step(*tensors, parameters.heads or 1)
+    made: Tensor = torch.ops.stripedrag.hyena_step(*_tensors(z, parameters, state), parameters.heads or 1)
     return made
+
+
+def _tensors(z: Tensor, parameters: FilterParameters, state: HyenaState) -> tuple[Tensor, ...]:
+    """What the operators take, the parameters in the dtype of the arithmetic."""
+    return (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
 
 
 def _is_traced() -> bool:
@@ -192,7 +195,8 @@ def _filter(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the states after it, and with `keep` the modal states that the gradient restarts from (else none)."""
-    operands = _Operands(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads)
+    parameters = (fir_weight, fir_bias, poles, residues, skip)
+    operands = _Operands(z, parameters, fir_state, iir_state, padding_mask, heads)
     y = _new(z, *z.shape[:2], skip.shape[0])
     checkpoints = _new(poles, operands.checkpoint_numbers() if keep else 0)
     return y, *operands.filter(y, checkpoints), checkpoints
@@ -203,8 +207,8 @@ def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padd
     numbers = torch.library.get_ctx().new_dynamic_size() if keep else 0
     return (
         z.new_empty(*z.shape[:2], skip.shape[0]),
-        torch.empty_like(fir_state, memory_format=torch.contiguous_format),
-        torch.empty_like(iir_state, memory_format=torch.contiguous_format),
+        _contiguous_like(fir_state),
+        _contiguous_like(iir_state),
         poles.new_empty(numbers),
     )
 
@@ -224,13 +228,14 @@ def _filter_out(
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The states after z, whose y is written into `out`."""
-    operands = _Operands(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads)
+    parameters = (fir_weight, fir_bias, poles, residues, skip)
+    operands = _Operands(z, parameters, fir_state, iir_state, padding_mask, heads)
     return operands.filter(out, poles.new_empty(0))
 
 
 @_filter_out.register_fake
 def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads, out):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (fir_state, iir_state))
+    return _contiguous_like(fir_state), _contiguous_like(iir_state)
 
 
 @torch.library.custom_op("stripedrag::hyena_filter_backward", mutates_args=(), device_types="cpu")
@@ -249,9 +254,9 @@ def _filter_backward(
     diir_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of z, the five parameters (poles and residues (H, N, 2), a channel each) and both given states."""
-    channels, modes = skip.shape[0], poles.shape[1]
     # The gradient reads no modal state but the kept ones; the operands want one, and any will do.
-    operands = _Operands(z, fir_weight, fir_bias, poles, residues, skip, fir_state, diir_out, padding_mask, heads)
+    parameters = (fir_weight, fir_bias, poles, residues, skip)
+    operands = _Operands(z, parameters, fir_state, diir_out, padding_mask, heads)
     if checkpoints.numel() != operands.checkpoint_numbers():
         raise RuntimeError(
             f"the filter kept {checkpoints.numel()} numbers for its gradient, which needs "
@@ -261,13 +266,7 @@ def _filter_backward(
         checkpoints = checkpoints.clone()  # torch's own memory is aligned; what a saved-tensor hook gives need not be
     gradients = (
         _new(z, *z.shape),
-        torch.empty_like(fir_weight, memory_format=torch.contiguous_format),
-        torch.empty_like(fir_bias, memory_format=torch.contiguous_format),
-        poles.new_empty(channels, modes, 2),
-        poles.new_empty(channels, modes, 2),
-        torch.empty_like(skip, memory_format=torch.contiguous_format),
-        torch.empty_like(fir_state, memory_format=torch.contiguous_format),
-        torch.empty_like(diir_out, memory_format=torch.contiguous_format),
+        *_other_gradients(fir_weight, fir_bias, poles, skip, fir_state, diir_out),
     )
     operands.gradient(checkpoints, dy.contiguous(), diir_out.contiguous(), *gradients)
     return gradients
@@ -275,13 +274,16 @@ def _filter_backward(
 
 @_filter_backward.register_fake
 def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, padding_mask, heads, checkpoints, dy, diir_out):  # type: ignore[no-untyped-def]
-    channels, modes = skip.shape[0], poles.shape[1]
-    like = [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (fir_weight, fir_bias, skip, fir_state, diir_out)
-    ]
-    systems = poles.new_empty(channels, modes, 2), poles.new_empty(channels, modes, 2)
-    return z.new_empty(z.shape), *like[:2], *systems, *like[2:]
+    return z.new_empty(z.shape), *_other_gradients(fir_weight, fir_bias, poles, skip, fir_state, diir_out)
+
+
+def _other_gradients(
+    fir_weight: Tensor, fir_bias: Tensor, poles: Tensor, skip: Tensor, fir_state: Tensor, diir_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised: the gradients after that of z, in the operator's order."""
+    systems = (poles.new_empty(skip.shape[0], poles.shape[1], 2) for _ in range(2))
+    firs, others = (fir_weight, fir_bias), (skip, fir_state, diir_out)
+    return *map(_contiguous_like, firs), *systems, *map(_contiguous_like, others)  # type: ignore[return-value]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -378,16 +380,13 @@ class _Operands:
     def __init__(
         self,
         z: Tensor,
-        fir_weight: Tensor,
-        fir_bias: Tensor,
-        poles: Tensor,
-        residues: Tensor,
-        skip: Tensor,
+        parameters: tuple[Tensor, ...],
         fir_state: Tensor,
         iir_state: Tensor,
         padding_mask: Tensor | None,
         heads: int,
     ) -> None:
+        fir_weight, _, poles, _, skip = parameters
         channels = skip.shape[0]
         self.element = _ELEMENTS[z.dtype]
         self.sizes = (
@@ -400,9 +399,9 @@ class _Operands:
             torch.get_num_threads(),
         )
         self.z = z if z.stride(2) == 1 else z.contiguous()
-        parameters = (t.contiguous() for t in (fir_weight, fir_bias, poles, residues, skip))
         mask = None if padding_mask is None else padding_mask.contiguous()
-        self.tensors: tuple[Any, ...] = (*parameters, self.z, mask, fir_state.contiguous(), iir_state.contiguous())
+        states = fir_state.contiguous(), iir_state.contiguous()
+        self.tensors: tuple[Any, ...] = (*(t.contiguous() for t in parameters), self.z, mask, *states)
 
     def checkpoint_numbers(self) -> int:
         """How many numbers of the working dtype the filter keeps for its gradient."""
@@ -423,6 +422,10 @@ class _Operands:
 
     def _addresses(self, *more: Tensor) -> tuple[int, ...]:
         return tuple(0 if t is None else t.data_ptr() for t in (*self.tensors, *more))
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:

@@ -1,9 +1,12 @@
 """One token: the decode step of the operator against eager torch, and its share of the default model's whole step."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from stripedrag.eval.bench.filter import SHAPES, parameters
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
@@ -69,33 +72,37 @@ def _model(repeats: int) -> dict[str, Any]:
             block.post_norm(x)
         backbone.norm(x)
 
-    def products() -> None:
+    def products(apply: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         for block, hidden in zip(blocks, wide, strict=True):
             for linear in (block.mlp.l1, block.mlp.l2):
-                linear(x)
-            block.mlp.l3(hidden)
+                apply(linear, x)
+            apply(block.mlp.l3, hidden)
             for linear in (
                 (block.inner_mha_cls.Wqkv, block.inner_mha_cls.out_proj)
                 if block.is_attention
                 else (block.projections, block.out_filter_dense)
             ):
-                linear(x)
-        backbone.unembed(x)
+                apply(linear, x)
+        apply(backbone.unembed, x)
 
     seconds = interleaved(
         4 * repeats,
         step=lambda: model(input_ids=token, past_key_values=cache, use_cache=True),
         hyena_operators=filters,
         norms=norms,
-        linear_layers=products,
+        linear_layers=lambda: products(lambda linear, row: linear(row)),
+        linear_layers_by_torch=lambda: products(lambda linear, row: F.linear(row, linear.weight, linear.bias)),
     )
     middle = medians(seconds)
+    by_torch = middle.pop("linear_layers_by_torch")
     weights = sum(p.nbytes for p in model.parameters())
     return {
         "name": STRIPED,
         "context_tokens": PROMPT_TOKENS,
         "step_ms": 1e3 * middle["step"],
         "share": {part: middle[part] / middle["step"] for part in middle if part != "step"},
+        "linear_layers_by_torch_over_ours": by_torch / middle["linear_layers"],
+        "step_over_ours_with_torchs_linear_layers": 1 + (by_torch - middle["linear_layers"]) / middle["step"],
         "weight_bytes": weights,
         "seconds": seconds,
     }
@@ -122,6 +129,8 @@ def _table(figures: dict[str, Any]) -> str:
     ]
     lines += [f"  {part.replace('_', ' '):24}{share:>6.1%}" for part, share in model["share"].items()]
     lines += [
+        f"  torch's linear layers take {model['linear_layers_by_torch_over_ours']:.1f}x as long; with them the step "
+        f"would take {model['step_over_ours_with_torchs_linear_layers']:.1f}x as long",
         "  attention, rotary, cache, Python: the rest. Each part was run by itself: operators and norms found their",
         "  numbers in the caches more often than in a whole step.",
         "",

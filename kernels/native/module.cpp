@@ -82,6 +82,14 @@ struct Addresses {
   uintptr_t operator()() { return nb::cast<uintptr_t>(all[next++]); }
 };
 
+// Runs a kernel, without the interpreter lock unless it is over in microseconds.
+template <class Run>
+auto run_kernel(bool takes_long, Run run) {
+  if (!takes_long) return run();
+  nb::gil_scoped_release release;
+  return run();
+}
+
 Parameters parameters_of(Addresses& a) {
   Parameters p;
   p.fir_weight = at<void>(a());
@@ -114,12 +122,7 @@ void run_filter(int element, const nb::tuple& sizes, int64_t batch_stride, int64
   f.fir_state_out = at<void>(a());
   f.iir_state_out = at<void>(a());
   f.checkpoints = at<void>(a());
-  bool done;
-  {
-    nb::gil_scoped_release release;
-    done = chosen->kernels->filter(Element(element), f);
-  }
-  if (!done) throw std::bad_alloc();
+  if (!run_kernel(true, [&] { return chosen->kernels->filter(Element(element), f); })) throw std::bad_alloc();
 }
 
 void run_gradient(int element, const nb::tuple& sizes, int64_t batch_stride, int64_t row_stride,
@@ -140,12 +143,7 @@ void run_gradient(int element, const nb::tuple& sizes, int64_t batch_stride, int
   g.dskip = at<void>(a());
   g.dfir_state = at<void>(a());
   g.diir_state = at<void>(a());
-  bool done;
-  {
-    nb::gil_scoped_release release;
-    done = chosen->kernels->gradient(Element(element), g);
-  }
-  if (!done) throw std::bad_alloc();
+  if (!run_kernel(true, [&] { return chosen->kernels->gradient(Element(element), g); })) throw std::bad_alloc();
 }
 
 // Large new memory in pages of 2 MiB where the system gives them on request: in pages of 4 KiB, being mapped takes longer
@@ -173,25 +171,14 @@ void run_step(int element, int fir_element, int skip_element, int64_t batch, int
   s.fir_element = Element(fir_element), s.skip_element = Element(skip_element);
   s.z = at<void>(z), s.y = at<void>(y);
   s.fir_state = at<void>(fir_state), s.iir_state = at<void>(iir_state);
-  if (batch * channels * modes > kNumbersUnderTheLock) {
-    nb::gil_scoped_release release;
-    chosen->kernels->step(Element(element), s);
-  } else {
-    chosen->kernels->step(Element(element), s);
-  }
+  run_kernel(batch * channels * modes > kNumbersUnderTheLock, [&] { chosen->kernels->step(Element(element), s); });
 }
 
 void run_linear(int element, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t bias, uintptr_t x,
                 uintptr_t y) {
   const Linear f = {rows, columns, threads, at<void>(weight), at<void>(bias), at<void>(x), at<void>(y)};
-  bool done;
-  if (rows * columns > kNumbersUnderTheLock) {
-    nb::gil_scoped_release release;
-    done = chosen->kernels->linear(Element(element), f);
-  } else {
-    done = chosen->kernels->linear(Element(element), f);
-  }
-  if (!done) throw std::bad_alloc();
+  const bool takes_long = rows * columns > kNumbersUnderTheLock;
+  if (!run_kernel(takes_long, [&] { return chosen->kernels->linear(Element(element), f); })) throw std::bad_alloc();
 }
 
 }  // namespace

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hyena_inputs import CPU, PARAMETERS, assert_close, gradients, make, random_state, widen, widen_state
 from stripedrag.kernels import cpu, dispatch, ops
 
+_ANY_SHAPE = "test_any_shape_gives_the_outputs_states_and_gradients_of_the_definition"
+
 pytestmark = pytest.mark.skipif(cpu.refuses(CPU) is not None, reason=str(cpu.refuses(CPU)))
 
 
@@ -272,6 +274,21 @@ def test_every_instruction_set_gives_the_same_numbers(tmp_path):
         assert used == level
         assert_close(y, exact, 5e-6, level)
         assert_close(iir, exact_after.iir, 5e-6, level)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["v2", "v3"])
+def test_the_lesser_instruction_sets_keep_the_whole_contract(level):
+    if cpu.instruction_set() not in ("v3", "v4") or level == cpu.instruction_set():
+        pytest.skip("this processor runs no higher instruction set")
+    here = Path(__file__).parent
+    files = [here / "test_contract.py", here / "test_linear.py", f"{__file__}::{_ANY_SHAPE}"]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "not reference", *files],
+        check=True,
+        cwd=here.parents[1],
+        env=os.environ | {"STRIPEDRAG_ISA": level},
+    )
 
 
 def test_an_instruction_set_that_is_not_there_is_named():

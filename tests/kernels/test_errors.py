@@ -1,5 +1,8 @@
 """A bad input to the operator gets one clear error that names the value, the limit and the mend."""
 
+import os
+import shutil
+
 import pytest
 import torch
 
@@ -107,6 +110,13 @@ def test_a_misspelt_backend_is_corrected(inputs):
 def test_a_backend_that_cannot_run_says_why():
     with pytest.raises(BackendError, match=r"torch refused: .*float64, which MPS does not have"):
         select("torch", torch.device("mps"))
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+def test_where_a_compiler_is_the_native_kernels_are():
+    """Their other tests are skipped without them, and a build that fails leaves the package installed."""
+    assert BACKENDS["cpu"].refuses(torch.device("cpu")) is None
+    assert select(None, torch.device("cpu")).name == "cpu"
 
 
 def test_the_reference_is_never_chosen_unasked():

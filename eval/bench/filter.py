@@ -97,10 +97,11 @@ def _forward(
         ops.hyena_filter(z, **given, out=out)
         seconds = interleaved(
             repeats,
-            copy=bandwidth.copy,  # other memory before each side, so that the caches hold nothing of z
+            copy=bandwidth.copy,
             triad=bandwidth.triad,
+            read=bandwidth.read,
             filter=lambda: ops.hyena_filter(z, **given, out=out),
-            triad_again=bandwidth.triad,
+            read_again=bandwidth.read,
             filter_into_new_memory=lambda: ops.hyena_filter(z, **given),
         )
     middle, moved = medians(seconds), z.nbytes + out.nbytes

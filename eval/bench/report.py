@@ -60,6 +60,10 @@ class Bandwidth:
         """c = a + 3 b."""
         torch.add(self._a, self._b, alpha=3.0, out=self._c)
 
+    def read(self) -> None:
+        """Reads a and b, after which the caches hold nothing else, and nothing that is still to be written."""
+        self._a.sum(), self._b.sum()
+
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
     """How far the process's resident memory rises during `run`, its results included; None where nothing tells."""

@@ -1,5 +1,5 @@
-// What filter and gradient share: which channels a pair of vectors holds, its parameters gathered side by side, the
-// causal FIR over a few rows, and the walk that fetches the next rows from memory while these are computed.
+// What filter and gradient share: which channels a pair of vectors holds, its parameters gathered side by side, and the
+// walk that fetches the next rows from memory while these are computed.
 #pragma once
 #include <cstdlib>
 
@@ -123,11 +123,11 @@ static void gather_parameters(const Shape& shape, const Parameters& from, const 
     to.fir_bias[s] = gather<T>(valid, [&](int c) { return static_cast<const W*>(from.fir_bias)[column + c]; });
   }
   to.skip[0] = gather<T>(valid, [&](int c) { return static_cast<const W*>(from.skip)[first + c]; });
+  int64_t begin[kPair<T>];  // of each channel's system
+  for (int c = 0; c < valid; c++) begin[c] = (first + c) / group_channels * 2 * modes;
   for (int i = 0; i < 2 * modes; i++) {
     const auto at = [&](const void* system) {
-      return gather<T>(valid, [&](int c) {
-        return static_cast<const W*>(system)[(first + c) / group_channels * 2 * modes + i];
-      });
+      return gather<T>(valid, [&](int c) { return static_cast<const W*>(system)[begin[c] + i]; });
     };
     to.poles[i] = at(from.poles);
     to.residues[i] = at(from.residues);
@@ -191,7 +191,7 @@ class Walk {
   Walk() : now_{}, later_{} {}
   explicit Walk(const Rectangle& now, const Rectangle& later = {}) : now_(now), later_(later) { enter(); }
   // `pace` in 1/256 lines.
-  inline __attribute__((always_inline)) void tick(int pace) {
+  STRIPEDRAG_INLINE_MEMBER void tick(int pace) {
     for (credit_ += pace; credit_ >= 256; credit_ -= 256) {
       __builtin_prefetch(reinterpret_cast<const void*>(next_), 0, 2);
       next_ += kLineBytes;
@@ -221,39 +221,5 @@ class Walk {
   int64_t left_ = INT64_MAX, run_ = 0;
   int credit_ = 0;
 };
-
-// The FIR of one stream over `rows` rows of z: emit(row, c). A padded row counts as zeros, and so does its output.
-// `history` holds the K-1 rows before, and at the end the last K-1 of these.
-template <class T, int K, class Emit>
-STRIPEDRAG_INLINE void fir(const T* z, int64_t row_stride, int valid, const uint8_t* real, int rows,
-                           const Pair<Work<T>>* weight, const Pair<Work<T>>& bias, Pair<Work<T>>* history, Walk& ahead,
-                           int pace, Emit emit) {
-  using W = Work<T>;
-  Vector<W> w[2][K], past[2][K];
-  for (int half = 0; half < 2; half++) {
-    for (int k = 0; k < K; k++) w[half][k] = weight[k].half[half];
-    for (int k = 0; k + 1 < K; k++) past[half][k] = history[k].half[half];
-  }
-  const auto run = [&](auto read, bool check) __attribute__((always_inline)) {
-    Walk walk = ahead;
-    for (int t = 0; t < rows; t++, z += row_stride) {
-      const bool pad = check && !real[t];
-      const Pair<W> now = pad ? Pair<W>{} : read();
-      walk.tick(pace);
-      Pair<W> c = bias;
-      for (int half = 0; half < 2; half++) {
-        past[half][K - 1] = now.half[half];
-        for (int k = 0; k < K; k++) c.half[half] += w[half][k] * past[half][k];
-        for (int k = 0; k + 1 < K; k++) past[half][k] = past[half][k + 1];
-      }
-      emit(t, pad ? Pair<W>{} : c);
-    }
-    ahead = walk;
-  };
-  if (valid == kPair<T> && real == nullptr) run([&] { return load(z); }, false);
-  else run([&] { return load(z, valid); }, real != nullptr);
-  for (int half = 0; half < 2; half++)
-    for (int k = 0; k + 1 < K; k++) history[k].half[half] = past[half][k];
-}
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -14,6 +14,40 @@ namespace stripedrag::STRIPEDRAG_ISA {
 
 constexpr int kTile = int(kCheckpointTokens);
 
+// The FIR of one stream over `rows` rows of z: emit(row, c). A padded row counts as zeros, and so does its output.
+// `history` holds the K-1 rows before, and at the end the last K-1 of these.
+template <class T, int K, class Emit>
+STRIPEDRAG_INLINE void fir(const T* z, int64_t row_stride, int valid, const uint8_t* real, int rows,
+                           const Pair<Work<T>>* weight, const Pair<Work<T>>& bias, Pair<Work<T>>* history, Walk& ahead,
+                           int pace, Emit emit) {
+  using W = Work<T>;
+  Vector<W> w[2][K], past[2][K];
+  for (int half = 0; half < 2; half++) {
+    for (int k = 0; k < K; k++) w[half][k] = weight[k].half[half];
+    for (int k = 0; k + 1 < K; k++) past[half][k] = history[k].half[half];
+  }
+  const auto run = [&](auto read, bool check) __attribute__((always_inline)) {
+    Walk walk = ahead;
+    for (int t = 0; t < rows; t++, z += row_stride) {
+      const bool pad = check && !real[t];
+      const Pair<W> now = pad ? Pair<W>{} : read();
+      walk.tick(pace);
+      Pair<W> c = bias;
+      for (int half = 0; half < 2; half++) {
+        past[half][K - 1] = now.half[half];
+        for (int k = 0; k < K; k++) c.half[half] += w[half][k] * past[half][k];
+        for (int k = 0; k + 1 < K; k++) past[half][k] = past[half][k + 1];
+      }
+      emit(t, pad ? Pair<W>{} : c);
+    }
+    ahead = walk;
+  };
+  if (valid == kPair<T> && real == nullptr) run([&] { return load(z); }, false);
+  else run([&] { return load(z, valid); }, real != nullptr);
+  for (int half = 0; half < 2; half++)
+    for (int k = 0; k + 1 < K; k++) history[k].half[half] = past[half][k];
+}
+
 // A pair's sums of parameter gradients, and what one tile hands to the tile before it.
 template <class W>
 struct GradientRecord {

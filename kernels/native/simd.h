@@ -15,6 +15,7 @@
 #endif
 
 #define STRIPEDRAG_INLINE static inline __attribute__((always_inline))
+#define STRIPEDRAG_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace stripedrag::STRIPEDRAG_ISA {
 
@@ -111,6 +112,17 @@ STRIPEDRAG_INLINE Pair<Work<T>> load(const T* p) {
   }
 }
 
+// One half of load(p).
+template <class T>
+STRIPEDRAG_INLINE Vector<Work<T>> load_half(const T* p, int half) {
+  if constexpr (sizeof(T) == 2) {
+    const Bits both = *reinterpret_cast<const LooseBits*>(p);
+    return (Vector<float>)(half == 0 ? both << 16 : both & 0xffff0000u);
+  } else {
+    return *reinterpret_cast<const typename VectorOf<T>::loose*>(p + half * kLanes<T>);
+  }
+}
+
 template <class T>
 STRIPEDRAG_INLINE void store(T* p, const Pair<Work<T>>& x) {
   if constexpr (sizeof(T) == 2) {
@@ -170,12 +182,14 @@ STRIPEDRAG_INLINE void end_of_streams() {
 // Numbers of a pair, a channel each: value(channel) for the first `valid` channels, zero for the others.
 template <class T, class Value>
 STRIPEDRAG_INLINE Pair<Work<T>> gather(int valid, Value value) {
-  Pair<Work<T>> x = {};
+  Work<T> numbers[2][kLanes<Work<T>>];
   for (int half = 0; half < 2; half++)
     for (int lane = 0; lane < kLanes<Work<T>>; lane++) {
       const int channel = lane_channel<T>(half, lane);
-      if (channel < valid) x.half[half][lane] = value(channel);
+      numbers[half][lane] = channel < valid ? value(channel) : 0;
     }
+  Pair<Work<T>> x;
+  memcpy(&x, numbers, sizeof x);
   return x;
 }
 // take(channel, number) for the first `valid` channels of a pair.

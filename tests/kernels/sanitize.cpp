@@ -25,7 +25,7 @@ std::unique_ptr<T[]> numbers(int64_t count) {
   return array;
 }
 
-// Checkpoints want 64-byte alignment.
+// Aligned as checkpoints have to be, and as y and dz are where their stores may pass the cache.
 template <class W>
 struct Aligned {
   explicit Aligned(int64_t count) : p(static_cast<W*>(std::aligned_alloc(64, size_t(count) * sizeof(W)))) {}
@@ -40,23 +40,23 @@ bool run(Shape shape, bool with_mask, int64_t row_padding) {
   const int64_t row = 3 * H + row_padding, batch = L * row;
   auto fir_weight = numbers<W>(3 * H * K), fir_bias = numbers<W>(3 * H), poles = numbers<W>(G * N * 2),
        residues = numbers<W>(G * N * 2), skip = numbers<W>(H);
-  auto z = numbers<T>(B * batch - row_padding), y = numbers<T>(B * L * H), dy = numbers<T>(B * L * H);
+  auto z = numbers<T>(B * batch - row_padding), dy = numbers<T>(B * L * H);
   auto fir = numbers<T>(B * 3 * H * (K - 1)), fir_out = numbers<T>(B * 3 * H * (K - 1)), dfir = numbers<T>(B * 3 * H * (K - 1));
   auto iir = numbers<W>(B * H * N * 2), iir_out = numbers<W>(B * H * N * 2), diir = numbers<W>(B * H * N * 2);
   auto real = std::make_unique<uint8_t[]>(size_t(B * L));
   for (int64_t i = 0; i < B * L; i++) real[i] = i % 5 != 0;
+  Aligned<T> y(B * L * H), dz(B * L * 3 * H);
   Aligned<W> checkpoints(kernels.checkpoint_numbers(element_of<T>, shape));
 
   const Parameters parameters = {fir_weight.get(), fir_bias.get(), poles.get(), residues.get(), skip.get()};
   const Sequence sequence = {z.get(), batch, row, with_mask ? real.get() : nullptr, fir.get(), iir.get()};
-  const Filter filter = {shape, parameters, sequence, y.get(), L * H, H, fir_out.get(), iir_out.get(), checkpoints.p};
+  const Filter filter = {shape, parameters, sequence, y.p, L * H, H, fir_out.get(), iir_out.get(), checkpoints.p};
   if (!kernels.filter(element_of<T>, filter)) return false;
 
-  auto dz = numbers<T>(B * L * 3 * H);
   auto dfir_weight = numbers<W>(3 * H * K), dfir_bias = numbers<W>(3 * H), dpoles = numbers<W>(H * N * 2),
        dresidues = numbers<W>(H * N * 2), dskip = numbers<W>(H), diir_state = numbers<W>(B * H * N * 2);
   const Gradient gradient = {shape,          parameters,      sequence,       checkpoints.p, dy.get(),
-                             diir.get(),     dz.get(),        dfir_weight.get(), dfir_bias.get(), dpoles.get(),
+                             diir.get(),     dz.p,            dfir_weight.get(), dfir_bias.get(), dpoles.get(),
                              dresidues.get(), dskip.get(),    dfir.get(),     diir_state.get()};
   if (!kernels.gradient(element_of<T>, gradient)) return false;
 
@@ -70,7 +70,7 @@ bool run(Shape shape, bool with_mask, int64_t row_padding) {
     kernels.step(element_of<T>, {one, parameters, wide, wide, token.get(), out.get(), fir.get(), iir.get()});
     for (int64_t b = 0; b < B; b++)
       for (int64_t h = 0; h < H; h++) {
-        const double step = STRIPEDRAG_ISA::widen(out[b * H + h]), whole = STRIPEDRAG_ISA::widen(y[(b * L + t) * H + h]);
+        const double step = STRIPEDRAG_ISA::widen(out[b * H + h]), whole = STRIPEDRAG_ISA::widen(y.p[(b * L + t) * H + h]);
         if (!(std::abs(step - whole) <= (sizeof(T) == 2 ? 2e-2 : 1e-4) * (1 + std::abs(whole)))) {
           std::printf("row %d channel %d: %g by steps, %g at once\n", int(t), int(h), step, whole);
           return false;
@@ -101,8 +101,10 @@ int main() {
   const Case cases[] = {{1, 1, 1, 1, 1, 1, 1, 1},   {2, 2, 1, 5, 5, 3, 2, 2},    {1, 31, 3, 7, 7, 5, 3, 3},
                         {3, 33, 1, 33, 11, 16, 8, 2}, {1, 65, 2, 31, 62, 2, 4, 2}, {2, 70, 5, 3, 1, 7, 5, 1},
                         {1, 97, 1, 100, 50, 8, 3, 4}, {1, 40, 3, 64, 192, 4, 3, 2}, {2, 64, 1, 48, 48, 9, 7, 3},
-                        {1, 500, 1, 1040, 1040, 1, 3, 2}, {1, 700, 1, 1024, 512, 2, 3, 2}};
-  // The last two are large enough for stores that pass the cache, the former with a pair that is half full.
+                        {1, 500, 1, 1040, 1040, 1, 3, 2}, {1, 700, 1, 1024, 512, 2, 3, 2},
+                        {1, 600, 1, 1024, 1, 5, 3, 2}};
+  // The last three are large enough for stores that pass the cache: one with a pair that is half full, one that writes y a
+  // tile at a time, one that writes it as it comes.
   for (const Case& c : cases)
     for (const bool with_mask : {false, true}) {
       const Shape shape = {c.batch, c.length, c.heads * c.width, c.width, c.groups, c.modes, c.taps, c.threads};

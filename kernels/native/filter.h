@@ -51,6 +51,7 @@ struct FilterTile {
   int64_t z_row_stride, y_row_stride;
   const uint8_t* real;
   int rows, valid, modes;
+  bool streams;  // y passes the cache
   int pace_of_firs, pace_of_a_mode;
 };
 
@@ -116,10 +117,10 @@ STRIPEDRAG_INLINE void next_scan(const FilterTile<T>& tile, const Record<Work<T>
   modes.keep(r, first, half);
 }
 
-// One half of a pair: write(row, its part of y).
-template <class T, int K, class Write>
+// The rows of y of one half of a pair.
+template <class T, int K>
 STRIPEDRAG_INLINE void filter_half(const FilterTile<T>& tile, const Record<Work<T>>& r, int half, Walk& ahead,
-                                   Write write) {
+                                   Vector<Work<T>>* y) {
   using V = Vector<Work<T>>;
   Between<Work<T>> kept;
   int done = tile.modes >= 2 ? 2 : 1;
@@ -127,7 +128,7 @@ STRIPEDRAG_INLINE void filter_half(const FilterTile<T>& tile, const Record<Work<
     if (done == 2) first_scan<T, K, 2>(tile, r, half, ahead, emit);
     else first_scan<T, K, 1>(tile, r, half, ahead, emit);
   };
-  if (done == tile.modes) return start([&](int t, V gate, V, V sum) { write(t, gate * sum); });
+  if (done == tile.modes) return start([&](int t, V gate, V, V sum) { y[t] = gate * sum; });
   start([&](int t, V gate, V u, V sum) { kept.gate[t] = gate, kept.u[t] = u, kept.sum[t] = sum; });
   while (done < tile.modes) {
     const int first = done, left = tile.modes - done, group = left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -138,28 +139,19 @@ STRIPEDRAG_INLINE void filter_half(const FilterTile<T>& tile, const Record<Work<
       else next_scan<T, 1>(tile, r, first, half, kept, ahead, emit);
     };
     if (done < tile.modes) go_on([&](int t, V sum) { kept.sum[t] = sum; });
-    else go_on([&](int t, V sum) { write(t, kept.gate[t] * sum); });
+    else go_on([&](int t, V sum) { y[t] = kept.gate[t] * sum; });
   }
 }
 
-template <class T, int K, bool kStream>
+template <class T, int K>
 static void filter_tile(const FilterTile<T>& tile, const Record<Work<T>>& r, Walk& ahead) {
-  using W = Work<T>;
-  using V = Vector<W>;
-  const auto row = [&](int t) { return tile.y + t * tile.y_row_stride; };
-  if (sizeof(T) == sizeof(W) && tile.valid == kPair<T>) {
-    for (int half = 0; half < 2; half++)
-      filter_half<T, K>(tile, r, half, ahead, [&](int t, V y) {
-        if (kStream) stream_vector(row(t) + half * kLanes<W>, (Bits)y);
-        else memcpy(row(t) + half * kLanes<W>, &y, sizeof y);
-      });
-  } else {
-    V first[kCheckpointTokens];
-    filter_half<T, K>(tile, r, 0, ahead, [&](int t, V y) { first[t] = y; });
-    filter_half<T, K>(tile, r, 1, ahead, [&](int t, V y) {
-      if (kStream) stream(row(t), Pair<W>{{first[t], y}});
-      else store(row(t), Pair<W>{{first[t], y}}, tile.valid);
-    });
+  Vector<Work<T>> y[2][kCheckpointTokens];
+  for (int half = 0; half < 2; half++) filter_half<T, K>(tile, r, half, ahead, y[half]);
+  for (int t = 0; t < tile.rows; t++) {
+    T* row = tile.y + t * tile.y_row_stride;
+    const Pair<Work<T>> both = {{y[0][t], y[1][t]}};
+    if (tile.streams) stream(row, both);
+    else store(row, both, tile.valid);
   }
 }
 
@@ -187,9 +179,8 @@ static void filter_block(const Filter& f, const Layout& layout, int64_t tile_row
   T* y = static_cast<T*>(f.y) + batch * f.y_batch_stride + layout.channel(begin);
   const uint8_t* real = in.real == nullptr ? nullptr : in.real + batch * length;
   const int taps = padded_taps(shape), padding = taps - shape.taps;
-  const bool usual = taps == kUsualTaps, streamed = writing == Writing::streamed, staged = writing == Writing::staged;
-  const auto run = streamed ? usual ? filter_tile<T, kUsualTaps, true> : filter_tile<T, kMaxTaps, true>
-                            : usual ? filter_tile<T, kUsualTaps, false> : filter_tile<T, kMaxTaps, false>;
+  const bool staged = writing == Writing::staged;
+  const auto run = taps == kUsualTaps ? filter_tile<T, kUsualTaps> : filter_tile<T, kMaxTaps>;
   const int64_t stage_stride = (end - begin + 1) * kPair<T>;  // one more: rows a power of two apart share the cache's sets
   // The next tile's lines are asked for in step with the arithmetic of this one: so many a row, by the share of the
   // multiply-adds.
@@ -198,6 +189,7 @@ static void filter_block(const Filter& f, const Layout& layout, int64_t tile_row
   for (int64_t t = 0; t < length; t += tile_rows) {
     FilterTile<T> tile;
     tile.rows = int(smaller(tile_rows, length - t)), tile.modes = shape.modes;
+    tile.streams = writing == Writing::streamed;
     tile.z_row_stride = in.z_row_stride, tile.y_row_stride = staged ? stage_stride : f.y_row_stride;
     tile.real = real == nullptr ? nullptr : real + t;
     const int64_t next = t + tile_rows, next_rows = smaller(tile_rows, length - next);

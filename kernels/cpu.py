@@ -96,16 +96,22 @@ def _tensors(z: Tensor, parameters: FilterParameters, state: HyenaState) -> tupl
     return (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+def _is_watched() -> bool:
+    """Whether a compiler, tracer, dispatch mode or function transform (vmap) is about, which would miss a call."""
+    return (
+        torch.compiler.is_compiling()
+        or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether nothing would miss a call that goes past the dispatcher: no gradient, compiler, tracer or subclass.
+    """Whether nothing would miss a call that goes past the dispatcher: no gradient, watcher or subclass.
 
     The dispatcher takes 0.1 ms for an operator written in Python, which a call on a few hundred tokens would notice.
     """
-    return not (torch.is_grad_enabled() or _is_traced()) and all(type(t) in (Tensor, Parameter) for t in tensors)
+    return not (torch.is_grad_enabled() or _is_watched()) and all(type(t) in (Tensor, Parameter) for t in tensors)
 
 
 def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor | None:
@@ -113,7 +119,7 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
 
     One expression takes the place of every check and conversion: with them, and with the dispatcher, Python costs
     several times the kernel. What it accepts is exactly what the extension can be given as it is: contiguous CPU
-    tensors of shapes and dtypes that fit, no gradient, no compiler or tracer that would miss the call.
+    tensors of shapes and dtypes that fit, no gradient, nobody who would miss the call.
     """
     fir_weight, fir_bias, poles, residues, skip, heads = parameters
     fir, iir = state
@@ -124,7 +130,7 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
         or dtype not in _ELEMENTS
         or (len(z_shape), len(fir_shape), len(systems)) != (2, 3, 4)
         or torch.is_grad_enabled()
-        or _is_traced()
+        or _is_watched()
     ):
         return None
     batch, columns = z_shape
@@ -171,7 +177,7 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
         or type(x) is not Tensor
         or type(weight) is not Parameter
         or torch.is_grad_enabled()
-        or _is_traced()
+        or _is_watched()
         or weight.ndim != 2
     ):
         return None

@@ -99,7 +99,7 @@ def _forward(
             repeats,
             copy=bandwidth.copy,
             triad=bandwidth.triad,
-            read=bandwidth.read,
+            read=bandwidth.read,  # so that the caches hold nothing of z, and nothing that is still to be written
             filter=lambda: ops.hyena_filter(z, **given, out=out),
             read_again=bandwidth.read,
             filter_into_new_memory=lambda: ops.hyena_filter(z, **given),

@@ -202,8 +202,8 @@ class Walk {
 
  private:
   void enter() {
-    row_ = next_ = reinterpret_cast<uintptr_t>(now_.start);
     left_ = now_.rows > 0 ? now_.run_bytes : INT64_MAX;
+    if (now_.rows > 0) row_ = next_ = reinterpret_cast<uintptr_t>(now_.start);
   }
   void turn() {
     if (++run_ < now_.runs) {
@@ -217,7 +217,7 @@ class Walk {
     left_ = now_.run_bytes;
   }
   Rectangle now_, later_;
-  uintptr_t next_ = 0, row_ = 0;  // numbers, since past the end the walk goes on nowhere
+  uintptr_t next_ = 0, row_ = 0;  // numbers, since past the end the walk goes straight on
   int64_t left_ = INT64_MAX, run_ = 0;
   int credit_ = 0;
 };

@@ -1,6 +1,6 @@
 // The operator over a sequence. A tile of rows of one vector of channels at a time: in one loop down the rows the three
 // FIRs, u = x1 v, the gate x2 and the first two modes, then in loops of their own the other modes, up to four together
-// in registers; the last of them writes y.
+// in registers; at the end the rows of y.
 //
 //   s_t = p s_{t-1} + u_t      y_t = x2_t (Re Σ_n R_n s_{t,n} + D u_t)
 //
@@ -27,16 +27,16 @@ struct Modes {
   }
   // The state moves on by one token; `sum` and the modes' Re R s, added in two chains.
   STRIPEDRAG_INLINE_MEMBER V advance(V u, V sum) {
-    V lost = {};
+    V imaginary = {};
 #pragma GCC unroll 4
     for (int m = 0; m < kModes; m++) {
       const V re = pr[m] * sr[m] + (u - pi[m] * si[m]);
       const V im = pr[m] * si[m] + pi[m] * sr[m];
       sr[m] = re, si[m] = im;
       sum += rr[m] * re;
-      lost = m == 0 ? ri[m] * im : lost + ri[m] * im;
+      imaginary = m == 0 ? ri[m] * im : imaginary + ri[m] * im;
     }
-    return sum - lost;
+    return sum - imaginary;
   }
   STRIPEDRAG_INLINE_MEMBER void keep(const Record<W>& r, int first, int half) const {
     for (int m = 0, i = 2 * first; m < kModes; m++, i += 2) r.state[i].half[half] = sr[m], r.state[i + 1].half[half] = si[m];
@@ -117,7 +117,7 @@ STRIPEDRAG_INLINE void next_scan(const FilterTile<T>& tile, const Record<Work<T>
   modes.keep(r, first, half);
 }
 
-// The rows of y of one half of a pair.
+// The rows of y of one half of a pair, into `y`.
 template <class T, int K>
 STRIPEDRAG_INLINE void filter_half(const FilterTile<T>& tile, const Record<Work<T>>& r, int half, Walk& ahead,
                                    Vector<Work<T>>* y) {
@@ -158,7 +158,7 @@ static void filter_tile(const FilterTile<T>& tile, const Record<Work<T>>& r, Wal
 // How y is written: as it comes; as it comes, past the cache; or a tile at a time, past the cache and row by row, which
 // memory takes faster than lines that lie rows apart, where there is too little arithmetic to hide the difference.
 enum class Writing { direct, streamed, staged };
-constexpr int kFewModes = 4;
+constexpr int kFewModes = 4;  // two were faster staged and eight were not; between them nothing was measured
 
 // Pairs [begin, end) of one sequence, from its first row to its last. `stage` has room for a tile of y.
 template <class T>
@@ -184,7 +184,7 @@ static void filter_block(const Filter& f, const Layout& layout, int64_t tile_row
   const int64_t stage_stride = (end - begin + 1) * kPair<T>;  // one more: rows a power of two apart share the cache's sets
   // The next tile's lines are asked for in step with the arithmetic of this one: so many a row, by the share of the
   // multiply-adds.
-  const int lines = 3 * int(divide_up(kPair<T> * sizeof(T), kLineBytes));
+  const int pace = 256 * 3 * kPair<T> * int(sizeof(T)) / kLineBytes / 2;  // of a half's row
   const int adds = 3 * (taps + 1) + 6 * shape.modes;
   for (int64_t t = 0; t < length; t += tile_rows) {
     FilterTile<T> tile;
@@ -196,8 +196,8 @@ static void filter_block(const Filter& f, const Layout& layout, int64_t tile_row
     const bool more = next_rows > 0;
     Walk ahead;
     if (more) ahead = Walk(columns_of(layout, z + next * in.z_row_stride, next_rows, in.z_row_stride, begin, end));
-    tile.pace_of_firs = more ? 128 * lines * 3 * (taps + 1) / adds + 1 : 0;
-    tile.pace_of_a_mode = more ? 128 * lines * 6 / adds + 1 : 0;
+    tile.pace_of_firs = more ? pace * 3 * (taps + 1) / adds + 1 : 0;
+    tile.pace_of_a_mode = more ? pace * 6 / adds + 1 : 0;
     T* rows_of_y = staged ? stage : y + t * f.y_row_stride;
     for (int64_t pair = begin; pair < end; pair++) {
       const Record<W> r = record(pair);

@@ -289,7 +289,7 @@ static void gradient_block(const Gradient& f, const Layout& layout, bool streams
     memset(sums(pair).dfir_weight, 0, size_t(GradientRecord<W>::pairs(shape)) * sizeof(Pair<W>));
   }
   const auto run_tile = taps == kUsualTaps ? gradient_tile<T, kUsualTaps> : gradient_tile<T, kMaxTaps>;
-  const int lines = 4 * int(divide_up(kPair<T> * sizeof(T), kLineBytes));
+  const int pace = 256 * 4 * kPair<T> * int(sizeof(T)) / kLineBytes;  // of a pair's row
   const int adds = 2 * (3 * (3 * taps + 2) + 18 * modes);
   Tile<W> tile;
   for (int64_t batch = 0; batch < shape.batch; batch++) {
@@ -314,8 +314,8 @@ static void gradient_block(const Gradient& f, const Layout& layout, bool streams
       TileArguments<T> a;
       a.z_row_stride = in.z_row_stride, a.dy_row_stride = channels, a.dz_row_stride = 3 * channels;
       a.real = real, a.rows = rows, a.modes = modes, a.is_first = k == 0, a.streams = streams;
-      a.pace_of_a_fir = k == 0 ? 0 : 256 * lines * (3 * taps + 2) / adds + 1;  // half of it forward, half in the transpose
-      a.pace_of_a_mode = k == 0 ? 0 : 256 * lines * 9 / adds + 1;
+      a.pace_of_a_fir = k == 0 ? 0 : pace * (3 * taps + 2) / adds + 1;  // half of it forward, half in the transpose
+      a.pace_of_a_mode = k == 0 ? 0 : pace * 9 / adds + 1;
       for (int64_t pair = begin; pair < end; pair++) {
         for (int s = 0; s < 3; s++) {
           a.z[s] = z + t0 * in.z_row_stride + layout.column(pair, s);

@@ -106,9 +106,9 @@ int main() {
                         {3, 33, 1, 33, 11, 16, 8, 2}, {1, 65, 2, 31, 62, 2, 4, 2}, {2, 70, 5, 3, 1, 7, 5, 1},
                         {1, 97, 1, 100, 50, 8, 3, 4}, {1, 40, 3, 64, 192, 4, 3, 2}, {2, 64, 1, 48, 48, 9, 7, 3},
                         {1, 520, 1, 1040, 1040, 1, 3, 2}, {1, 520, 1, 1024, 512, 2, 3, 2},
-                        {1, 520, 1, 1024, 1, 5, 3, 2}};
-  // The last three are large enough for stores that pass the cache: one with a pair that is half full, one that writes y a
-  // tile at a time, one that writes it as it comes.
+                        {1, 520, 1, 1024, 1, 5, 3, 2},   {1, 520, 1, 1024, 512, 2, 3, 3}};
+  // The last four are large: one with a pair that is half full, whose y is stored as it comes; then, where vectors are long
+  // enough for stores that pass the cache, one staged a tile at a time, one not, one in blocks of unequal width.
   for (const Case& c : cases)
     for (const bool with_mask : {false, true}) {
       const Shape shape = {c.batch, c.length, c.heads * c.width, c.width, c.groups, c.modes, c.taps, c.threads};

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyena_inputs import CPU, PARAMETERS, assert_close, gradients, make, random_state, widen, widen_state
 from stripedrag.kernels import cpu, dispatch, ops
@@ -85,6 +86,59 @@ def test_y_may_take_the_place_of_the_gate_in_z(dtype):
     assert all(torch.equal(a, b) for a, b in zip(after_in_place, after, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_call_past_the_dispatcher_gives_the_same_bits(with_mask, heads, dtype):
+    inputs = make(70, channels=48, modes=5, groups=4, heads=heads, dtype=dtype)
+    inputs["fir_weight"] = inputs["fir_weight"].mT.contiguous().mT  # not contiguous
+    mask = torch.arange(70).expand(2, -1) > 3 if with_mask else None
+    state = random_state(inputs)
+    y, after = ops.hyena_filter(**inputs, state=state, padding_mask=mask, backend="cpu")
+    for switched_off in (torch.no_grad(), torch.inference_mode()):
+        with switched_off:
+            plain, plain_after = ops.hyena_filter(**inputs, state=state, padding_mask=mask, backend="cpu")
+        assert torch.equal(plain, y)
+        assert all(torch.equal(a, b) for a, b in zip(plain_after, after, strict=True))
+
+
+def test_what_watches_the_dispatcher_misses_no_call():
+    inputs = make(9, batch=3)
+    z = inputs.pop("z")
+    y, _ = ops.hyena_filter(z, **inputs, backend="cpu")
+    with torch.no_grad():
+        mapped = torch.vmap(lambda row: ops.hyena_filter(row[None], **inputs, backend="cpu")[0][0])(z)
+        with LoggedCalls() as calls:
+            ops.hyena_filter(z, **inputs, backend="cpu")
+            ops.linear(z[:1, 0], torch.nn.Parameter(torch.eye(36)))
+    assert torch.equal(mapped, y)
+    assert "stripedrag.hyena_filter.default" in calls.names
+    assert any(name.startswith("aten.") for name in calls.names)
+
+
+class LoggedCalls(TorchDispatchMode):
+    """Keeps the names of the operators that are called under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_backward_pass_is_told_that_y_overwrote_what_it_needs():
+    inputs = make(9)
+    z = inputs.pop("z")
+    weight = torch.ones_like(z, requires_grad=True)
+    loss = (weight * z).sum()
+    with torch.no_grad():
+        ops.hyena_filter(z, **inputs, out=z[..., : z.shape[-1] // 3], backend="cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_backward_pass_is_told_that_a_step_overwrote_its_state():
     inputs = make(9)
     z = inputs.pop("z").requires_grad_()
@@ -126,9 +180,11 @@ def test_a_large_output_has_the_same_bits_however_it_is_written(modes, dtype):
     inputs = make(700, channels=512, modes=modes, dtype=dtype)
     y, _ = ops.hyena_filter(**inputs, backend="cpu")
     assert y.nbytes > 1 << 20  # past the cache
-    apart = torch.zeros(2, 700, 513, dtype=dtype)[..., :512]  # rows that begin anywhere: written as they come
-    ops.hyena_filter(**inputs, out=apart, backend="cpu")
-    assert torch.equal(y, apart)
+    for width in (513, 544):  # rows that begin anywhere are written as they come; whole lines apart, like y
+        apart = torch.zeros(2, 700, width, dtype=dtype)
+        ops.hyena_filter(**inputs, out=apart[..., :512], backend="cpu")
+        assert torch.equal(apart[..., :512], y)
+        assert not apart[..., 512:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -111,7 +111,12 @@ def _is_plain(*tensors: Tensor) -> bool:
 
     The dispatcher takes 0.1 ms for an operator written in Python, which a call on a few hundred tokens would notice.
     """
-    return not (torch.is_grad_enabled() or _is_watched()) and all(type(t) in (Tensor, Parameter) for t in tensors)
+    return not (torch.is_grad_enabled() or _is_watched()) and all(_is_ordinary(t) for t in tensors)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether the numbers are those in memory: no subclass, and no negation that torch has yet to carry out."""
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_neg()
 
 
 def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor | None:
@@ -162,7 +167,7 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
         return None
     tensors = (z, fir_weight, fir_bias, poles, residues, skip, fir, iir)
     for tensor in tensors:
-        if not (tensor.is_cpu and tensor.is_contiguous()):
+        if not (tensor.is_cpu and tensor.is_contiguous() and _is_ordinary(tensor)):
             return None
     return _run_step(tensors, heads)
 
@@ -174,8 +179,8 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     """
     if (
         _native is None
-        or type(x) is not Tensor
         or type(weight) is not Parameter
+        or not (_is_ordinary(x) and _is_ordinary(weight))
         or torch.is_grad_enabled()
         or _is_watched()
         or weight.ndim != 2
@@ -191,7 +196,14 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
         or not (x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous())
         or x.shape[-1] != columns
         or not (
-            bias is None or (bias.dtype is dtype and bias.is_cpu and bias.shape == (rows,) and bias.is_contiguous())
+            bias is None
+            or (
+                _is_ordinary(bias)
+                and bias.dtype is dtype
+                and bias.is_cpu
+                and bias.shape == (rows,)
+                and bias.is_contiguous()
+            )
         )
     ):
         return None

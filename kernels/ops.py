@@ -14,6 +14,8 @@ from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dt
 
 __all__ = ["HyenaState", "hyena_filter", "hyena_step", "linear", "writes_out"]
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def hyena_filter(
     z: Tensor,
@@ -29,7 +31,8 @@ def hyena_filter(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, HyenaState]:
-    """The operator over a sequence, and the state after its last token. Differentiable in every tensor.
+    """The operator over a sequence, and the state after its last token. Differentiable in every tensor, in reverse
+    mode and once; the `torch` backend also in forward mode and again.
 
     Args:
         z: (B, L, 3H), L ≥ 1, float64, float32, bfloat16 or float16: the rows of the input projection.
@@ -130,8 +133,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:
     fir_weight, fir_bias, poles, residues, skip, heads = parameters
-    if not z.shape[-1] or z.shape[-1] % 3 or not z.is_floating_point():
-        raise ValueError(f"z is {z.dtype} with {z.shape[-1]} channels; it takes a floating dtype and 3H channels")
+    if not z.shape[-1] or z.shape[-1] % 3 or z.dtype not in _DTYPES:
+        raise ValueError(
+            f"z is {z.dtype} with {z.shape[-1]} channels; it takes float16, bfloat16, float32 or float64 and 3H of them"
+        )
     channels = z.shape[-1] // 3
     if fir_weight.ndim != 3 or fir_weight.shape[:2] != (3 * channels, 1) or fir_weight.shape[2] < 1:
         raise ValueError(f"fir_weight has shape {tuple(fir_weight.shape)}; for this z it is ({3 * channels}, 1, K)")
@@ -151,7 +156,7 @@ def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:
             f"poles are {poles.dtype} of shape {tuple(poles.shape)}, residues {residues.dtype} of shape "
             f"{tuple(residues.shape)}; they go in pairs"
         )
-    if heads is not None and (heads < 1 or channels % heads):
+    if heads is not None and (not isinstance(heads, int) or heads < 1 or channels % heads):
         raise ValueError(f"heads is {heads}; it divides H, which is {channels} for this z")
     for name, tensor in zip(parameters._fields, parameters[:5], strict=False):
         if not tensor.is_floating_point():
@@ -185,11 +190,18 @@ def _check_out(z: Tensor, parameters: FilterParameters, state: HyenaState, out: 
         raise ValueError(
             "no gradient flows through out, which is overwritten; call under torch.no_grad(), or without out"
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"out has strides {out.stride()}: several of its rows are the same memory")
-    if torch.compiler.is_compiling() or not z.numel():
+    extent = 0  # of the axes so far, the finest first
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride <= extent:
+            raise ValueError(f"out has shape {shape} and strides {out.stride()}: several of its rows share memory")
+        extent += stride * (size - 1)
+    if torch.compiler.is_compiling() or not z.numel() or type(z) is not torch.Tensor:
         return
-    shares = out.untyped_storage().data_ptr() == z.untyped_storage().data_ptr()
+    storage = out.untyped_storage().data_ptr()
+    for name, tensor in (*zip(parameters._fields, parameters[:5], strict=False), *state._asdict().items()):
+        if tensor.untyped_storage().data_ptr() == storage and tensor.numel():
+            raise ValueError(f"out lies in the storage of {name}, which is still read while y is written")
+    shares = storage == z.untyped_storage().data_ptr()
     in_place = out.data_ptr() == z.data_ptr() and out.stride() == z.stride() and (parameters.heads or 1) == 1
     if shares and not in_place:
         raise ValueError(

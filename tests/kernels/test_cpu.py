@@ -116,6 +116,34 @@ def test_what_watches_the_dispatcher_misses_no_call():
     assert any(name.startswith("aten.") for name in calls.names)
 
 
+@torch.no_grad()
+def test_a_negation_that_is_still_to_be_carried_out_is():
+    inputs = make(9)
+    z, state = inputs.pop("z"), random_state(make(9))
+    expected, _ = ops.hyena_filter(-z, **inputs, backend="cpu")
+    y, _ = ops.hyena_filter(torch._neg_view(z), **inputs, backend="cpu")
+    assert torch.equal(y, expected)
+    copies = [ops.HyenaState(*(t.clone() for t in state)) for _ in range(2)]
+    expected, _ = ops.hyena_step(-z[:, 0], **inputs, state=copies[0], backend="cpu")
+    y, _ = ops.hyena_step(torch._neg_view(z[:, 0].contiguous()), **inputs, state=copies[1], backend="cpu")
+    assert torch.equal(y, expected)
+    weight = torch.nn.Parameter(torch.eye(36))
+    assert torch.equal(ops.linear(torch._neg_view(z[0, :1]), weight), -z[0, :1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", ["skip", "iir"])
+def test_out_in_the_memory_of_what_is_still_read_is_refused(shared):
+    inputs = make(9)
+    state, memory = random_state(inputs), torch.zeros(2 * 9 * 12)
+    if shared == "skip":
+        inputs["skip"] = memory[:12]
+    else:
+        state = state._replace(iir=memory[: state.iir.numel()].view_as(state.iir))
+    with pytest.raises(ValueError, match=f"out lies in the storage of {shared}"):
+        ops.hyena_filter(**inputs, state=state, out=memory.view(2, 9, 12), backend="cpu")
+
+
 class LoggedCalls(TorchDispatchMode):
     """Keeps the names of the operators that are called under it."""
 

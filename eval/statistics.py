@@ -123,6 +123,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def effective_length(scores: Mapping[int, float], threshold: float) -> int | None:
     """The longest length up to which every measured length scores at least `threshold`; None where the first does not.
 
+    The threshold is RULER_THRESHOLD, or NOLIMA_SHARE times the own score at the shortest length.
     A length whose score is NaN was not measured, and ends what can be claimed.
     """
     reached = None

@@ -157,7 +157,7 @@ def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:
             f"{tuple(residues.shape)}; they go in pairs"
         )
     if heads is not None and (not isinstance(heads, int) or heads < 1 or channels % heads):
-        raise ValueError(f"heads is {heads}; it divides H, which is {channels} for this z")
+        raise ValueError(f"heads is {heads!r}; it is an int that divides H, which is {channels} for this z")
     for name, tensor in zip(parameters._fields, parameters[:5], strict=False):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; it takes a floating dtype")

@@ -224,8 +224,8 @@ def _table(figures: dict[str, Any]) -> str:
     lines += [
         "",
         f"Medians of {figures['repeats']}, interleaved, the operator after a read of other memory, which empties",
-        "the caches. arith: what the multiply-adds of one pass allow at the rate of a float32 product; limit: the lesser of triad",
-        "and that.",
+        "the caches. arith: what the multiply-adds of one pass allow at the rate of a float32 product; limit: the",
+        "lesser of triad and that.",
     ]
     return "\n".join(lines)
 

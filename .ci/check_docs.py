@@ -60,7 +60,9 @@ def _options(cache: dict[str, set[str]] = {}) -> dict[str, set[str]]:  # noqa: B
     if not cache:
         program = (
             "import json, typer; from stripedrag.eval.cli import app; g = typer.main.get_command(app); "
-            "print(json.dumps({n: [o for p in c.params for o in p.opts] for n, c in g.commands.items()}))"
+            "flat = lambda c: [c, *(d for s in getattr(c, 'commands', {}).values() for d in flat(s))]; "
+            "known = lambda c: [o for d in flat(c) for p in d.params for o in p.opts]; "
+            "print(json.dumps({n: known(c) for n, c in g.commands.items()}))"
         )
         found = json.loads(subprocess.check_output([sys.executable, "-c", program], text=True))
         cache.update({name: {*options, "--help"} for name, options in found.items()})

@@ -1,6 +1,8 @@
 """The console script: the command line of `rag/`, and beside it the commands of this room."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,56 @@ if TYPE_CHECKING:
     from stripedrag.eval.bench.report import Report
 
 __all__ = ["main"]
+
+evaluation = typer.Typer(no_args_is_help=True, help="Run, score and report an evaluation: systems against tasks.")
+app.add_typer(evaluation, name="eval")
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@evaluation.command("run")
+def eval_run(
+    suite: Annotated[str, typer.Argument(help="A suite that ships (quick, full), or a YAML file.", show_default=False)],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="The run's folder; by default build/eval/ and the suite's name.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a suite, then score and report it. A run that was killed goes on where it was, given the same folder."""
+    quiet_libraries()
+    from stripedrag.eval.runs import run
+    from stripedrag.eval.suite import load_suite
+
+    declared = load_suite(suite)
+    folder = to or Path("build", "eval", declared.name)
+    with _progress() as (tell, progress):
+        made = run(declared, folder, tell=tell, progress=progress)
+    eval_score(made.folder)
+    eval_report(made.folder, as_json=as_json)
+
+
+@evaluation.command("score")
+def eval_score(folder: RunFolder) -> None:
+    """Score the predictions of a run anew. Needs no model."""
+    from stripedrag.eval.runs import Run
+    from stripedrag.eval.scoring import score
+
+    scores = score(Run(folder))
+    err.print(f"{len(scores)} predictions scored in {folder / 'scores.jsonl'}", markup=False, soft_wrap=True)
+
+
+@evaluation.command("report")
+def eval_report(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Write a scored run's report as HTML, Markdown, JSON and CSV. Needs neither model nor texts."""
+    from stripedrag.eval.report import write_report
+    from stripedrag.eval.runs import Run
+
+    files = write_report(Run(folder))
+    if as_json:
+        typer.echo(json.dumps({name: str(path) for name, path in files.items()}, indent=2))
+    else:
+        for path in files.values():
+            typer.echo(path)
 
 
 @app.command()
@@ -53,3 +105,37 @@ def bench(
             report.plot(drawing)
             drawing.replace(to.with_suffix(".svg"))
     typer.echo(text if as_json else report.table)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """What a run tells and how far it is, on stderr: a bar on a terminal, a line a task elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        shown = bar.add_task("preparing", total=None)
+        current = ""
+
+        def progress(task: str, done: int, total: int) -> None:
+            nonlocal current
+            if task != current and not err.is_terminal:
+                err.print(f"{task}: prediction {done} of {total}", markup=False)
+            current = task
+            bar.update(shown, description=task, completed=done, total=total)
+
+        yield (lambda text: err.print(text, markup=False, soft_wrap=True)), progress

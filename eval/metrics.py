@@ -4,10 +4,11 @@ Every metric takes the prediction and a non-empty sequence of references; more r
 `string_match_all`, which asks for all of them. Parity with the sources is held by cases in tests/eval/test_metrics.py.
 """
 
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,27 @@ Metric = Callable[[str, Sequence[str]], float]
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ABSTENTIONS = (
+    "not in documents",
+    "not in document",
+    "not in passages",
+    "not in text",
+    "not mentioned",
+    "not stated",
+    "not specified",
+    "not provide",
+    "not contain",
+    "not say",
+    "no information",
+    "no answer",
+    "cannot be answered",
+    "cannot be determined",
+    "cannot answer",
+    "unanswerable",
+    "unknown",
+    "dont know",
+    "do not know",
+)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -84,6 +106,23 @@ METRICS: dict[str, Metric] = {
         coverage,
     )
 }
+
+
+def abstains(prediction: str) -> bool:
+    """Whether an answer says that it has none (by its phrases, in SQuAD's normalisation); an empty one says nothing."""
+    given = normalized(prediction)
+    return any(phrase in given for phrase in _ABSTENTIONS)
+
+
+def ndcg(ranking: Sequence[str], relevant: Collection[str], depth: int) -> float:
+    """nDCG at `depth` with binary grades (Järvelin and Kekäläinen 2002): gain over log2(rank + 1), over the best order.
+
+    Raises ValueError where nothing is relevant.
+    """
+    if not relevant:
+        raise ValueError("nDCG of a query without a relevant document is not defined")
+    gained = sum(1 / math.log2(rank + 1) for rank, d in enumerate(ranking[:depth], start=1) if d in relevant)
+    return gained / sum(1 / math.log2(rank + 1) for rank in range(1, min(depth, len(relevant)) + 1))
 
 
 def normalized(text: str) -> str:

@@ -70,8 +70,13 @@ def decode(
 
 
 def stop_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end an answer, by the model's generation config."""
+    """The ids that end an answer, by the model's generation config, or by its config where that names none.
+
+    The published StripedHyena-7B have a generation_config.json without one, which transformers takes at its word.
+    """
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if eos is None:
+        eos = getattr(model.config, "eos_token_id", None)
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)

@@ -17,6 +17,7 @@ def examine() -> dict[str, dict[str, str]]:
 
     from stripedrag.kernels.cpu import instruction_set
     from stripedrag.kernels.dispatch import BACKENDS
+    from stripedrag.model.baselines import BASELINES, at_hand
     from stripedrag.model.smollm2 import PREPARED, prepared_dir
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,6 +48,7 @@ def examine() -> dict[str, dict[str, str]]:
         },
         f"kernel backends on {device}": backends,
         "weights": {"cache": str(weights.cache_dir()), **places},
+        "baselines": {"at hand": ", ".join(filter(at_hand, BASELINES)) or "none in the hub's cache"},
         "packages": {"stripedrag": __version__, **{name: _installed(name) for name in _PACKAGES}},
     }
 

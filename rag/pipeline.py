@@ -36,9 +36,11 @@ class Pipeline:
         model_name: str,
         policy: Policy = POLICY,
     ) -> None:
+        from stripedrag.model.baselines import template_options
+
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
         self.retriever = Retriever(index, policy=policy)
-        self.prompt = PromptFormat(tokenizer)
+        self.prompt = PromptFormat(tokenizer, template_options(model_name))
         self._owns_index = False
 
     @classmethod
@@ -81,8 +83,10 @@ class Pipeline:
 
     @property
     def window_tokens(self) -> int:
-        """The model's window."""
-        return int(self.model.config.max_position_embeddings)
+        """The model's window; a baseline's is no longer than what it was trained on."""
+        from stripedrag.model.baselines import window_tokens
+
+        return window_tokens(self.model, self.model_name)
 
     def ask(
         self,

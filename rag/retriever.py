@@ -5,7 +5,7 @@ is listed. No reranker: the index's order decides. Knows nothing of prompts or m
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
@@ -87,34 +87,47 @@ class Retriever:
         question: str,
         *,
         budget_tokens: int,
+        max_chunks: int | None = None,
         tokenizer: Tokenizer | None = None,
         render: Callable[[Span], str] | None = None,
     ) -> Context:
         """The best chunks for `question` that fit into `budget_tokens`, as spans.
 
         Chunks are taken in rank order; one that does not fit is dropped and smaller ones after it are still tried. A
-        chunk is joined to spans that it touches. Tokens are those of `tokenizer` (None: the embedder's) over
-        `render(span)` (None: the span's text). Raises `UsageError` for a budget below 1 and what `Index.search` raises.
+        chunk is joined to spans that it touches. `max_chunks` considers no more than so many (top-k). Tokens are those
+        of `tokenizer` (None: the embedder's) over `render(span)` (None: the span's text). Raises `UsageError` for a
+        budget or `max_chunks` below 1 and what `Index.search` raises.
         """
         if budget_tokens < 1:
             raise UsageError(f"budget_tokens is {budget_tokens}; it is at least 1")
+        if max_chunks is not None:
+            if max_chunks < 1:
+                raise UsageError(f"max_chunks is {max_chunks}; it is at least 1, or None for as many as fit")
+            found = self.index.search(question, k=max_chunks)
+            return self.fill(found, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
         # Twice what would fill the budget with full chunks, and again twice that while everything still fits.
         k = 8 + 2 * math.ceil(budget_tokens / self.index.manifest.chunk_tokens)
         while True:
             found = self.index.search(question, k=k)
-            filling = _Filling(self.index, budget_tokens, tokenizer or self.index.embedder.tokenizer, render)
-            for scored in found:
-                filling.offer(scored)
-            if filling.dropped or len(found) < k:
-                break
+            context = self.fill(found, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
+            if context.dropped or len(found) < k:
+                return context
             k *= 2
-        return Context(
-            tuple(_ordered(filling.spans, self.policy)),
-            tuple(filling.dropped),
-            filling.tokens,
-            budget_tokens,
-            self.policy,
-        )
+
+    def fill(
+        self,
+        candidates: "Iterable[Scored]",
+        *,
+        budget_tokens: int,
+        tokenizer: Tokenizer | None = None,
+        render: Callable[[Span], str] | None = None,
+    ) -> Context:
+        """The `candidates`, taken in their order, that fit into `budget_tokens`, as spans; see `retrieve`."""
+        filling = _Filling(self.index, budget_tokens, tokenizer or self.index.embedder.tokenizer, render)
+        for scored in candidates:
+            filling.offer(scored)
+        spans = tuple(_ordered(filling.spans, self.policy))
+        return Context(spans, tuple(filling.dropped), filling.tokens, budget_tokens, self.policy)
 
 
 class _Filling:

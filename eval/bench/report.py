@@ -117,10 +117,10 @@ def machine() -> dict[str, Any]:
     """What ran it: commit, versions, processor, threads, and its measured limits."""
     dtype = fast_dtype()
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "stripedrag": __version__,
         "torch": torch.__version__,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -148,7 +148,8 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -156,7 +157,7 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, with "+" where files were changed; "not a checkout" for an installed package."""
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]

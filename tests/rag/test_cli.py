@@ -76,6 +76,7 @@ def test_doctor_reports_one_object():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["kernel backends on cpu"]["torch"] == "runs"
     assert {"machine", "weights", "packages"} <= report.keys()
+    assert list(report["baselines"]) == ["at hand"]
     assert "fast dtype" in run("doctor").stdout
 
 

@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from stripedrag.errors import UsageError
 from stripedrag.rag import Span
@@ -46,9 +48,47 @@ def test_the_prompt_reads_as_the_models_own_template(tokenizer):
 def test_a_base_model_is_prompted_without_a_template(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     ids = PromptFormat(tokenizer).ids("Why?", [span("Because.", "Reasons")])
-    assert tokenizer.decode(ids) == "<|im_start|>Reasons\nBecause.\n\nQuestion: Why?\nAnswer:"
+    assert tokenizer.decode(ids) == "Reasons\nBecause.\n\nQuestion: Why?\nAnswer:", "SmolLM2's tokenizer adds no BOS"
     with pytest.raises(UsageError, match="has no chat template; use complete, not chat"):
         ChatFormat(tokenizer).chat_ids([("user", "hello")])
+
+
+def test_options_reach_the_template_and_a_template_among_them_replaces_the_tokenizers(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ mood }}: {{ messages[0].content }}")
+    ids = PromptFormat(tokenizer, {"mood": "calm"}).ids("Why?", ())
+    assert tokenizer.decode(ids) == "calm: Question: Why?"
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    ids = PromptFormat(tokenizer, {"chat_template": "> {{ messages[0].content }} <"}).ids("Why?", ())
+    assert tokenizer.decode(ids) == "> Question: Why? <"
+
+
+WORDS = ["<unk>", "<s>", "\u2581", "a", "b", ":", "\u2581a", "\u2581b"]
+MERGES = [("\u2581", "a"), ("\u2581", "b")]
+
+
+@pytest.mark.parametrize(
+    "normalizer,pre_tokenizer,after_control",
+    [
+        (normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]), None, "\u2581a"),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=False), "\u2581a"),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), "a"),
+        (None, pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="never", split=False)]), "a"),
+    ],
+)
+def test_a_space_begins_a_text_but_not_a_piece_inside_one(normalizer, pre_tokenizer, after_control):
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, MERGES, unk_token="<unk>"))
+    if normalizer:
+        backend.normalizer = normalizer
+    if pre_tokenizer:
+        backend.pre_tokenizer = pre_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+    tokenizer.chat_template = "{{ bos_token }}a:{{ messages[0].content }}:b<s>a"
+    chat = ChatFormat(tokenizer)
+    assert chat.plain_ids("b a") == tokenizer("b a", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(chat.inner_ids("b a")) == ["b", "\u2581a"]
+    words = tokenizer.convert_ids_to_tokens(chat.chat_ids([("user", "b a")]))
+    assert words == ["<s>", after_control, ":", "b", "\u2581a", ":", "b", "<s>", after_control]
+    assert chat.chat_ids([("user", "b a")]) == tokenizer("<s>a:b a:b<s>a", add_special_tokens=False).input_ids
 
 
 def test_a_conversation_reads_as_the_template_but_for_control_tokens_in_it(tokenizer):

@@ -1,0 +1,638 @@
+"""What a run shows, as numbers: means with intervals, paired differences, the gap taken apart, cost against length.
+
+Reads the files of a run and nothing else. What was not measured is NaN (null in JSON), never 0.
+"""
+
+import math
+import statistics as plain
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stripedrag.eval.runs import Run
+from stripedrag.eval.schema import (
+    Answered,
+    Axis,
+    Carried,
+    Failure,
+    Prediction,
+    Record,
+    SampleRecord,
+    Score,
+    Timing,
+)
+from stripedrag.eval.statistics import (
+    NOLIMA_SHARE,
+    RULER_THRESHOLD,
+    Difference,
+    Estimate,
+    difference,
+    effective_length,
+    estimate,
+    holm,
+)
+from stripedrag.eval.suite import Contrast, Suite
+
+_RIGHT = 0.5  # an answer counts as right from this score on, where the gap is taken apart
+
+
+class Cell(Record):
+    """One system in one cell of a task by one metric: the mean with its 95 % interval over what was answered.
+
+    `answered` of `samples` have a score; failures are counted by reason, answers whose passages were cut in `cut`, and
+    those of them whose evidence went with it in `gold_lost`. `prompt_tokens` and `prefill_s` are medians.
+    """
+
+    task: str
+    system: str
+    cell: dict[str, Axis]
+    metric: str
+    mean: float
+    low: float
+    high: float
+    samples: int
+    answered: int
+    clusters: int
+    failures: dict[str, int]
+    cut: int
+    gold_lost: int
+    prompt_tokens: float
+    prefill_s: float
+
+
+class HeadlineScore(Record):
+    """One system in one column of the first table."""
+
+    label: str
+    system: str
+    metric: str
+    mean: float
+    low: float
+    high: float
+    answered: int
+    samples: int
+
+
+class ContrastResult(Record):
+    """A paired difference with its interval; `p_holm` is corrected over the family. `left_out` pairs lacked a score."""
+
+    family: str
+    label: str
+    metric: str
+    first: str
+    second: str
+    mean: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    pairs: int
+    clusters: int
+    left_out: int
+
+
+class LengthScore(Record):
+    """A task's first metric at one length, over all depths."""
+
+    task: str
+    system: str
+    metric: str
+    length_tokens: int
+    mean: float
+    low: float
+    high: float
+    answered: int
+    samples: int
+
+
+class EffectiveLength(Record):
+    """The longest length up to which a system holds a task: absolutely (RULER) and against its own base (NoLiMa).
+
+    The base is the score at the shortest length.
+    """
+
+    task: str
+    system: str
+    absolute_tokens: int | None
+    own_base_tokens: int | None
+    base: float
+    base_low: float
+    base_high: float
+    longest_measured: int
+
+
+class Gap(Record):
+    """Where the answers of a system come from, as shares of all questions of a cell.
+
+    `known`: right, and right without any context too. `used`: right, the evidence in the context. `guessed`: right,
+    and it was not. `unused`: wrong though the evidence was there. `missed`: wrong, and retrieval had missed it.
+    """
+
+    task: str
+    system: str
+    cell: dict[str, Axis]
+    questions: int
+    known: float
+    used: float
+    guessed: float
+    unused: float
+    missed: float
+
+
+class Recall(Record):
+    """How often the context held all of the evidence, whatever was made of it."""
+
+    task: str
+    cell: dict[str, Axis]
+    mean: float
+    low: float
+    high: float
+    samples: int
+
+
+class PositionScore(Record):
+    """The task's first metric where the evidence begins between two places of the context (0 its start, 1 its end)."""
+
+    task: str
+    system: str
+    metric: str
+    start: float
+    end: float
+    mean: float
+    low: float
+    high: float
+    samples: int
+
+
+class Loss(Record):
+    """Nats for each reference token of the stretch that ends at `position`; exp of it is the perplexity."""
+
+    task: str
+    system: str
+    position: int
+    nats: float
+    low: float
+    high: float
+    samples: int
+
+
+class Cost(Record):
+    """Medians over the rounds, with their ranges: seconds to the first token, tokens a second; bytes and joules."""
+
+    task: str
+    system: str
+    length_tokens: int
+    rounds: int
+    first_token_s: float
+    first_token_s_min: float
+    first_token_s_max: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_tokens_per_s_min: float
+    decode_tokens_per_s_max: float
+    peak_bytes: float
+    peak_bytes_min: float
+    peak_bytes_max: float
+    cache_bytes: float
+    joules: float
+    failures: dict[str, int]
+
+
+class CostFit(Record):
+    """The exponent of a quantity against length, least squares on logarithms, with its 95 % interval."""
+
+    task: str
+    system: str
+    quantity: str
+    exponent: float
+    low: float
+    high: float
+    lengths: int
+
+
+class Analysis(Record):
+    """All of it."""
+
+    schema_version: int = 1
+    headline: tuple[HeadlineScore, ...]
+    contrasts: tuple[ContrastResult, ...]
+    cells: tuple[Cell, ...]
+    length_scores: tuple[LengthScore, ...]
+    effective_lengths: tuple[EffectiveLength, ...]
+    gaps: tuple[Gap, ...]
+    recalls: tuple[Recall, ...]
+    positions: tuple[PositionScore, ...]
+    losses: tuple[Loss, ...]
+    costs: tuple[Cost, ...]
+    cost_fits: tuple[CostFit, ...]
+
+
+class _Row:
+    """A prediction with its sample, scores and timing."""
+
+    def __init__(
+        self, sample: SampleRecord, prediction: Prediction, scores: Mapping[str, float], timing: Timing | None
+    ) -> None:
+        self.sample, self.system, self.output, self.scores, self.timing = (
+            sample,
+            prediction.system,
+            prediction.output,
+            scores,
+            timing,
+        )
+
+
+def analyse(run: Run) -> Analysis:
+    """The analysis of a run that was scored."""
+    suite, rows = run.suite(), _rows(run)
+    tasks = {task.name: task for task in suite.tasks}
+    by_task: dict[str, list[_Row]] = defaultdict(list)
+    for row in rows:
+        by_task[row.sample.task].append(row)
+    scored = {name: found for name, found in by_task.items() if tasks[name].operation not in ("cost",)}
+    cells = [cell for found in scored.values() for cell in _cells(found)]
+    return Analysis(
+        headline=tuple(_headline(suite, by_task)),
+        contrasts=tuple(_contrasts(suite, by_task)),
+        cells=tuple(cells),
+        length_scores=tuple(_length_scores(scored)),
+        effective_lengths=tuple(_effective_lengths(scored)),
+        gaps=tuple(gap for name, found in scored.items() if tasks[name].kind == "rag" for gap in _gaps(found)),
+        recalls=tuple(recall for found in scored.values() for recall in _recalls(found)),
+        positions=tuple(position for found in scored.values() for position in _positions(found)),
+        losses=tuple(loss for found in scored.values() for loss in _losses(found)),
+        costs=tuple(
+            costs := [c for n, found in by_task.items() if tasks[n].operation == "cost" for c in _costs(found)]
+        ),
+        cost_fits=tuple(_fits(costs)),
+    )
+
+
+def _rows(run: Run) -> list[_Row]:
+    samples = {sample.id: sample for sample in run.lines(run.samples, SampleRecord)}
+    scores = {(s.system, s.sample_id): s.scores for s in run.lines(run.scores, Score)}
+    timings = {(t.system, t.key): t for t in run.lines(run.timings, Timing)}
+    return [
+        _Row(samples[p.sample_id], p, scores.get((p.system, p.sample_id), {}), timings.get((p.system, p.key)))
+        for p in run.lines(run.predictions, Prediction)
+    ]
+
+
+def _groups(rows: Iterable[_Row], *axes: str) -> dict[tuple[Any, ...], list[_Row]]:
+    """Rows by system and the values of some axes of their cells (all axes where none is named)."""
+    found: dict[tuple[Any, ...], list[_Row]] = defaultdict(list)
+    for row in rows:
+        place = tuple(row.sample.cell.get(axis) for axis in axes) if axes else tuple(row.sample.cell.items())
+        found[row.system, *place].append(row)
+    return found
+
+
+def _first_metric(rows: Iterable[_Row]) -> str | None:
+    return next((next(iter(row.scores)) for row in rows if row.scores), None)
+
+
+def _mean(rows: Sequence[_Row], metric: str) -> Estimate:
+    known = [(row.scores[metric], row.sample.cluster) for row in rows if metric in row.scores]
+    values = [value for value, _ in known]
+    bounded = all(0 <= value <= 1 for value in values) and not metric.startswith("nats")
+    return estimate(values, [cluster for _, cluster in known], bounded=bounded)
+
+
+def _cells(rows: Sequence[_Row]) -> Iterable[Cell]:
+    for found in _groups(rows).values():
+        answers = [row.output for row in found if isinstance(row.output, Answered)]
+        metrics = list(dict.fromkeys(name for row in found for name in row.scores)) or [_first_metric(rows) or ""]
+        for metric in metrics:
+            mean = _mean(found, metric)
+            yield Cell(
+                task=found[0].sample.task,
+                system=found[0].system,
+                cell=found[0].sample.cell,
+                metric=metric,
+                mean=mean.mean,
+                low=mean.low,
+                high=mean.high,
+                samples=len(found),
+                answered=mean.samples,
+                clusters=mean.clusters,
+                failures=_failures(found),
+                cut=sum(answer.cut_tokens > 0 for answer in answers),
+                gold_lost=sum(answer.gold_survived is False for answer in answers),
+                prompt_tokens=_median([answer.prompt_tokens for answer in answers if answer.prompt_tokens]),
+                prefill_s=_median([row.timing.prefill_s for row in found if row.timing and row.timing.prefill_s]),
+            )
+
+
+def _failures(rows: Iterable[_Row]) -> dict[str, int]:
+    return dict(Counter(row.output.reason for row in rows if isinstance(row.output, Failure)))
+
+
+def _median(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(plain.median(known)) if known else math.nan
+
+
+def _agrees(sample: SampleRecord, cell: Mapping[str, Axis]) -> bool:
+    return all(sample.cell.get(axis) == value for axis, value in cell.items())
+
+
+def _headline(suite: Suite, by_task: Mapping[str, Sequence[_Row]]) -> Iterable[HeadlineScore]:
+    for column in suite.headline:
+        rows = [row for row in by_task.get(column.task, ()) if _agrees(row.sample, column.cell)]
+        metric = column.metric or _first_metric(rows) or ""
+        for system, found in _by_system(rows).items():
+            mean = _mean(found, metric)
+            yield HeadlineScore(
+                label=column.label,
+                system=system,
+                metric=metric,
+                mean=mean.mean,
+                low=mean.low,
+                high=mean.high,
+                answered=mean.samples,
+                samples=len(found),
+            )
+
+
+def _by_system(rows: Iterable[_Row]) -> dict[str, list[_Row]]:
+    found: dict[str, list[_Row]] = defaultdict(list)
+    for row in rows:
+        found[row.system].append(row)
+    return found
+
+
+def _contrasts(suite: Suite, by_task: Mapping[str, Sequence[_Row]]) -> Iterable[ContrastResult]:
+    for family in suite.families:
+        found = {}
+        for contrast in family.contrasts:
+            rows = by_task.get(contrast.task, ())
+            metric = contrast.metric or _first_metric(r for r in rows if _agrees(r.sample, contrast.cell)) or ""
+            against, against_cell = contrast.against or contrast.system, contrast.against_cell
+            same_cell = against_cell is None
+            ours = _paired(rows, contrast.system, contrast.cell, metric, by_sample=same_cell)
+            theirs = _paired(rows, against, contrast.cell if same_cell else against_cell, metric, by_sample=same_cell)
+            shared = [key for key in ours if key in theirs]
+            result = difference(
+                [ours[key][0] for key in shared], [theirs[key][0] for key in shared], [ours[key][1] for key in shared]
+            )
+            asked = len({*_asked(rows, contrast.system, contrast.cell, by_sample=same_cell)})
+            found[contrast.label] = (contrast, metric, result, asked - len(shared), against, against_cell)
+        corrected = holm({label: result.p for label, (_, _, result, *_) in found.items()})
+        for label, (contrast, metric, result, left_out, against, against_cell) in found.items():
+            yield _contrast(
+                family.name, label, contrast, metric, result, corrected[label], left_out, against, against_cell
+            )
+
+
+def _contrast(
+    family: str,
+    label: str,
+    contrast: Contrast,
+    metric: str,
+    result: Difference,
+    p_holm: float,
+    left_out: int,
+    against: str,
+    against_cell: Mapping[str, Axis] | None,
+) -> ContrastResult:
+    system = contrast.system
+    second = against if against_cell is None else f"{against} {words(against_cell)}"
+    return ContrastResult(
+        family=family,
+        label=label,
+        metric=metric,
+        first=system if against_cell is None else f"{system} {words(contrast.cell)}",
+        second=second,
+        mean=result.mean,
+        low=result.low,
+        high=result.high,
+        p=result.p,
+        p_holm=p_holm,
+        pairs=result.samples,
+        clusters=result.clusters,
+        left_out=left_out,
+    )
+
+
+def words(cell: Mapping[str, Axis]) -> str:
+    """A cell in words, "context fill, budget_tokens 2048"."""
+    return ", ".join(f"{axis} {value}" for axis, value in cell.items())
+
+
+def _asked(rows: Iterable[_Row], system: str, cell: Mapping[str, Axis], *, by_sample: bool) -> Iterable[str]:
+    for row in rows:
+        if row.system == system and _agrees(row.sample, cell):
+            yield row.sample.id if by_sample else row.sample.subject
+
+
+def _paired(
+    rows: Iterable[_Row], system: str, cell: Mapping[str, Axis] | None, metric: str, *, by_sample: bool
+) -> dict[str, tuple[float, str]]:
+    """Scores with their clusters by what pairs are made of: the sample, or what its cells have in common."""
+    return {
+        row.sample.id if by_sample else row.sample.subject: (row.scores[metric], row.sample.cluster)
+        for row in rows
+        if row.system == system and _agrees(row.sample, cell or {}) and metric in row.scores
+    }
+
+
+def _length_scores(by_task: Mapping[str, Sequence[_Row]]) -> Iterable[LengthScore]:
+    for task, rows in _by_length(by_task):
+        metric = _first_metric(rows) or ""
+        for (system, length), found in _groups(rows, "length_tokens").items():
+            mean = _mean(found, metric)
+            yield LengthScore(
+                task=task,
+                system=system,
+                metric=metric,
+                length_tokens=length,
+                mean=mean.mean,
+                low=mean.low,
+                high=mean.high,
+                answered=mean.samples,
+                samples=len(found),
+            )
+
+
+def _by_length(by_task: Mapping[str, Sequence[_Row]]) -> Iterable[tuple[str, Sequence[_Row]]]:
+    """Tasks whose texts are given and sized; where contexts are compared, length is a budget and another matter."""
+    for task, rows in by_task.items():
+        if all("length_tokens" in row.sample.cell and "context" not in row.sample.cell for row in rows):
+            yield task, rows
+
+
+def _effective_lengths(by_task: Mapping[str, Sequence[_Row]]) -> Iterable[EffectiveLength]:
+    for task, rows in _by_length(by_task):
+        metric = _first_metric(rows) or ""
+        for system, found in _by_system(rows).items():
+            at = {int(length): of_length for (_, length), of_length in _groups(found, "length_tokens").items()}
+            scores = {length: _whole_mean(of_length, metric) for length, of_length in at.items()}
+            base = _mean(at[min(at)], metric)
+            yield EffectiveLength(
+                task=task,
+                system=system,
+                absolute_tokens=effective_length(scores, RULER_THRESHOLD),
+                own_base_tokens=effective_length(scores, NOLIMA_SHARE * base.mean) if base.mean > 0 else None,
+                base=base.mean,
+                base_low=base.low,
+                base_high=base.high,
+                longest_measured=max(scores),
+            )
+
+
+def _whole_mean(rows: Sequence[_Row], metric: str) -> float:
+    """The mean where everything was answered, else NaN: a length is not held by what fails on part of it."""
+    return _mean(rows, metric).mean if all(metric in row.scores for row in rows) else math.nan
+
+
+def _gaps(rows: Sequence[_Row]) -> Iterable[Gap]:
+    """For tasks that ask the same questions with and without a context."""
+    without = {
+        (row.system, row.sample.subject): _is_right(row) for row in rows if row.sample.cell.get("context") == "none"
+    }
+    if not without:
+        return
+    for found in _groups(r for r in rows if r.sample.cell.get("context") not in (None, "none", "random")).values():
+        shares: Counter[str] = Counter()
+        for row in found:
+            knew, inside = without.get((row.system, row.sample.subject)), row.sample.evidence_in_context
+            if knew is None or inside is None or not row.scores:
+                continue
+            if _is_right(row):
+                shares["known" if knew else "used" if inside else "guessed"] += 1
+            else:
+                shares["unused" if inside else "missed"] += 1
+        total = shares.total()
+        if total:
+            kinds = {kind: shares[kind] / total for kind in ("known", "used", "guessed", "unused", "missed")}
+            sample = found[0].sample
+            yield Gap(task=sample.task, system=found[0].system, cell=sample.cell, questions=total, **kinds)
+
+
+def _is_right(row: _Row) -> bool:
+    """By substring match where it is measured, else by the first metric."""
+    scores = row.scores
+    value = scores.get("substring_exact_match", next(iter(scores.values()), 0.0))
+    return value >= _RIGHT
+
+
+def _recalls(rows: Sequence[_Row]) -> Iterable[Recall]:
+    """Of what was asked, not of who answered: each sample once."""
+    cells: dict[tuple[Any, ...], dict[str, SampleRecord]] = defaultdict(dict)
+    for row in rows:
+        if "context" in row.sample.cell and row.sample.evidence_in_context is not None:
+            cells[tuple(row.sample.cell.items())][row.sample.id] = row.sample
+    for place, samples in cells.items():
+        inside = [float(bool(sample.evidence_in_context)) for sample in samples.values()]
+        mean = estimate(inside, [sample.cluster for sample in samples.values()])
+        task = next(iter(samples.values())).task
+        yield Recall(task=task, cell=dict(place), mean=mean.mean, low=mean.low, high=mean.high, samples=mean.samples)
+
+
+def _positions(rows: Sequence[_Row], bins: int = 5) -> Iterable[PositionScore]:
+    """Of texts that were filled to a length: an oracle's paragraph is too short to have places."""
+    metric = _first_metric(rows)
+    filled = [row for row in rows if row.sample.cell.get("context", "fill") == "fill"]
+    placed = [row for row in filled if row.sample.evidence_position is not None and row.sample.evidence_in_context]
+    if metric is None or not placed:
+        return
+    for system, found in _by_system(placed).items():
+        for place in range(bins):
+            inside = [r for r in found if min(int((r.sample.evidence_position or 0.0) * bins), bins - 1) == place]
+            if mean := _mean(inside, metric) if inside else None:
+                yield PositionScore(
+                    task=found[0].sample.task,
+                    system=system,
+                    metric=metric,
+                    start=place / bins,
+                    end=(place + 1) / bins,
+                    mean=mean.mean,
+                    low=mean.low,
+                    high=mean.high,
+                    samples=mean.samples,
+                )
+
+
+def _losses(rows: Sequence[_Row]) -> Iterable[Loss]:
+    for system, found in _by_system(rows).items():
+        for metric in dict.fromkeys(name for row in found for name in row.scores if name.startswith("nats@")):
+            mean = _mean(found, metric)
+            yield Loss(
+                task=found[0].sample.task,
+                system=system,
+                position=int(metric.removeprefix("nats@")),
+                nats=mean.mean,
+                low=mean.low,
+                high=mean.high,
+                samples=mean.samples,
+            )
+
+
+def _costs(rows: Sequence[_Row]) -> list[Cost]:
+    costs = []
+    for (system, length), found in _groups(rows, "length_tokens").items():
+        counted = [row for row in found if row.sample.cell.get("round") != 0]
+        done = [(row.output, row.timing) for row in counted if isinstance(row.output, Carried) and row.timing]
+        first = [timing.prefill_s for _, timing in done if timing.prefill_s]
+        rates = [output.prompt_tokens / timing.prefill_s for output, timing in done if timing.prefill_s]
+        steps = [(output.decode_tokens - 1) / timing.decode_s for output, timing in done if timing.decode_s]
+        peaks = [timing.peak_bytes for _, timing in done if timing.peak_bytes is not None]
+        costs.append(
+            Cost(
+                task=found[0].sample.task,
+                system=system,
+                length_tokens=length,
+                rounds=len(done),
+                first_token_s=_median(first),
+                first_token_s_min=min(first, default=math.nan),
+                first_token_s_max=max(first, default=math.nan),
+                prefill_tokens_per_s=_median(rates),
+                decode_tokens_per_s=_median(steps),
+                decode_tokens_per_s_min=min(steps, default=math.nan),
+                decode_tokens_per_s_max=max(steps, default=math.nan),
+                peak_bytes=_median(peaks),
+                peak_bytes_min=min(peaks, default=math.nan),
+                peak_bytes_max=max(peaks, default=math.nan),
+                cache_bytes=_median([output.cache_bytes for output, _ in done]),
+                joules=_median([timing.joules for _, timing in done]),
+                failures=_failures(counted),
+            )
+        )
+    return costs
+
+
+def _fits(costs: Sequence[Cost]) -> Iterable[CostFit]:
+    systems: dict[tuple[str, str], list[Cost]] = defaultdict(list)
+    for cost in costs:
+        systems[cost.task, cost.system].append(cost)
+    for (task, system), found in systems.items():
+        for quantity in ("first_token_s", "cache_bytes", "peak_bytes"):
+            points = [(c.length_tokens, getattr(c, quantity)) for c in found if getattr(c, quantity) > 0]
+            if len(points) >= 2:
+                exponent, half = _slope(points)
+                yield CostFit(
+                    task=task,
+                    system=system,
+                    quantity=quantity,
+                    exponent=exponent,
+                    low=exponent - half,
+                    high=exponent + half,
+                    lengths=len(points),
+                )
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The exponent of y ~ x^a and the half width of its 95 % interval (NaN for two points)."""
+    from scipy.stats import t
+
+    x, y = np.log([p[0] for p in points]), np.log([p[1] for p in points])
+    centred = x - x.mean()
+    slope = float(centred @ (y - y.mean()) / (centred @ centred))
+    freedom = len(points) - 2
+    if freedom < 1:
+        return slope, math.nan
+    residual = y - y.mean() - slope * centred
+    error = math.sqrt(float(residual @ residual) / freedom / float(centred @ centred))
+    return slope, error * float(t.ppf(0.975, freedom))

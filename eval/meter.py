@@ -1,0 +1,84 @@
+"""What a clock, the memory meter and the energy counter say of one piece of work; and its end if it takes too long."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+class OutOfTimeError(Exception):
+    """The work took longer than it may."""
+
+
+class Meter:
+    """Measures the block of `running`; the work itself tells `prefill_s` and `decode_s`.
+
+    `peak_bytes` is how far the process's resident memory rose above what it was before, `joules` the processor
+    package's counter (which runs over now and then: a negative difference is None). Both are None where the system
+    does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.prefill_s: float | None = None
+        self.decode_s: float | None = None
+        self.total_s = 0.0
+        self.peak_bytes: int | None = None
+        self.joules: float | None = None
+
+    @contextmanager
+    def running(self, timeout_s: float) -> Iterator[None]:
+        """Measure, and raise `OutOfTimeError` in the block after `timeout_s` (in the main thread of a Unix process)."""
+        before, energy = self._reset(), _energy()
+        started = time.perf_counter()
+        try:
+            with _alarm(timeout_s):
+                yield
+        finally:
+            self.total_s = time.perf_counter() - started
+            after = _energy()
+            if energy is not None and after is not None and after >= energy:
+                self.joules = (after - energy) / 1e6
+            if before is not None:
+                self.peak_bytes = max(0, _resident("VmHWM") - before)
+
+    def _reset(self) -> int | None:
+        """The resident bytes now, from where on the high-water mark counts anew."""
+        if not os.access(_CLEAR, os.W_OK):
+            return None
+        _CLEAR.write_text("5")
+        return _resident("VmRSS")
+
+
+def _resident(field: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _energy() -> int | None:
+    return int(_ENERGY.read_text()) if os.access(_ENERGY, os.R_OK) else None
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise OutOfTimeError(f"no result after {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

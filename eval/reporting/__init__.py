@@ -1,0 +1,1 @@
+"""The report's templates, and what they are filled with."""

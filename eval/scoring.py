@@ -1,0 +1,28 @@
+"""Scores of a run's predictions, made anew from its files: no model, no texts."""
+
+from typing import Any
+
+from stripedrag.errors import UsageError
+from stripedrag.eval.runs import Run
+from stripedrag.eval.schema import Failure, Prediction, SampleRecord, Score, dumps
+
+
+def score(made: Run) -> list[Score]:
+    """Score every prediction of a run and write them to its `scores.jsonl`; a failure has no score.
+
+    Raises `UsageError` where the folder is no run or none of it was run yet.
+    """
+    tasks: dict[str, Any] = {task.name: task for task in made.suite().tasks}
+    samples = {sample.id: sample for sample in made.lines(made.samples, SampleRecord)}
+    predictions = made.lines(made.predictions, Prediction)
+    if not predictions:
+        raise UsageError(f"{made.folder} has no prediction yet. Run it with `stripedrag eval run`.")
+    scores = []
+    for prediction in predictions:
+        sample, output = samples[prediction.sample_id], prediction.output
+        given = {} if isinstance(output, Failure) else tasks[sample.task].score(sample, output)
+        scores.append(Score(system=prediction.system, sample_id=sample.id, scores=given))
+    scratch = made.scores.with_name(f".{made.scores.name}.part")
+    scratch.write_text("".join(dumps(record) + "\n" for record in scores), encoding="utf-8")
+    scratch.replace(made.scores)
+    return scores

@@ -1,0 +1,111 @@
+"""A suite: the tasks, systems and comparisons of a run, declared in YAML and validated; unknown keys are refused."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from stripedrag.errors import UsageError
+from stripedrag.eval.schema import SCHEMA_VERSION, Axis, Record
+from stripedrag.eval.systems import AnySystem
+from stripedrag.eval.tasks import AnyTask
+
+SUITES = Path(__file__).parent / "suites"
+
+
+class Headline(Record):
+    """A column of the report's first table: the mean over all samples of a task whose cells agree with `cell`.
+
+    `metric` None is the task's first.
+    """
+
+    label: str
+    task: str
+    cell: dict[str, Axis] = {}
+    metric: str | None = None
+
+
+class Contrast(Headline):
+    """A paired difference: `system` in `cell` less `against` in `against_cell`; None is the same system or cell."""
+
+    system: str
+    against: str | None = None
+    against_cell: dict[str, Axis] | None = None
+
+
+class Family(Record):
+    """Tests whose p-values are corrected together (Holm 1979)."""
+
+    name: str
+    contrasts: tuple[Contrast, ...] = Field(min_length=1)
+
+
+class Suite(Record):
+    """What a run does. `headline` is the report's first table; `limits` says what the suite is too small to show."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    title: str
+    limits: str = ""
+    seed: int = Field(default=0, ge=0)
+    reference_tokenizer: str = "smollm2-135m-instruct"
+    timeout_s: float = Field(default=600.0, gt=0)
+    systems: tuple[AnySystem, ...]
+    tasks: tuple[AnyTask, ...]
+    headline: tuple[Headline, ...] = ()
+    families: tuple[Family, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        systems, tasks = [s.name for s in self.systems], [t.name for t in self.tasks]
+        for kind, names in (("systems", systems), ("tasks", tasks)):
+            if not names:
+                raise ValueError(f"there are no {kind}; name at least one")
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{kind} {', '.join(twice)} come twice; names are unique")
+        labels = [("headlines", [h.label for h in self.headline]), ("families", [f.name for f in self.families])]
+        labels += [(f"contrasts of {f.name}", [c.label for c in f.contrasts]) for f in self.families]
+        for kind, names in labels:
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{kind} {', '.join(map(repr, twice))} come twice; give each a label of its own")
+        named_systems = [name for task in self.tasks for name in task.systems or ()]
+        contrasts = [contrast for family in self.families for contrast in family.contrasts]
+        named_systems += [name for c in contrasts for name in (c.system, c.against or c.system)]
+        _refuse_strangers("system", named_systems, systems)
+        _refuse_strangers("task", [headline.task for headline in (*self.headline, *contrasts)], tasks)
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {self.schema_version}; this stripedrag reads {SCHEMA_VERSION}")
+        return self
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """The suite of that name among those that ship, or of that file.
+
+    Raises `UsageError` for a file that is missing, is no YAML, or declares what there is not.
+    """
+    shipped = {path.stem: path for path in sorted(SUITES.glob("*.yaml"))}
+    path = shipped.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise UsageError(f"no suite {name_or_path!r}: it is not one of {', '.join(shipped)}, and not a file")
+    try:
+        declared = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    return parse_suite(declared, name=str(path))
+
+
+def parse_suite(declared: Any, *, name: str) -> Suite:
+    """A suite from its plain value. Raises `UsageError` with every fault and where it is."""
+    try:
+        return Suite.model_validate(declared)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'the suite'}: {e['msg']}" for e in error.errors()]
+        raise UsageError(f"the suite {name} has {len(faults)} faults:\n  " + "\n  ".join(faults)) from error
+
+
+def _refuse_strangers(kind: str, named: Sequence[str], known: Sequence[str]) -> None:
+    strangers = sorted(set(named) - set(known))
+    if strangers:
+        raise ValueError(f"no {kind} {', '.join(strangers)} in this suite; there is {', '.join(known)}")

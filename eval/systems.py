@@ -1,0 +1,325 @@
+"""Systems: anything that answers. Language models in the product's own pipeline, a retriever alone, and stubs.
+
+A stub proves the harness: `oracle` scores 1 everywhere and `empty` 0, `echo` what a question's own words are worth and
+`chance` what another question's answer is.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from stripedrag.eval.meter import Meter
+from stripedrag.eval.reading import read
+from stripedrag.eval.schema import (
+    Answered,
+    Carried,
+    LMDocument,
+    LMResponses,
+    Load,
+    Losses,
+    Question,
+    Ranking,
+    Record,
+    Search,
+    Text,
+    digest,
+    holds,
+)
+from stripedrag.rag.retriever import Retriever, Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stripedrag.eval.resources import Resources
+    from stripedrag.rag.prompt import PromptFormat
+
+_Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")]
+
+
+class System(Protocol):
+    """What a run asks of a system. `operations` are the kinds of samples that it can do."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the run."""
+
+    @property
+    def operations(self) -> frozenset[str]:
+        """The operations of the samples that it can do."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """All that its outputs depend on beside sample and task; part of every prediction's key."""
+
+    def perform(self, sample: Any, task: Any, resources: "Resources", meter: Meter) -> Any:
+        """An output for a sample of one of its operations; `meter` is told the seconds of prefill and decoding."""
+
+
+class ModelSpec(Record):
+    """A language model, as `load_model` names it, in the product's pipeline. `window_tokens` can only be lowered."""
+
+    kind: Literal["model"]
+    name: _Name
+    model: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    window_tokens: int | None = Field(default=None, ge=1)
+
+    def open(self) -> "ModelSystem":
+        """The system; its weights are read when it first performs."""
+        return ModelSystem(self)
+
+
+class RetrieverSpec(Record):
+    """The product's search, without a language model."""
+
+    kind: Literal["retriever"]
+    name: _Name
+
+    def open(self) -> "RetrieverSystem":
+        """The system."""
+        return RetrieverSystem(self.name)
+
+
+class StubSpec(Record):
+    """A system that proves the harness."""
+
+    kind: Literal["stub"]
+    name: Literal["oracle", "empty", "echo", "chance"]
+
+    def open(self) -> "StubSystem":
+        """The system."""
+        return StubSystem(self.name)
+
+
+AnySystem = Annotated[ModelSpec | RetrieverSpec | StubSpec, Field(discriminator="kind")]
+
+
+class ModelSystem:
+    """Reads questions through the product's prompt and decodes greedily."""
+
+    operations = frozenset({"answer", "perplexity", "cost", "lm_eval"})
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.name, self._spec = spec.name, spec
+
+    @cached_property
+    def _loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        import torch
+
+        from stripedrag.model.loading import load_model
+
+        dtype = None if self._spec.dtype is None else getattr(torch, self._spec.dtype)
+        return load_model(self._spec.model, dtype=dtype, device=self._spec.device)
+
+    @cached_property
+    def _prompt(self) -> "PromptFormat":
+        from stripedrag.model.baselines import template_options
+        from stripedrag.rag.prompt import PromptFormat
+
+        return PromptFormat(self._loaded[1], template_options(self._spec.model))
+
+    @cached_property
+    def window_tokens(self) -> int:
+        """The model's window, or the lower one that the suite asks for."""
+        from stripedrag.model.baselines import window_tokens
+
+        window = window_tokens(self._loaded[0], self._spec.model)
+        return min(window, self._spec.window_tokens or window)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Weights, tokenizer, prompt, dtype, device and kernels. Loads the model."""
+        from stripedrag.model.loading import model_folder
+        from stripedrag.weights import sha256
+
+        model, _ = self._loaded
+        files = sorted(
+            path
+            for path in model_folder(self._spec.model).iterdir()
+            if path.suffix in (".safetensors", ".json", ".jinja", ".model")
+        )
+        probe = Span("id", "title", 0, 4, "text", 0.0)
+        return {
+            "model": self._spec.model,
+            "files": {path.name: sha256(path.resolve()) for path in files},
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "backend": _backend(model),
+            "window_tokens": self.window_tokens,
+            "prompt_sha256": digest(self._prompt.ids("question?", [probe])),
+            "decoding": "greedy",
+        }
+
+    def perform(self, sample: Any, task: Any, resources: "Resources", meter: Meter) -> Any:
+        """See `System`. Raises `DoesNotFitError` where the task's overflow policy allows no cut."""
+        del resources
+        match sample:
+            case Question():
+                return self._answer(sample, task, meter)
+            case Text():
+                return self._losses(sample)
+            case Load():
+                return self._carry(sample, meter)
+            case LMDocument():
+                return LMResponses(responses=tuple(self._harness_lm.respond_all(sample.requests)))
+        raise TypeError(f"{self.name} cannot do {type(sample).__name__}")
+
+    def _answer(self, question: Question, task: Any, meter: Meter) -> Answered:
+        from stripedrag.rag.completion import Completion
+
+        model, tokenizer = self._loaded
+        prompt = read(
+            self._prompt,
+            question,
+            answer_tokens=task.answer_tokens,
+            window_tokens=self.window_tokens,
+            overflow=task.overflow,
+        )
+        completion = Completion(model, tokenizer, prompt.ids, max_new_tokens=task.answer_tokens)
+        for _ in completion:
+            pass
+        meter.prefill_s, meter.decode_s = completion.prefill_s, completion.decode_s
+        return Answered(
+            text=completion.text.strip(),
+            finish=completion.finish or "stop",
+            prompt_tokens=len(prompt.ids),
+            answer_tokens=len(completion.token_ids),
+            cut_tokens=prompt.cut_tokens,
+            gold_survived=prompt.gold_survived,
+            cache_bytes=completion.cache_bytes,
+        )
+
+    def _losses(self, text: Text) -> Losses:
+        from stripedrag.eval.losses import losses
+
+        model, tokenizer = self._loaded
+        offsets = self._prompt.offsets(text.text)
+        self._refuse_overflow(1 + len(offsets))
+        first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
+        starts = [start for start, _ in offsets]
+        return losses(model, self._prompt.encode(text.text), starts, text.boundaries, head=[first])
+
+    def _carry(self, load: Load, meter: Meter) -> Carried:
+        import torch
+
+        from stripedrag.model.cache import cache_bytes, new_cache
+        from stripedrag.model.generation import Sampling, decode, prefill
+
+        model, _ = self._loaded
+        self._refuse_overflow(load.prompt_tokens + load.decode_tokens)
+        ids = torch.tensor([self._prompt.encode(load.text)[: load.prompt_tokens]], device=model.device)
+        cache, clock = new_cache(model.config), _clock(model)
+        started = clock()
+        steps = decode(
+            model,
+            prefill(model, ids, cache),
+            cache,
+            max_new_tokens=load.decode_tokens,
+            stop_ids=(),
+            sampling=Sampling(),
+        )
+        next(steps)  # the prefill's own token: with it the time to the first token ends
+        prefilled = clock()
+        made = 1 + sum(1 for _ in steps)
+        meter.prefill_s, meter.decode_s = prefilled - started, clock() - prefilled
+        return Carried(prompt_tokens=ids.shape[1], decode_tokens=made, cache_bytes=cache_bytes(cache))
+
+    def _refuse_overflow(self, tokens: int) -> None:
+        from stripedrag.eval.reading import DoesNotFitError
+
+        if tokens > self.window_tokens:
+            raise DoesNotFitError(f"{tokens} tokens; the window has {self.window_tokens}")
+
+    @cached_property
+    def _harness_lm(self) -> Any:
+        from stripedrag.eval.lm import HarnessLM
+
+        model, tokenizer = self._loaded
+        return HarnessLM(model, tokenizer, window_tokens=self.window_tokens)
+
+
+class RetrieverSystem:
+    """Ranks documents by their best chunk, and says at which budgets the evidence is inside."""
+
+    operations = frozenset({"search"})
+    _CHUNKS = 200
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def identity(self) -> Mapping[str, Any]:
+        """The embedder and how many chunks are ranked; the index's content belongs to the task."""
+        from stripedrag.indexes.embedding import MiniLMEmbedder
+
+        embedder = MiniLMEmbedder()
+        return {"embedder": embedder.name, "sha256": embedder.sha256, "chunks": self._CHUNKS}
+
+    def perform(self, sample: Search, task: Any, resources: "Resources", meter: Meter) -> Ranking:
+        """See `System`. Budgets count the reference tokenizer's tokens of the passages alone."""
+        del meter
+        index = task.index(resources)
+        found = index.search(sample.query, k=self._CHUNKS)
+        inside = {}
+        for budget in task.budgets:
+            if sample.evidence:
+                context = Retriever(index).retrieve(sample.query, budget_tokens=budget, tokenizer=resources.prompt)
+                inside[budget] = bool(holds(context.spans, sample.evidence))
+        doc_ids = dict.fromkeys(scored.chunk.doc_id for scored in found)
+        return Ranking(doc_ids=tuple(doc_ids), evidence_in_budget=inside)
+
+
+class StubSystem:
+    """Answers without reading: with a reference, with nothing, with the question, or with another's reference."""
+
+    def __init__(self, name: Literal["oracle", "empty", "echo", "chance"]) -> None:
+        self.name = name
+        self.operations = frozenset({"answer", "lm_eval", "search"} if name == "oracle" else {"answer"})
+
+    def identity(self) -> Mapping[str, Any]:
+        """Its name."""
+        return {"stub": self.name}
+
+    def perform(self, sample: Any, task: Any, resources: "Resources", meter: Meter) -> Any:
+        """See `System`."""
+        del meter
+        if isinstance(sample, LMDocument):
+            return LMResponses(responses=tuple(task.oracle(sample)))
+        if isinstance(sample, Search):
+            return Ranking(doc_ids=sample.relevant, evidence_in_budget=dict.fromkeys(task.budgets, True))
+        return Answered(text=self._words(sample, task, resources), finish="stop", prompt_tokens=0, answer_tokens=0)
+
+    def _words(self, question: Question, task: Any, resources: "Resources") -> str:
+        if self.name == "oracle":
+            return str(task.oracle(question))
+        if self.name == "echo":
+            return question.question
+        if self.name == "chance":
+            others = [answer for answer in resources.answers[task.name] if answer != task.oracle(question)]
+            return resources.rng("chance", question.id).choice(others) if others else ""
+        return ""
+
+
+def _clock(model: "PreTrainedModel") -> Callable[[], float]:
+    """Wall seconds, read when the model's device has done all that it was given."""
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter()
+
+    return now
+
+
+def _backend(model: "PreTrainedModel") -> str:
+    """What computes the Hyena operator of a StripedHyena; "none" for a model without one."""
+    from stripedrag.kernels import dispatch
+    from stripedrag.model.modeling import StripedHyenaForCausalLM
+
+    if not isinstance(model, StripedHyenaForCausalLM):
+        return "none"
+    config = model.config
+    return dispatch.select(None, model.device, config.short_filter_length, config.state_size).name

@@ -1,0 +1,64 @@
+"""What a task is: a validated declaration that makes samples from data and a seed, and scores what came back.
+
+Adding a task: a module with a subclass of `Task` whose `kind` is its own, and its name in `eval/tasks/__init__.py`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from stripedrag.eval.metrics import METRICS
+from stripedrag.eval.schema import Answered, Overflow, Question, Record, Sample, SampleRecord
+
+
+class Task(Record):
+    """A declaration. `systems` None means every system that can do the task's operation.
+
+    `metrics` are names of `stripedrag.eval.metrics.METRICS`, the first one being the task's headline.
+    """
+
+    kind: str
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    systems: tuple[str, ...] | None = None
+
+    operation: ClassVar[str] = "answer"
+
+    @abstractmethod
+    def samples(self, resources: Any) -> Iterator[Sample]:
+        """The task's samples, the same for the same declaration, data and seed."""
+
+    @abstractmethod
+    def score(self, sample: SampleRecord, output: Any) -> dict[str, float]:
+        """Scores by metric, the headline first, of an output that is no `Failure`."""
+
+    def data(self) -> Mapping[str, str]:
+        """Files that the samples are made of, by what they are: hashed into the manifest."""
+        return {}
+
+
+class ReadingTask(Task):
+    """A task that is answered in words."""
+
+    answer_tokens: int = Field(default=32, ge=1)
+    overflow: Overflow = "refuse"
+    metrics: tuple[str, ...]
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        if not metrics:
+            raise ValueError("a task needs at least one metric")
+        for name in metrics:
+            if name not in METRICS:
+                raise ValueError(f"no metric {name!r}; there is {', '.join(METRICS)}")
+        return metrics
+
+    def score(self, sample: SampleRecord, output: Answered) -> dict[str, float]:
+        """Each metric of the answer against the references."""
+        return {name: METRICS[name](output.text, sample.references) for name in self.metrics}
+
+    def oracle(self, sample: Question) -> str:
+        """An answer that scores 1 by every metric of the task."""
+        return " ".join(sample.references) if "string_match_all" in self.metrics else sample.references[0]

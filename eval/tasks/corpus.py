@@ -1,0 +1,80 @@
+"""A corpus with questions, as several tasks use it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+from pydantic import Field
+
+from stripedrag.errors import UsageError
+from stripedrag.eval.data_formats import DATA, CorpusQuestion, Place, read_lines
+from stripedrag.eval.resources import Resources, read_corpus
+from stripedrag.eval.schema import Passage, Record, Stretch
+from stripedrag.indexes.documents import Document
+from stripedrag.indexes.index import Index
+from stripedrag.weights import sha256
+
+
+class CorpusFields(Record):
+    """Fields of tasks over a corpus: the files, the questions' split, how many, and how many documents distract.
+
+    `distractors` None keeps every document; a number keeps so many of those that no question in the file is about.
+    """
+
+    corpus: Path = DATA / "rag_qa" / "corpus.jsonl.xz"
+    questions: Path = DATA / "rag_qa" / "questions.jsonl.xz"
+    split: str | None = "dev"
+    samples_per_cell: int = Field(default=50, ge=1, alias="samples")
+    distractors: int | None = Field(default=None, ge=0)
+
+    def corpus_data(self) -> Mapping[str, str]:
+        """The files, for the manifest."""
+        return {"corpus": str(self.corpus), "questions": str(self.questions)}
+
+    def index(self, resources: Resources) -> Index:
+        """The corpus's index."""
+        return resources.index(
+            self.corpus.name.split(".")[0],
+            lambda: list(self._documents(resources)),
+            [sha256(self.corpus), sha256(self.questions), self.distractors, resources.seed],
+        )
+
+    def drawn(self, rng: Random) -> list[CorpusQuestion]:
+        """`samples` questions of the split, taken from the documents in turn, so that few documents are not most of it.
+
+        Raises `UsageError` where there are fewer.
+        """
+        found = [q for q in read_lines(self.questions, CorpusQuestion) if self.split in (None, q.split)]
+        if len(found) < self.samples_per_cell:
+            raise UsageError(
+                f"{self.questions} has {len(found)} questions of split {self.split!r} and the task wants "
+                f"{self.samples_per_cell}. Lower its samples."
+            )
+        by_document: dict[str, list[CorpusQuestion]] = {}
+        for question in rng.sample(found, len(found)):
+            by_document.setdefault(question.gold_spans[0].doc_id, []).append(question)
+        turns = [(turn, question) for questions in by_document.values() for turn, question in enumerate(questions)]
+        turns.sort(key=lambda pair: pair[0])  # stable: documents keep the drawn order within a turn
+        return [question for _, question in turns[: self.samples_per_cell]]
+
+    def _documents(self, resources: Resources) -> Iterator[Document]:
+        asked = {s.doc_id for q in read_lines(self.questions, CorpusQuestion) for s in q.gold_spans}
+        documents = read_corpus(self.corpus)
+        others = [d.id for d in documents if d.id not in asked]
+        if self.distractors is not None and self.distractors < len(others):
+            others = resources.rng("distractors").sample(others, self.distractors)
+        kept = asked | set(others)
+        return (d for d in documents if d.id in kept)
+
+
+def stretches(places: Sequence[Place], doc_id: str = "") -> tuple[Stretch, ...]:
+    """Places of a data file as evidence; `doc_id` where they name none."""
+    return tuple(Stretch(doc_id=p.doc_id or doc_id, start=p.start, end=p.end) for p in places)
+
+
+def passages(places: Sequence[Place], document: Document) -> tuple[Passage, ...]:
+    """Places of one document as passages with their text."""
+    return tuple(
+        Passage(doc_id=document.id, title=document.title, start=p.start, end=p.end, text=document.text[p.start : p.end])
+        for p in places
+    )

@@ -1,0 +1,55 @@
+"""What a prompt costs: time to first token, rates, memory and cache bytes against its length, all systems in turn."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from stripedrag.eval.data_formats import DATA
+from stripedrag.eval.resources import Resources
+from stripedrag.eval.schema import Axis, Carried, Load, SampleRecord
+from stripedrag.eval.tasks.base import Task
+from stripedrag.eval.tasks.planted import Length
+
+
+class CostTask(Task):
+    """`repeats` times every length, all systems taken in turn within each; the first round only warms up.
+
+    Its figures are in the run's timings. Nothing is scored.
+    """
+
+    kind: Literal["cost"]
+    lengths: tuple[Length, ...]
+    repeats: int = Field(default=3, ge=1)
+    decode_tokens: int = Field(default=16, ge=2)
+    haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
+
+    operation: ClassVar[str] = "cost"
+
+    def samples(self, resources: Resources) -> Iterator[Load]:
+        """Round after round, so that a slow minute of the machine meets every length and system."""
+        (window,) = resources.haystack(self.haystack).windows(resources.rng(self.name), 1, max(self.lengths) + 64)
+        sentences = window.book.sentences[window.start :]
+        for turn in range(self.repeats + 1):
+            for length in self.lengths:
+                prompt_tokens = length - self.decode_tokens
+                cell: dict[str, Axis] = {"length_tokens": length, "round": turn}
+                yield Load(
+                    id=f"{self.name}/length_tokens={length}/{turn}",
+                    task=self.name,
+                    cell=cell,
+                    cluster=window.name,
+                    text="".join(sentences[: prompt_tokens // 4]),
+                    prompt_tokens=prompt_tokens,
+                    decode_tokens=self.decode_tokens,
+                )
+
+    def score(self, sample: SampleRecord, output: Carried) -> dict[str, float]:
+        """Nothing."""
+        del sample, output
+        return {}
+
+    def data(self) -> Mapping[str, str]:
+        """The haystack."""
+        return {"haystack": str(self.haystack)}

@@ -1,0 +1,88 @@
+"""Long documents: query-based summaries of stories (SQuALITY) and meetings (QMSum), from as much as a length holds."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stripedrag.errors import UsageError
+from stripedrag.eval.data_formats import DATA, LongDocument, LongTask, read_lines
+from stripedrag.eval.resources import Resources
+from stripedrag.eval.schema import Axis, Passage, Question
+from stripedrag.eval.tasks.base import ReadingTask
+from stripedrag.eval.tasks.corpus import stretches
+from stripedrag.eval.tasks.planted import Length
+from stripedrag.eval.tasks.retrieved import Source
+from stripedrag.indexes.documents import Document
+
+_Context = Literal["fill", "head", "none"]
+
+
+class LongDocumentsTask(ReadingTask):
+    """A query over one document.
+
+    fill: the document's own chunks that fit best, in the document's order. head: its beginning, as much as fits; what
+    is left out is the task's choice, not a system's truncation. none: the query alone. Clusters are documents.
+    """
+
+    kind: Literal["long_documents"]
+    documents: Path = DATA / "long_documents" / "documents.jsonl.xz"
+    source: Literal["squality-v1.3", "qmsum"] | str | None = None
+    contexts: tuple[_Context, ...] = ("fill",)
+    lengths: tuple[Length, ...]
+    samples_per_cell: int = Field(default=20, ge=1, alias="samples")
+    instruction: str = "Answer in a short paragraph."
+    answer_tokens: int = Field(default=128, ge=1)
+    metrics: tuple[str, ...] = ("rouge_l", "rouge_1", "coverage")
+
+    def samples(self, resources: Resources) -> Iterator[Question]:
+        """See the class."""
+        for document, task in self._drawn(resources):
+            whole = Document(id=document.id, title=document.title, text=document.document)
+            for name in self.contexts:
+                for length in [None] if name == "none" else self.lengths:
+                    cell: dict[str, Axis] = {"context": str(name)} | (
+                        {} if length is None else {"length_tokens": length}
+                    )
+                    yield Question(
+                        id=f"{self.name}/{','.join(f'{key}={value}' for key, value in cell.items())}/{task.id}",
+                        task=self.name,
+                        cell=cell,
+                        cluster=document.id,
+                        subject=task.id,
+                        question=task.query,
+                        instruction=self.instruction,
+                        passages=() if length is None else self._passages(resources, whole, task, name, length),
+                        references=task.references,
+                        evidence=stretches(task.evidence, document.id),
+                    )
+
+    def _drawn(self, resources: Resources) -> list[tuple[LongDocument, LongTask]]:
+        """A task of each document in turn, until there are enough."""
+        found = [d for d in read_lines(self.documents, LongDocument) if self.source in (None, d.source)]
+        turns: list[tuple[int, LongDocument, LongTask]] = []
+        for document in resources.rng(self.name).sample(found, len(found)):
+            tasks = resources.rng(self.name, document.id).sample(document.tasks, len(document.tasks))
+            turns += [(turn, document, task) for turn, task in enumerate(tasks)]
+        if len(turns) < self.samples_per_cell:
+            raise UsageError(
+                f"{self.documents} has {len(turns)} tasks of source {self.source!r} and {self.name!r} wants "
+                f"{self.samples_per_cell}. Lower its samples."
+            )
+        turns.sort(key=lambda turn: turn[0])
+        return [(document, task) for _, document, task in turns[: self.samples_per_cell]]
+
+    def _passages(
+        self, resources: Resources, document: Document, task: LongTask, name: _Context, length: int
+    ) -> tuple[Passage, ...]:
+        index = resources.index(f"document-{document.id}", lambda: [document], [document.title, document.text])
+        source = Source(resources, index, "document")
+        room = source.passage_budget(f"{task.query}\n{self.instruction}", length, self.answer_tokens)
+        if name == "fill":
+            return source.context("fill", task.query, (), (), room, resources.rng(self.name))
+        return source.beginning(document.id, room)
+
+    def data(self) -> Mapping[str, str]:
+        """The documents."""
+        return {"documents": str(self.documents)}

@@ -1,0 +1,80 @@
+"""What tasks over planted sentences share. A length is the whole of prompt and answer by the reference tokenizer."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from random import Random
+from typing import Annotated
+
+from pydantic import Field
+
+from stripedrag.eval.data_formats import DATA
+from stripedrag.eval.haystack import Window, plant
+from stripedrag.eval.resources import Resources
+from stripedrag.eval.schema import Axis, Passage, Question, Record
+from stripedrag.eval.tasks.base import ReadingTask
+
+Length = Annotated[int, Field(ge=64)]
+Depth = Annotated[float, Field(ge=0, le=1)]
+
+
+class Riddle(Record):
+    """What is planted (depth, sentence), what is asked about it, and the sentences that an answer needs (by place)."""
+
+    facts: tuple[tuple[float, str], ...]
+    question: str
+    instruction: str
+    references: tuple[str, ...]
+    needed: tuple[int, ...]
+
+
+class PlantedTask(ReadingTask):
+    """`samples` windows of the haystack, each with a riddle of its own, which it keeps over all lengths and depths."""
+
+    lengths: tuple[Length, ...]
+    samples_per_cell: int = Field(default=5, ge=1, alias="samples")
+    haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
+    metrics: tuple[str, ...] = ("string_match_all",)
+
+    @abstractmethod
+    def riddles(self, rng: Random) -> list[tuple[dict[str, Axis], Riddle]]:
+        """The riddle of one window at each place of the task's axes other than length."""
+
+    def samples(self, resources: Resources) -> Iterator[Question]:
+        """One question for every window, length and place on the other axes."""
+        haystack = resources.haystack(self.haystack)
+        rng = resources.rng(self.name)
+        windows = haystack.windows(rng, self.samples_per_cell, max(self.lengths))
+        riddles = [self.riddles(resources.rng(self.name, number)) for number in range(len(windows))]
+        for length in self.lengths:
+            for number, window in enumerate(windows):
+                for axes, riddle in riddles[number]:
+                    cell: dict[str, Axis] = {"length_tokens": length, **axes}
+                    place = ",".join(f"{key}={value}" for key, value in cell.items())
+                    yield self._question(resources, f"{self.name}/{place}/{number}", cell, window, riddle, length)
+
+    def _question(
+        self, resources: Resources, name: str, cell: dict[str, Axis], window: Window, riddle: Riddle, length: int
+    ) -> Question:
+        asked = f"{riddle.question}\n{riddle.instruction}"
+
+        def fits(passage: Passage) -> bool:
+            return resources.prompt_tokens(asked, [passage]) + self.answer_tokens <= length
+
+        passage, stretches = plant(window, riddle.facts, fits=fits, capacity_tokens=length)
+        return Question(
+            id=name,
+            task=self.name,
+            cell=cell,
+            cluster=window.name,
+            subject=window.name,
+            question=riddle.question,
+            instruction=riddle.instruction,
+            passages=(passage,),
+            references=riddle.references,
+            evidence=tuple(stretches[i] for i in riddle.needed),
+        )
+
+    def data(self) -> Mapping[str, str]:
+        """The haystack."""
+        return {"haystack": str(self.haystack)}

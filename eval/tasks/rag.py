@@ -1,0 +1,74 @@
+"""Question answering over a corpus: retrieve, fill, answer, beside what filling is compared with and the controls."""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from stripedrag.eval.data_formats import CorpusQuestion
+from stripedrag.eval.resources import Resources
+from stripedrag.eval.schema import Axis, Question
+from stripedrag.eval.tasks.base import ReadingTask
+from stripedrag.eval.tasks.corpus import CorpusFields, passages, stretches
+from stripedrag.eval.tasks.planted import Length
+from stripedrag.eval.tasks.retrieved import UNBUDGETED, ContextName, Source
+from stripedrag.rag.defaults import POLICY
+from stripedrag.rag.retriever import Policy
+
+
+class RagTask(CorpusFields, ReadingTask):
+    """Each question under each context, at each budget where the context has one (random: at the largest).
+
+    A budget is what prompt and answer may have together, by the reference tokenizer, as `Pipeline.ask` counts it.
+    `instruction` is read after the question; empty is the product's own prompt.
+    """
+
+    kind: Literal["rag"]
+    contexts: tuple[ContextName, ...] = ("fill",)
+    budgets: tuple[Length, ...]
+    policy: Policy = POLICY
+    instruction: str = ""
+    answer_tokens: int = Field(default=32, ge=1)
+    metrics: tuple[str, ...] = ("token_f1", "substring_exact_match", "exact_match")
+
+    def samples(self, resources: Resources) -> Iterator[Question]:
+        """See the class; question by question, so that a run that is cut has whole questions."""
+        index = self.index(resources)
+        source = Source(resources, index, self.policy)
+        for asked in self.drawn(resources.rng(self.name)):
+            for name in self.contexts:
+                for budget in self._budgets(name):
+                    yield self._question(resources, source, asked, name, budget)
+
+    def _budgets(self, name: ContextName) -> tuple[int | None, ...]:
+        """Where a context is read: a control at one budget, the largest, or at none."""
+        if name in UNBUDGETED:
+            return (None,)
+        return (max(self.budgets),) if name == "random" else self.budgets
+
+    def _question(
+        self, resources: Resources, source: Source, asked: CorpusQuestion, name: ContextName, budget: int | None
+    ) -> Question:
+        evidence = stretches(asked.gold_spans)
+        paragraphs = asked.gold_passages or asked.gold_spans
+        gold = passages(paragraphs, source.document(paragraphs[0].doc_id))
+        words = f"{asked.question}\n{self.instruction}" if self.instruction else asked.question
+        room = 0 if budget is None else source.passage_budget(words, budget, self.answer_tokens)
+        rng = resources.rng(self.name, asked.id, name, budget)
+        cell: dict[str, Axis] = {"context": str(name)} | ({} if budget is None else {"budget_tokens": budget})
+        return Question(
+            id=f"{self.name}/{','.join(f'{key}={value}' for key, value in cell.items())}/{asked.id}",
+            task=self.name,
+            cell=cell,
+            cluster=evidence[0].doc_id,
+            subject=asked.id,
+            question=asked.question,
+            instruction=self.instruction,
+            passages=source.context(name, asked.question, evidence, gold, room, rng),
+            references=asked.answers,
+            evidence=evidence,
+        )
+
+    def data(self) -> Mapping[str, str]:
+        """Corpus and questions."""
+        return self.corpus_data()

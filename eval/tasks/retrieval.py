@@ -1,0 +1,99 @@
+"""Retrieval alone: recall of the evidence at budgets of tokens, and nDCG of the documents. Needs no language model."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from stripedrag.errors import UsageError
+from stripedrag.eval.data_formats import DATA, Claim, read_lines
+from stripedrag.eval.metrics import ndcg
+from stripedrag.eval.resources import Resources, read_corpus
+from stripedrag.eval.schema import Ranking, SampleRecord, Search
+from stripedrag.eval.tasks.base import Task
+from stripedrag.eval.tasks.corpus import CorpusFields, stretches
+from stripedrag.eval.tasks.planted import Length
+from stripedrag.indexes.index import Index
+from stripedrag.weights import sha256
+
+DEPTH = 10  # nDCG@10, BEIR's headline (Thakur et al. 2021)
+
+
+class RetrievalTask(Task):
+    """What a search brings: `recall@B` is 1 where all evidence lies in the best chunks that fit B tokens."""
+
+    operation: ClassVar[str] = "search"
+    budgets: tuple[Length, ...] = (2048, 4096, 8192)
+
+    def score(self, sample: SampleRecord, output: Ranking) -> dict[str, float]:
+        """nDCG@10 of the documents, and recall at each budget where evidence is named."""
+        scores = {f"ndcg@{DEPTH}": ndcg(output.doc_ids, sample.relevant, DEPTH)}
+        return scores | {f"recall@{budget}": float(found) for budget, found in output.evidence_in_budget.items()}
+
+    def index(self, resources: Resources) -> Index:
+        """The index that is searched."""
+        raise NotImplementedError
+
+
+class CorpusRetrievalTask(CorpusFields, RetrievalTask):
+    """Retrieval for questions whose answers have places in a corpus."""
+
+    kind: Literal["retrieval"]
+
+    def samples(self, resources: Resources) -> Iterator[Search]:
+        """A search for each question."""
+        for asked in self.drawn(resources.rng(self.name)):
+            evidence = stretches(asked.gold_spans)
+            yield Search(
+                id=f"{self.name}/{asked.id}",
+                task=self.name,
+                cell={},
+                cluster=evidence[0].doc_id,
+                query=asked.question,
+                relevant=tuple(dict.fromkeys(stretch.doc_id for stretch in evidence)),
+                evidence=evidence,
+            )
+
+    def data(self) -> Mapping[str, str]:
+        """Corpus and questions."""
+        return self.corpus_data()
+
+
+class JudgedRetrievalTask(RetrievalTask):
+    """Retrieval of documents that were judged relevant to a claim (SciFact, Wadden et al. 2020, and its like)."""
+
+    kind: Literal["judged_retrieval"]
+    corpus: Path = DATA / "scifact" / "corpus.jsonl.xz"
+    queries: Path = DATA / "scifact" / "queries.jsonl.xz"
+    split: str | None = "test"
+    samples_per_cell: int | None = Field(default=None, ge=1, alias="samples")
+    budgets: tuple[Length, ...] = ()
+
+    def samples(self, resources: Resources) -> Iterator[Search]:
+        """A search for each claim of the split, or for `samples` of them."""
+        found = [c for c in read_lines(self.queries, Claim) if self.split in (None, c.split)]
+        if not found:
+            raise UsageError(f"{self.queries} has no query of split {self.split!r}. Name another.")
+        if self.samples_per_cell is not None:
+            found = resources.rng(self.name).sample(found, min(self.samples_per_cell, len(found)))
+        for claim in found:
+            relevant = tuple(doc_id for doc_id, grade in claim.qrels.items() if grade > 0)
+            yield Search(
+                id=f"{self.name}/{claim.id}",
+                task=self.name,
+                cell={},
+                cluster=claim.id,
+                query=claim.query,
+                relevant=relevant,
+            )
+
+    def index(self, resources: Resources) -> Index:
+        """The index of the whole corpus."""
+        return resources.index(
+            f"judged-{self.corpus.name.split('.')[0]}", lambda: read_corpus(self.corpus), [sha256(self.corpus)]
+        )
+
+    def data(self) -> Mapping[str, str]:
+        """Corpus and queries."""
+        return {"corpus": str(self.corpus), "queries": str(self.queries)}

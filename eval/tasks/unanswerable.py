@@ -1,0 +1,68 @@
+"""Questions whose evidence was taken away, beside the same with it: does a system know what it was not told?"""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from stripedrag.eval.metrics import METRICS, abstains
+from stripedrag.eval.resources import Resources
+from stripedrag.eval.schema import Answered, Question, SampleRecord
+from stripedrag.eval.tasks.base import ReadingTask
+from stripedrag.eval.tasks.corpus import CorpusFields, stretches
+from stripedrag.eval.tasks.planted import Length
+from stripedrag.eval.tasks.retrieved import Source
+from stripedrag.rag.defaults import POLICY
+from stripedrag.rag.retriever import Policy
+
+REFUSAL = "not in the documents"
+
+
+class UnanswerableTask(CorpusFields, ReadingTask):
+    """Each question twice, with the filled context and with one in which the documents of its evidence are left out.
+
+    Scores: `decision` is 1 where a system abstains if and only if there is nothing to be found, and beside it the
+    metrics of the answer, for questions that have one. A false refusal costs as much as a made-up answer.
+    """
+
+    kind: Literal["unanswerable"]
+    budget_tokens: Length
+    policy: Policy = POLICY
+    answer_tokens: int = Field(default=32, ge=1)
+    instruction: str = f"If the passages do not say, answer: {REFUSAL}."
+    metrics: tuple[str, ...] = ("token_f1",)
+
+    def samples(self, resources: Resources) -> Iterator[Question]:
+        """See the class."""
+        source = Source(resources, self.index(resources), self.policy)
+        for asked in self.drawn(resources.rng(self.name)):
+            evidence = stretches(asked.gold_spans)
+            words = f"{asked.question}\n{self.instruction}"
+            room = source.passage_budget(words, self.budget_tokens, self.answer_tokens)
+            documents = frozenset(stretch.doc_id for stretch in evidence)
+            for answerable in (True, False):
+                left_out = frozenset() if answerable else documents
+                yield Question(
+                    id=f"{self.name}/answerable={answerable}/{asked.id}",
+                    task=self.name,
+                    cell={"answerable": "yes" if answerable else "no"},
+                    cluster=evidence[0].doc_id,
+                    subject=asked.id,
+                    question=asked.question,
+                    instruction=self.instruction,
+                    passages=source.without(asked.question, left_out, room),
+                    references=asked.answers if answerable else (REFUSAL,),
+                    evidence=evidence if answerable else (),
+                    answerable=answerable,
+                )
+
+    def score(self, sample: SampleRecord, output: Answered) -> dict[str, float]:
+        """See the class."""
+        scores = {"decision": float(abstains(output.text) != sample.answerable)}
+        if sample.answerable:
+            scores |= {name: METRICS[name](output.text, sample.references) for name in self.metrics}
+        return scores
+
+    def data(self) -> Mapping[str, str]:
+        """Corpus and questions."""
+        return self.corpus_data()

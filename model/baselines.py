@@ -1,0 +1,145 @@
+"""Published models by name, to be read by the same pipeline as our StripedHyena. Knows hub ids and facts, no tensors.
+
+`window_tokens` is the length that a model was trained to read, which its config's max_position_embeddings may exceed.
+Sources are the model cards on the hub, and the config.json and tokenizer_config.json beside them, as stored copies
+showed them; none of these models was run here.
+
+- Llama-2: 4,096 (config; arXiv 2307.09288). Its chat template writes BOS itself.
+- Yi-6B: 4k tokens for base and chat (README of github.com/01-ai/Yi); its tokenizer adds no BOS.
+- Mistral-7B-v0.1: 8k, attention over the last 4,096 (config; card of Instruct-v0.2: "32k context window (vs 8k context
+  in v0.1)", "No Sliding-Window Attention"; arXiv 2310.06825). Instruct is v0.2 and not v0.3: v0.2 has the vocabulary of
+  v0.1, so that a budget buys both the same text. Its template refuses a system message.
+- LFM2: "context length 32,768 tokens" (cards), though config says 128,000. Short convolutions and attention.
+- Qwen3: "32,768 natively" (cards), though config says 40,960. It thinks before it answers, unless the template closes
+  the thought by enable_thinking=False.
+- StripedHyena-7B: "trained on sequences of up to 32k" (cards). The Nous card gives a prompt format, its tokenizer no
+  template; the one here writes that format.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stripedrag.errors import SetupError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_INSTRUCTION = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '### Instruction:\n' + message.content + '\n\n### Response:\n' }}"
+    "{% elif message.role == 'assistant' %}{{ message.content + '\n\n' }}"
+    "{% else %}{{ raise_exception('this format has user and assistant only') }}{% endif %}{% endfor %}"
+)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """A published model: where it is, how far it reads, and how its chat template is to be called.
+
+    `licence` is the hub's name for it. `template_options` are keyword arguments of `apply_chat_template`.
+    """
+
+    hub_id: str
+    window_tokens: int
+    licence: str
+    note: str
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _qwen3(size: str) -> Baseline:
+    return Baseline(
+        f"Qwen/Qwen3-{size}", 32768, "apache-2.0", "chat, its thinking switched off", {"enable_thinking": False}
+    )
+
+
+def _lfm2(size: str) -> Baseline:
+    return Baseline(f"LiquidAI/LFM2-{size}", 32768, "lfm1.0", "chat, short convolutions in 10 of 16 layers")
+
+
+BASELINES: dict[str, Baseline] = {
+    "stripedhyena-hessian-7b": Baseline("togethercomputer/StripedHyena-Hessian-7B", 32768, "apache-2.0", "base"),
+    "stripedhyena-nous-7b": Baseline(
+        "togethercomputer/StripedHyena-Nous-7B", 32768, "apache-2.0", "chat", {"chat_template": _INSTRUCTION}
+    ),
+    "llama-2-7b": Baseline("meta-llama/Llama-2-7b-hf", 4096, "llama2", "base, gated on the hub"),
+    "llama-2-7b-chat": Baseline("meta-llama/Llama-2-7b-chat-hf", 4096, "llama2", "chat, gated on the hub"),
+    "yi-6b": Baseline("01-ai/Yi-6B", 4096, "apache-2.0", "base"),
+    "yi-6b-chat": Baseline("01-ai/Yi-6B-Chat", 4096, "apache-2.0", "chat"),
+    "mistral-7b": Baseline("mistralai/Mistral-7B-v0.1", 8192, "apache-2.0", "base, sliding window of 4,096"),
+    "mistral-7b-instruct": Baseline("mistralai/Mistral-7B-Instruct-v0.2", 32768, "apache-2.0", "chat, full attention"),
+    "lfm2-350m": _lfm2("350M"),
+    "lfm2-1.2b": _lfm2("1.2B"),
+    "qwen3-0.6b": _qwen3("0.6B"),
+    "qwen3-1.7b": _qwen3("1.7B"),
+    "qwen3-4b": _qwen3("4B"),
+    "qwen3-8b": _qwen3("8B"),
+}
+_BY_HUB_ID = {baseline.hub_id: baseline for baseline in BASELINES.values()}
+
+
+def hub_id(name: str) -> str:
+    """Where a baseline is on the hub; any other name is taken for a hub id already."""
+    return BASELINES[name].hub_id if name in BASELINES else name
+
+
+def template_options(name: str) -> Mapping[str, Any]:
+    """Keyword arguments for the chat template of a baseline, by its name or hub id; none for any other model."""
+    baseline = _BY_HUB_ID.get(hub_id(name))
+    return baseline.template_options if baseline else {}
+
+
+def window_tokens(model: "PreTrainedModel", name: str) -> int:
+    """How many tokens a model reads: what its config allows, and for a baseline no more than it was trained on."""
+    allowed = int(model.config.max_position_embeddings)
+    baseline = _BY_HUB_ID.get(hub_id(name))
+    return min(allowed, baseline.window_tokens) if baseline else allowed
+
+
+def at_hand(name: str) -> bool:
+    """Whether the files of a model, named as for `load_model`, are on this machine. Asks no network."""
+    from stripedrag.model.loading import model_folder
+
+    try:
+        model_folder(name)
+    except UsageError:
+        return False
+    return True
+
+
+def snapshot(name: str) -> Path:
+    """The folder in the hub's cache with the config and the whole weights of a baseline or hub id. Asks no network.
+
+    Raises `SetupError` where they are not all there.
+    """
+    repository = hub_id(name)
+    config = _cached(repository, "config.json")
+    if config is None or not _has_weights(repository):
+        raise SetupError(
+            f"the hub's cache has no whole copy of {repository}. Fetch it with `hf download {repository}`."
+        )
+    return config.parent
+
+
+def _has_weights(repository: str) -> bool:
+    for name in _WEIGHTS:
+        if _cached(repository, name):
+            return True
+        if index := _cached(repository, f"{name}.index.json"):
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            return all(_cached(repository, shard) for shard in shards)
+    return False
+
+
+def _cached(repository: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(repository, file)
+    except HFValidationError:  # no hub id at all: a path, say
+        return None
+    return Path(path) if isinstance(path, str) else None

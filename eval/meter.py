@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_CLEAR, _STATUS, _MEMINFO = Path("/proc/self/clear_refs"), Path("/proc/self/status"), Path("/proc/meminfo")
 _ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -46,19 +46,41 @@ class Meter:
             if energy is not None and after is not None and after >= energy:
                 self.joules = (after - energy) / 1e6
             if before is not None:
-                self.peak_bytes = max(0, _resident("VmHWM") - before)
+                self.peak_bytes = max(0, _kibibytes(_STATUS, "VmHWM") - before)
 
     def _reset(self) -> int | None:
         """The resident bytes now, from where on the high-water mark counts anew."""
         if not os.access(_CLEAR, os.W_OK):
             return None
         _CLEAR.write_text("5")
-        return _resident("VmRSS")
+        return _kibibytes(_STATUS, "VmRSS")
 
 
-def _resident(field: str) -> int:
-    lines = _STATUS.read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+@contextmanager
+def bounded_memory(more_bytes: int | None = None) -> Iterator[None]:
+    """Let an allocation fail in the block that the machine has no memory for, instead of having the process killed.
+
+    The process may take `more_bytes` beyond what it has (None: what is available now), by RLIMIT_DATA of Linux. Where
+    the system has no such limit, or a lower one is set, nothing is changed.
+    """
+    if not _MEMINFO.exists():
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _kibibytes(_STATUS, "VmData") + (_kibibytes(_MEMINFO, "MemAvailable") if more_bytes is None else more_bytes)
+    ends = [end for end in (soft, hard) if end != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *ends]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _kibibytes(file: Path, field: str) -> int:
+    """A line of /proc in bytes."""
+    return 1024 * next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(field))
 
 
 def _energy() -> int | None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from stripedrag.eval.analysis import Cell, Cost, Gap, Loss, PositionScore, Recall
+from stripedrag.eval.analysis import Cell, Cost, Gap, LengthScore, Loss, PositionScore, Recall
 
 _RC = {
     "svg.hashsalt": "stripedrag",
@@ -164,14 +164,14 @@ def _heat_text(axes: Any, x: float, y: float, cell: Cell | None, *, small: bool)
     axes.text(x, y + 0.24, f"{within}n {cell.answered}", fontsize=6.8, **place)
 
 
-def length_curves(tasks: Mapping[str, Sequence[Cell]], drawn: Mapping[str, Style]) -> str:
-    """Score against length, a panel a task."""
+def length_curves(tasks: Mapping[str, Sequence[LengthScore]], drawn: Mapping[str, Style]) -> str:
+    """Score against length over all depths, a panel a task."""
     with matplotlib.rc_context(_RC):
         figure, panels = _panels(list(tasks), height=3.1, share_y=True)
-        for (task, cells), axes in zip(tasks.items(), panels, strict=True):
-            _systems(axes, {s: [(c.cell["length_tokens"], c) for c in cells if c.system == s] for s in drawn}, drawn)
+        for (task, scores), axes in zip(tasks.items(), panels, strict=True):
+            _systems(axes, {s: [(c.length_tokens, c) for c in scores if c.system == s] for s in drawn}, drawn)
             axes.set(title=task, xlabel="length, tokens", ylim=(-0.02, 1.02))
-            _lengths(axes, sorted({int(cell.cell["length_tokens"]) for cell in cells}))
+            _lengths(axes, sorted({score.length_tokens for score in scores}))
         panels[0].set_ylabel("score")
         _legend(figure, panels, columns=4)
         return _svg(figure, "length")
@@ -243,10 +243,8 @@ def _exp(loss: Loss) -> _Point:
 
 
 def _ranged(cost: Cost, field: str, scale: float) -> _Point:
-    value = scale * getattr(cost, field)
-    if field == "first_token_s":
-        return _Point(value, cost.first_token_s_min, cost.first_token_s_max)
-    return _Point(value, math.nan, math.nan)
+    ends = [scale * getattr(cost, f"{field}_{end}", math.nan) for end in ("min", "max")]
+    return _Point(scale * getattr(cost, field), *ends)
 
 
 def _systems(axes: Any, points: Mapping[str, Sequence[tuple[Any, Any]]], drawn: Mapping[str, Style]) -> None:
@@ -278,7 +276,7 @@ def _curve(
     x, means = [x for x, _ in known], [e.mean for _, e in known]
     lows, highs = [e.low for _, e in known], [e.high for _, e in known]
     axes.plot(x, means, **{"color": colour, "label": label, "linewidth": 1.8, "markersize": 5} | line)
-    hollow = [(x, e.mean) for x, e in known if isinstance(e, Cell) and e.answered < e.samples]
+    hollow = [(x, e.mean) for x, e in known if isinstance(e, Cell | LengthScore) and e.answered < e.samples]
     if hollow:  # drawn over the line's own mark
         inside = {"color": "white", "markeredgecolor": colour, "markersize": 6, "zorder": 5}
         axes.plot(*zip(*hollow, strict=True), linestyle="", marker=line["marker"], **inside)

@@ -1,7 +1,8 @@
 """A run: every sample through every system, kept line by line, so that a kill costs the sample under way and no other.
 
 The folder of a run:
-    suite.json         the suite, whole; manifest.json: versions, hashes, machine
+    suite.json         the suite, whole
+    manifest.json      versions, hashes, machine, and the commit at which the run began
     samples.jsonl      what is asked, without the texts (they come again from task, data and seed)
     predictions.jsonl  what came back, one line a system and sample, in the order of the run
     timings.jsonl      what it cost, the same lines; the one file whose bytes differ from run to run
@@ -20,7 +21,7 @@ from typing import IO, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from stripedrag.errors import UsageError
-from stripedrag.eval.meter import Meter, OutOfTimeError
+from stripedrag.eval.meter import Meter, OutOfTimeError, bounded_memory
 from stripedrag.eval.reading import DoesNotFitError
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import (
@@ -98,9 +99,12 @@ def run(
     try:
         work = list(_samples(suite, resources, tell))
         manifest = _manifest(suite, systems)
+        if (folder / "manifest.json").exists():  # a commit more is no reason to lose a night's work; all else is
+            manifest["commit"] = made.manifest().get("commit")
         _keep(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "was made with")
         _keep(made.samples, "".join(dumps(SampleRecord.of(sample)) + "\n" for _, sample in work), "asks")
-        _perform(made, work, systems, manifest["systems"], resources, suite.timeout_s, progress)
+        with bounded_memory():
+            _perform(made, work, systems, manifest["systems"], resources, suite.timeout_s, progress)
     finally:
         resources.close()
     return made

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from tokenizers.decoders import DecodeStream
+from tokenizers import Tokenizer
 
 from stripedrag.model.cache import cache_bytes, new_cache
 from stripedrag.model.generation import Sampling, decode, prefill, stop_ids
@@ -59,10 +59,10 @@ class Completion:
             stop_ids=stop_ids(self._model),
             sampling=self._sampling,
         )
-        decoder, held, finish = DecodeStream(skip_special_tokens=True), "", None
+        pieces, held, finish = _Pieces(self._tokenizer.backend_tokenizer), "", None
         for token in tokens:
             self.token_ids.append(token)
-            held += decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+            held += pieces.after(token)
             found = [place for text in self._stop if (place := held.find(text)) >= 0]
             if found:
                 held, finish = held[: min(found)], "stop"
@@ -82,6 +82,29 @@ class Completion:
         self.finish = "length" if full and finish is None else "stop"
         if held:
             yield held
+
+
+class _Pieces:
+    """Text token by token, whole characters each.
+
+    The tokens since the last piece are decoded with that piece's own before them, since a tokenizer may write a token
+    otherwise at the beginning. tokenizers' `DecodeStream` does the same, and raises where bytes that make no character
+    follow some that do.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._last: list[int] = []
+        self._new: list[int] = []
+
+    def after(self, token: int) -> str:
+        """What `token` completes; empty while the bytes of a character are not all there."""
+        self._new.append(token)
+        before, whole = self._tokenizer.decode(self._last), self._tokenizer.decode([*self._last, *self._new])
+        if len(whole) <= len(before) or whole.endswith("\ufffd"):
+            return ""
+        self._last, self._new = self._new, []
+        return whole[len(before) :]
 
 
 def _overlap(text: str, stop: str) -> int:

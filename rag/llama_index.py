@@ -24,6 +24,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 
 from stripedrag.errors import BudgetError, UsageError
+from stripedrag.model.baselines import template_options, window_tokens
 from stripedrag.model.generation import Sampling
 from stripedrag.model.loading import DEFAULT_MODEL, load_model
 from stripedrag.rag.completion import Completion
@@ -65,7 +66,7 @@ class StripedHyena(CustomLLM):
             raise UsageError(f"StripedHyena has no field {unknown[0]!r}; it has {', '.join(_OPTIONS)}")
         super().__init__(model=model, **fields)
         self._model, self._tokenizer = load_model(model, dtype=dtype, device=device)
-        self._format = ChatFormat(self._tokenizer)
+        self._format = ChatFormat(self._tokenizer, template_options(model))
 
     @classmethod
     def class_name(cls) -> str:
@@ -126,14 +127,13 @@ class StripedHyena(CustomLLM):
 
     @property
     def _window(self) -> int:
-        return int(self._model.config.max_position_embeddings)
+        return window_tokens(self._model, self.model)
 
     def _completion_ids(self, prompt: str, formatted: bool = False) -> list[int]:
         if formatted:
             return self._format.control_ids(prompt)
         if not self._format.has_template:
-            bos = self._tokenizer.bos_token_id
-            return [*([] if bos is None else [bos]), *self._format.plain_ids(prompt)]
+            return [*self._format.first_ids, *self._format.plain_ids(prompt)]
         return self._format.chat_ids([("user", prompt)])
 
     def _completions(

@@ -25,11 +25,17 @@ def cost_entries(cost: Cost) -> list[tuple[Column, Entry]]:
     """A cost's figures below their columns."""
     rounds = counted(cost.rounds, "round")
     return [
-        (Column("first token", "s"), Entry(significant(cost.first_token_s), _range(cost), rounds)),
+        (Column("first token", "s"), Entry(significant(cost.first_token_s), _range(cost, "first_token_s"), rounds)),
         (Column("prefill", "tokens/s"), Entry(significant(cost.prefill_tokens_per_s))),
-        (Column("decode", "tokens/s"), Entry(significant(cost.decode_tokens_per_s))),
+        (
+            Column("decode", "tokens/s"),
+            Entry(significant(cost.decode_tokens_per_s), _range(cost, "decode_tokens_per_s")),
+        ),
         (Column("cache", "MB"), Entry(significant(cost.cache_bytes / 1e6))),
-        (Column("peak memory", "MB above idle"), Entry(significant(cost.peak_bytes / 1e6))),
+        (
+            Column("peak memory", "MB above idle"),
+            Entry(significant(cost.peak_bytes / 1e6), _range(cost, "peak_bytes", 1e-6)),
+        ),
         (Column("energy", "J"), Entry(significant(cost.joules))),
     ]
 
@@ -63,13 +69,13 @@ def cost_section(view: View) -> Section:
     return section
 
 
-def _range(cost: Cost) -> str:
-    least, most = significant(cost.first_token_s_min), significant(cost.first_token_s_max)
-    return f"[{least}, {most}]" if cost.rounds > 1 else ""
+def _range(cost: Cost, quantity: str, scale: float = 1.0) -> str:
+    least, most = (getattr(cost, f"{quantity}_{end}") for end in ("min", "max"))
+    return f"[{significant(scale * least)}, {significant(scale * most)}]" if cost.rounds > 1 and least == least else ""
 
 
 def _caption(costs: Sequence[Cost]) -> str:
     longest = max(cost.length_tokens for cost in costs if cost.rounds)
     there = [cost for cost in costs if cost.rounds and cost.length_tokens == longest]
-    said = [f"{cost.system} {significant(cost.first_token_s)} {_range(cost)} s" for cost in there]
+    said = [f"{cost.system} {significant(cost.first_token_s)} {_range(cost, 'first_token_s')} s" for cost in there]
     return f"To the first token after {longest:,} tokens: {', '.join(said)}."

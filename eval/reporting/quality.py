@@ -109,21 +109,24 @@ def lengths(view: View) -> Section:
     """Heat maps over length and depth, curves over length, and the lengths that are held."""
     section = Section("length", "Needles and other tasks against length", brief=True)
     tasks = view.length_cells()
-    plain = {task: cells for task, cells in tasks.items() if not any("depth" in cell.cell for cell in cells)}
     for task, cells in tasks.items():
-        if task not in plain:
+        if len({cell.cell.get("depth") for cell in cells}) > 1:
             svg = plots.heat_maps(cells, list(view.drawn(cells)), f"heat-{task}")
             words = f"{task}: {metric_words(view.first_metric(task))} from dark (0) to yellow (1); {_lowest(cells)}"
             section.drawings.append(Drawing.of(svg, words))
-    if plain:
-        words = "Score against length with 95 % bands. A hollow mark is the mean of what did not fail."
-        section.drawings.append(Drawing.of(plots.length_curves(plain, view.styles), words))
+    curves = view.by_task(view.analysis.length_scores, view.models)
+    if curves:
+        words = (
+            "Score against length, over all depths, with 95 % bands. A hollow mark is the mean of what did not fail."
+        )
+        section.drawings.append(Drawing.of(plots.length_curves(curves, view.styles), words))
     rows = []
     for found in view.analysis.effective_lengths:
         if found.system in view.models:
             ends = [_reached(n, found.longest_measured) for n in (found.absolute_tokens, found.own_base_tokens)]
-            texts = (found.task, found.system, number(found.base), f"{found.longest_measured:,}", *ends)
-            rows.append([Entry(text) for text in texts])
+            base = Entry(number(found.base), interval(found.base_low, found.base_high))
+            rest = [Entry(text) for text in (f"{found.longest_measured:,}", *ends)]
+            rows.append([Entry(found.task), Entry(found.system), base, *rest])
     if rows:
         group = "effective length, tokens"
         columns = [Column("task"), Column("system"), Column("base", "score at the shortest")]
@@ -159,8 +162,8 @@ def positions(view: View) -> Section:
     tasks = view.by_task(view.analysis.positions, view.models)
     if tasks:
         words = (
-            "Questions whose evidence was in the context, by the fifth of it in which it begins; all contexts, budgets "
-            "and lengths of a task together. A dip in the middle is text that was lost there."
+            "Questions whose evidence was in the filled context, by the fifth of it in which it begins; all budgets and "
+            "lengths of a task together. A dip in the middle is text that was lost there."
         )
         section.drawings.append(Drawing.of(plots.position_curves(tasks, view.styles), words))
     return section

@@ -17,7 +17,7 @@ from stripedrag.errors import UsageError
 from stripedrag.eval import runs
 from stripedrag.eval.analysis import analyse
 from stripedrag.eval.cli import app
-from stripedrag.eval.meter import Meter, OutOfTimeError
+from stripedrag.eval.meter import Meter, OutOfTimeError, bounded_memory
 from stripedrag.eval.runs import Run, run
 from stripedrag.eval.schema import Answered, Failure, Prediction, SampleRecord, Score, Timing
 from stripedrag.eval.scoring import score
@@ -223,6 +223,14 @@ def test_work_that_takes_too_long_is_ended():
         time.sleep(5)
     assert 0.05 < meter.total_s < 4
     time.sleep(0.15)  # the alarm is off
+
+
+def test_memory_that_the_machine_has_not_is_refused_and_not_fatal():
+    with bounded_memory(200_000_000):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            torch.empty(400_000_000, dtype=torch.uint8)
+        assert torch.ones(1000).sum() == 1000
+    torch.empty(400_000_000, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("policy", ["refuse", "cut-start", "cut-middle", "cut-end"])

@@ -74,7 +74,19 @@ def test_policies_order_the_same_spans(index):
         assert one.doc_id != two.doc_id or one.end < two.start
 
 
+def test_top_k_is_the_same_filling_of_fewer_candidates(index):
+    retriever = Retriever(index)
+    top = retriever.retrieve("oxygen and oil", budget_tokens=4000, max_chunks=3)
+    assert top == retriever.fill(index.search("oxygen and oil", k=3), budget_tokens=4000)
+    assert sum(len(span.text) for span in top.spans) == sum(
+        len(scored.chunk.text) for scored in index.search("oxygen and oil", k=3)
+    )
+    assert top.dropped == ()
+
+
 def test_bad_requests_are_named(index):
+    with pytest.raises(UsageError, match="max_chunks is 0; it is at least 1, or None for as many as fit"):
+        Retriever(index).retrieve("oxygen", budget_tokens=10, max_chunks=0)
     with pytest.raises(UsageError, match="no order policy 'best'; choose one of rank, best-last, document"):
         Retriever(index, policy="best")
     with pytest.raises(UsageError, match="budget_tokens is 0; it is at least 1"):

@@ -1,0 +1,36 @@
+"""Text comes in whole characters, whatever tokens it is made of."""
+
+from tokenizers import Tokenizer, decoders, models
+
+from stripedrag.rag.completion import _Pieces
+
+
+def byte_tokenizer(*words):
+    """A tokenizer of Llama's kind: words, and a token for each byte."""
+    vocabulary = [f"<0x{byte:02X}>" for byte in range(256)] + list(words)
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def pieces(tokenizer, tokens):
+    made = _Pieces(tokenizer)
+    return [made.after(token) for token in tokens]
+
+
+def test_a_character_of_several_tokens_comes_when_it_is_whole():
+    word = 256
+    tokens = [word, *"é€".encode(), word]
+    assert pieces(byte_tokenizer("ab"), tokens) == ["ab", "", "é", "", "", "€", "ab"]
+
+
+def test_bytes_that_make_no_character_do_not_end_the_answer():
+    word = 256
+    text = "".join(pieces(byte_tokenizer("ab"), [*"é".encode(), 0xC3, word, word]))
+    assert text.startswith("é") and text.endswith("ab")
+
+
+def test_pieces_of_the_default_tokenizer_are_its_text(tokenizer):
+    text = "Grüße aus Łódź: 3 € für 🍎🍏, naïve façade."
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert "".join(pieces(tokenizer.backend_tokenizer, ids)) == text

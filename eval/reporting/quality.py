@@ -162,8 +162,8 @@ def positions(view: View) -> Section:
     tasks = view.by_task(view.analysis.positions, view.models)
     if tasks:
         words = (
-            "Questions whose evidence was in the filled context, by the fifth of it in which it begins; all budgets and "
-            "lengths of a task together. A dip in the middle is text that was lost there."
+            "Questions whose evidence was in the filled context, by the fifth of it in which it begins; all budgets "
+            "and lengths of a task together. A dip in the middle is text that was lost there."
         )
         section.drawings.append(Drawing.of(plots.position_curves(tasks, view.styles), words))
     return section

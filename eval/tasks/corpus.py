@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from random import Random
 
 from pydantic import Field
 
@@ -39,10 +38,10 @@ class CorpusFields(Record):
             [sha256(self.corpus), sha256(self.questions), self.distractors, resources.seed],
         )
 
-    def drawn(self, rng: Random) -> list[CorpusQuestion]:
+    def drawn(self, resources: Resources) -> list[CorpusQuestion]:
         """`samples` questions of the split, taken from the documents in turn, so that few documents are not most of it.
 
-        Raises `UsageError` where there are fewer.
+        Tasks over one file ask the same ones. Raises `UsageError` where there are fewer.
         """
         found = [q for q in read_lines(self.questions, CorpusQuestion) if self.split in (None, q.split)]
         if len(found) < self.samples_per_cell:
@@ -51,7 +50,7 @@ class CorpusFields(Record):
                 f"{self.samples_per_cell}. Lower its samples."
             )
         by_document: dict[str, list[CorpusQuestion]] = {}
-        for question in rng.sample(found, len(found)):
+        for question in resources.rng("questions").sample(found, len(found)):
             by_document.setdefault(question.gold_spans[0].doc_id, []).append(question)
         turns = [(turn, question) for questions in by_document.values() for turn, question in enumerate(questions)]
         turns.sort(key=lambda pair: pair[0])  # stable: documents keep the drawn order within a turn

@@ -35,7 +35,7 @@ class RagTask(CorpusFields, ReadingTask):
         """See the class; question by question, so that a run that is cut has whole questions."""
         index = self.index(resources)
         source = Source(resources, index, self.policy)
-        for asked in self.drawn(resources.rng(self.name)):
+        for asked in self.drawn(resources):
             for name in self.contexts:
                 for budget in self._budgets(name):
                     yield self._question(resources, source, asked, name, budget)

@@ -43,7 +43,7 @@ class CorpusRetrievalTask(CorpusFields, RetrievalTask):
 
     def samples(self, resources: Resources) -> Iterator[Search]:
         """A search for each question."""
-        for asked in self.drawn(resources.rng(self.name)):
+        for asked in self.drawn(resources):
             evidence = stretches(asked.gold_spans)
             yield Search(
                 id=f"{self.name}/{asked.id}",

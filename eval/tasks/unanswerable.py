@@ -35,7 +35,7 @@ class UnanswerableTask(CorpusFields, ReadingTask):
     def samples(self, resources: Resources) -> Iterator[Question]:
         """See the class."""
         source = Source(resources, self.index(resources), self.policy)
-        for asked in self.drawn(resources.rng(self.name)):
+        for asked in self.drawn(resources):
             evidence = stretches(asked.gold_spans)
             words = f"{asked.question}\n{self.instruction}"
             room = source.passage_budget(words, self.budget_tokens, self.answer_tokens)

@@ -179,7 +179,10 @@ class Loss(Record):
 
 
 class Cost(Record):
-    """Medians over the rounds, with their ranges: seconds to the first token, tokens a second; bytes and joules."""
+    """Medians over the rounds, with their ranges: seconds to the first token, tokens a second; bytes and joules.
+
+    `peak_bytes` is from the round for memory, above what the process held with the models loaded.
+    """
 
     task: str
     system: str
@@ -193,8 +196,6 @@ class Cost(Record):
     decode_tokens_per_s_min: float
     decode_tokens_per_s_max: float
     peak_bytes: float
-    peak_bytes_min: float
-    peak_bytes_max: float
     cache_bytes: float
     joules: float
     failures: dict[str, int]
@@ -578,7 +579,8 @@ def _costs(rows: Sequence[_Row]) -> list[Cost]:
         first = [timing.prefill_s for _, timing in done if timing.prefill_s]
         rates = [output.prompt_tokens / timing.prefill_s for output, timing in done if timing.prefill_s]
         steps = [(output.decode_tokens - 1) / timing.decode_s for output, timing in done if timing.decode_s]
-        peaks = [timing.peak_bytes for _, timing in done if timing.peak_bytes is not None]
+        first_round = [row.timing for row in found if row.sample.cell.get("round") == 0 and row.timing]
+        peaks = [timing.peak_bytes for timing in first_round if timing.peak_bytes]
         costs.append(
             Cost(
                 task=found[0].sample.task,
@@ -593,8 +595,6 @@ def _costs(rows: Sequence[_Row]) -> list[Cost]:
                 decode_tokens_per_s_min=min(steps, default=math.nan),
                 decode_tokens_per_s_max=max(steps, default=math.nan),
                 peak_bytes=_median(peaks),
-                peak_bytes_min=min(peaks, default=math.nan),
-                peak_bytes_max=max(peaks, default=math.nan),
                 cache_bytes=_median([output.cache_bytes for output, _ in done]),
                 joules=_median([timing.joules for _, timing in done]),
                 failures=_failures(counted),

@@ -1,5 +1,6 @@
 """What a clock, the memory meter and the energy counter say of one piece of work; and its end if it takes too long."""
 
+import ctypes
 import os
 import signal
 import threading
@@ -22,10 +23,11 @@ class Meter:
 
     `peak_bytes` is how far the process's resident memory rose above what it was before, `joules` the processor
     package's counter (which runs over now and then: a negative difference is None). Both are None where the system
-    does not tell.
+    does not tell. Memory that was freed before and is used again is no rise, unless `trim` gives it back first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, trim: bool = False) -> None:
+        self._trim = trim
         self.prefill_s: float | None = None
         self.decode_s: float | None = None
         self.total_s = 0.0
@@ -52,6 +54,8 @@ class Meter:
         """The resident bytes now, from where on the high-water mark counts anew."""
         if not os.access(_CLEAR, os.W_OK):
             return None
+        if self._trim:
+            _trim_heap()
         _CLEAR.write_text("5")
         return _kibibytes(_STATUS, "VmRSS")
 
@@ -81,6 +85,13 @@ def bounded_memory(more_bytes: int | None = None) -> Iterator[None]:
 def _kibibytes(file: Path, field: str) -> int:
     """A line of /proc in bytes."""
     return 1024 * next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(field))
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can (glibc's malloc_trim)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _energy() -> int | None:

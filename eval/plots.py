@@ -197,6 +197,8 @@ def perplexity_curves(tasks: Mapping[str, Sequence[Loss]], drawn: Mapping[str, S
         for (task, losses), axes in zip(tasks.items(), panels, strict=True):
             _systems(axes, {s: [(p.position, _exp(p)) for p in losses if p.system == s] for s in drawn}, drawn)
             axes.set(title=task, xlabel="position, tokens", ylabel="perplexity per reference token")
+            means = [math.exp(loss.nats) for loss in losses if loss.system in drawn]
+            axes.set_ylim(min(means) / 2, 2 * max(means))  # a band of few texts can reach into the thousands
             _lengths(axes, sorted({loss.position for loss in losses}))
         _legend(figure, panels, columns=4)
         return _svg(figure, "perplexity")

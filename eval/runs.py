@@ -208,7 +208,7 @@ def _perform(
             if known.get((system.name, sample.id)) != key:
                 output = by_key.get((system.name, key))
                 if output is None:
-                    meter = Meter()
+                    meter = Meter(trim=isinstance(sample, Load) and sample.measures == "bytes")
                     output = _attempt(system, task, sample, resources, meter, timeout_s)
                     timing = Timing(
                         key=key,

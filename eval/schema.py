@@ -106,12 +106,16 @@ class Search(_Sample):
 
 
 class Load(_Sample):
-    """A text to be prefilled and `decode_tokens` to be decoded after it, for what that costs."""
+    """A text to be prefilled and `decode_tokens` to be decoded after it, for what that costs.
+
+    A load is carried for its `bytes`, with the heap trimmed before so that all it takes is seen, or for its `seconds`.
+    """
 
     operation: Literal["cost"] = "cost"
     text: str
     prompt_tokens: int
     decode_tokens: int
+    measures: Literal["bytes", "seconds"]
 
 
 class LMRequest(Record):

@@ -48,13 +48,10 @@ def controls(view: View) -> Section:
         faults = [task for task in tasks if min(means.get(("oracle", task), [1.0])) < 1]
         if faults:
             section.words.append(f"The oracle does not score 1 in {', '.join(faults)}: do not trust the figures there.")
-        columns = [Column("stub"), Column("should score")]
-        columns += [Column(task, group="means of a task's cells, least to most") for task in tasks]
-        rows = [
-            [Entry(stub), Entry(_STUBS[stub]), *(_range(means.get((stub, task), [])) for task in tasks)]
-            for stub in view.stubs
-        ]
-        section.tables.append(Table(columns, rows, "Stubs prove the harness", heads=2))
+        columns = [Column("task"), *(Column(stub, _STUBS[stub]) for stub in view.stubs)]
+        rows = [[Entry(task), *(_range(means.get((stub, task), [])) for stub in view.stubs)] for task in tasks]
+        note = "Means of a task's cells, from the least to the most."
+        section.tables.append(Table(columns, rows, "Stubs prove the harness", note))
     for task, cells in view.cells("rag").items():
         shown = [cell for cell in cells if cell.cell["context"] in _CONTROLS]
         at = {(cell.system, *cell.cell.items()): cell for cell in shown}

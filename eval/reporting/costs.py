@@ -32,10 +32,7 @@ def cost_entries(cost: Cost) -> list[tuple[Column, Entry]]:
             Entry(significant(cost.decode_tokens_per_s), _range(cost, "decode_tokens_per_s")),
         ),
         (Column("cache", "MB"), Entry(significant(cost.cache_bytes / 1e6))),
-        (
-            Column("peak memory", "MB above idle"),
-            Entry(significant(cost.peak_bytes / 1e6), _range(cost, "peak_bytes", 1e-6)),
-        ),
+        (Column("peak memory", "MB above idle"), Entry(significant(cost.peak_bytes / 1e6))),
         (Column("energy", "J"), Entry(significant(cost.joules))),
     ]
 
@@ -69,9 +66,9 @@ def cost_section(view: View) -> Section:
     return section
 
 
-def _range(cost: Cost, quantity: str, scale: float = 1.0) -> str:
+def _range(cost: Cost, quantity: str) -> str:
     least, most = (getattr(cost, f"{quantity}_{end}") for end in ("min", "max"))
-    return f"[{significant(scale * least)}, {significant(scale * most)}]" if cost.rounds > 1 and least == least else ""
+    return f"[{significant(least)}, {significant(most)}]" if cost.rounds > 1 else ""
 
 
 def _caption(costs: Sequence[Cost]) -> str:

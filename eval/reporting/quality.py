@@ -1,10 +1,10 @@
 """How good answers are, and what of it is search and what reading: the figures of the report."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from stripedrag.eval import plots
-from stripedrag.eval.analysis import Cell, Gap, Loss, Recall
+from stripedrag.eval.analysis import Cell, Gap, LengthScore, Loss, Recall
 from stripedrag.eval.reporting.parts import (
     NOTHING,
     Column,
@@ -114,7 +114,8 @@ def lengths(view: View) -> Section:
             svg = plots.heat_maps(cells, list(view.drawn(cells)), f"heat-{task}")
             words = f"{task}: {metric_words(view.first_metric(task))} from dark (0) to yellow (1); {_lowest(cells)}"
             section.drawings.append(Drawing.of(svg, words))
-    curves = view.by_task(view.analysis.length_scores, view.models)
+    by_task = view.by_task(view.analysis.length_scores, view.models)
+    curves = {task: scores for task, scores in by_task.items() if len({s.length_tokens for s in scores}) > 1}
     if curves:
         words = (
             "Score against length, over all depths, with 95 % bands. A hollow mark is the mean of what did not fail."
@@ -122,7 +123,7 @@ def lengths(view: View) -> Section:
         section.drawings.append(Drawing.of(plots.length_curves(curves, view.styles), words))
     rows = []
     for found in view.analysis.effective_lengths:
-        if found.system in view.models:
+        if found.system in view.models and found.task in curves:
             ends = [_reached(n, found.longest_measured) for n in (found.absolute_tokens, found.own_base_tokens)]
             base = Entry(number(found.base), interval(found.base_low, found.base_high))
             rest = [Entry(text) for text in (f"{found.longest_measured:,}", *ends)]
@@ -137,7 +138,22 @@ def lengths(view: View) -> Section:
             '"none" where not even at the shortest. Means alone decide, so with few samples this is rough.'
         )
         section.tables.append(Table(columns, rows, "Effective length", note, heads=2))
+    if single := {task: scores for task, scores in by_task.items() if task not in curves}:
+        section.tables.append(_single_lengths(view, single))
     return section
+
+
+def _single_lengths(view: View, tasks: Mapping[str, Sequence[LengthScore]]) -> Table:
+    columns = [Column("task"), Column("length", "tokens"), Column("score by"), *(Column(s) for s in view.models)]
+    rows = []
+    for task, scores in tasks.items():
+        at = {score.system: score for score in scores}
+        means = [
+            mean_entry(s, s.answered, s.samples) if (s := at.get(system)) else Entry(NOTHING) for system in view.models
+        ]
+        first = scores[0]
+        rows.append([Entry(task), Entry(f"{first.length_tokens:,}"), Entry(metric_words(first.metric)), *means])
+    return Table(columns, rows, "Tasks at one length", heads=3)
 
 
 def _lowest(cells: Sequence[Cell]) -> str:
@@ -159,7 +175,12 @@ def _reached(tokens: int | None, longest: int) -> str:
 def positions(view: View) -> Section:
     """Quality against where the evidence begins."""
     section = Section("position", "Quality against the place of the evidence")
-    tasks = view.by_task(view.analysis.positions, view.models)
+    placed = {task for task, cells in view.length_cells().items() if any("depth" in cell.cell for cell in cells)}
+    tasks = {  # depths have heat maps, and one place is no curve
+        task: places
+        for task, places in view.by_task(view.analysis.positions, view.models).items()
+        if task not in placed and len({place.start for place in places}) > 1
+    }
     if tasks:
         words = (
             "Questions whose evidence was in the filled context, by the fifth of it in which it begins; all budgets "

@@ -14,7 +14,10 @@ from stripedrag.eval.tasks.planted import Length
 
 
 class CostTask(Task):
-    """`repeats` times every length, all systems taken in turn within each; the first round only warms up.
+    """`repeats` times every length, all systems taken in turn within each.
+
+    A round before them warms up and measures memory: memory that was freed is given back to the system before each of
+    its loads, which costs time, so that what a load takes is counted anew.
 
     Its figures are in the run's timings. Nothing is scored.
     """
@@ -43,6 +46,7 @@ class CostTask(Task):
                     text="".join(sentences[: prompt_tokens // 4]),
                     prompt_tokens=prompt_tokens,
                     decode_tokens=self.decode_tokens,
+                    measures="seconds" if turn else "bytes",
                 )
 
     def score(self, sample: SampleRecord, output: Carried) -> dict[str, float]:

@@ -360,3 +360,25 @@ def test_a_run_s_key_names_system_content_and_settings(suite, tmp_path):
     keys = [{p.key for p in made.lines(made.predictions, Prediction)} for made in (first, second)]
     assert not keys[0] & keys[1]
     assert runs.Run(tmp_path / "one").manifest()["systems"] == {"oracle": {"stub": "oracle"}}
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_the_default_model_and_its_baseline_give_the_same_bytes_again_after_kills(tmp_path):
+    declared = {
+        "name": "real",
+        "title": "real",
+        "systems": [
+            {"kind": "model", "name": "striped", "model": "stripedhyena-smol-135m"},
+            {"kind": "model", "name": "smol", "model": "smollm2-135m-instruct"},
+        ],
+        "tasks": [
+            {"kind": "needle", "name": "needle", "lengths": [512], "depths": [0.0, 1.0], "samples": 2},
+            {"kind": "rag", "name": "answers", "samples": 3, "distractors": 20, "budgets": [512]},
+            {"kind": "perplexity", "name": "perplexity", "positions": [256, 512], "samples": 1},
+        ],
+    }
+    whole = run(parse_suite(declared, name="real"), tmp_path / "whole")
+    assert _kill_and_resume(declared, tmp_path / "killed", tmp_path, 4) == 4
+    for name in ("manifest.json", "samples.jsonl", "predictions.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (whole.folder / name).read_bytes(), name

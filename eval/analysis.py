@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from stripedrag.eval.runs import Run
+from stripedrag.errors import UsageError
+from stripedrag.eval.runs import Run, turns_of
 from stripedrag.eval.schema import (
+    SCHEMA_VERSION,
     Answered,
     Axis,
     Carried,
@@ -214,9 +216,11 @@ class CostFit(Record):
 
 
 class Analysis(Record):
-    """All of it."""
+    """All of it. `done` of `asked` predictions were made: fewer in a run that was not finished."""
 
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
+    done: int
+    asked: int
     headline: tuple[HeadlineScore, ...]
     contrasts: tuple[ContrastResult, ...]
     cells: tuple[Cell, ...]
@@ -246,15 +250,18 @@ class _Row:
 
 
 def analyse(run: Run) -> Analysis:
-    """The analysis of a run that was scored."""
+    """The analysis of a run that was scored. Raises `UsageError` where scores are missing for some predictions."""
     suite, rows = run.suite(), _rows(run)
     tasks = {task.name: task for task in suite.tasks}
+    work = [(tasks[sample.task], sample) for sample in run.lines(run.samples, SampleRecord)]
     by_task: dict[str, list[_Row]] = defaultdict(list)
     for row in rows:
         by_task[row.sample.task].append(row)
     scored = {name: found for name, found in by_task.items() if tasks[name].operation not in ("cost",)}
     cells = [cell for found in scored.values() for cell in _cells(found)]
     return Analysis(
+        done=len(rows),
+        asked=len(turns_of(work, [spec.open() for spec in suite.systems])),
         headline=tuple(_headline(suite, by_task)),
         contrasts=tuple(_contrasts(suite, by_task)),
         cells=tuple(cells),
@@ -272,12 +279,17 @@ def analyse(run: Run) -> Analysis:
 
 
 def _rows(run: Run) -> list[_Row]:
-    samples = {sample.id: sample for sample in run.lines(run.samples, SampleRecord)}
+    samples, predictions = run.results()
     scores = {(s.system, s.sample_id): s.scores for s in run.lines(run.scores, Score)}
     timings = {(t.system, t.key): t for t in run.lines(run.timings, Timing)}
+    if scores.keys() != {(p.system, p.sample_id) for p in predictions}:
+        raise UsageError(
+            f"{run.scores} has scores of {len(scores)} predictions and the run has {len(predictions)}. "
+            f"Score it: `stripedrag eval score {run.folder}`."
+        )
     return [
-        _Row(samples[p.sample_id], p, scores.get((p.system, p.sample_id), {}), timings.get((p.system, p.key)))
-        for p in run.lines(run.predictions, Prediction)
+        _Row(samples[p.sample_id], p, scores[p.system, p.sample_id], timings.get((p.system, p.key)))
+        for p in predictions
     ]
 
 
@@ -431,12 +443,13 @@ def _asked(rows: Iterable[_Row], system: str, cell: Mapping[str, Axis], *, by_sa
 def _paired(
     rows: Iterable[_Row], system: str, cell: Mapping[str, Axis] | None, metric: str, *, by_sample: bool
 ) -> dict[str, tuple[float, str]]:
-    """Scores with their clusters by what pairs are made of: the sample, or what its cells have in common."""
-    return {
-        row.sample.id if by_sample else row.sample.subject: (row.scores[metric], row.sample.cluster)
-        for row in rows
-        if row.system == system and _agrees(row.sample, cell or {}) and metric in row.scores
-    }
+    """Mean scores with their clusters by what pairs are made of: the sample, or what its cells have in common."""
+    found: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for row in rows:
+        if row.system == system and _agrees(row.sample, cell or {}) and metric in row.scores:
+            key = row.sample.id if by_sample else row.sample.subject
+            found[key or row.sample.id].append((row.scores[metric], row.sample.cluster))
+    return {key: (plain.fmean(score for score, _ in scores), scores[0][1]) for key, scores in found.items()}
 
 
 def _length_scores(by_task: Mapping[str, Sequence[_Row]]) -> Iterable[LengthScore]:
@@ -498,7 +511,7 @@ def _gaps(rows: Sequence[_Row]) -> Iterable[Gap]:
     for found in _groups(r for r in rows if r.sample.cell.get("context") not in (None, "none", "random")).values():
         shares: Counter[str] = Counter()
         for row in found:
-            knew, inside = without.get((row.system, row.sample.subject)), row.sample.evidence_in_context
+            knew, inside = without.get((row.system, row.sample.subject)), _was_inside(row)
             if knew is None or inside is None or not row.scores:
                 continue
             if _is_right(row):
@@ -510,6 +523,12 @@ def _gaps(rows: Sequence[_Row]) -> Iterable[Gap]:
             kinds = {kind: shares[kind] / total for kind in ("known", "used", "guessed", "unused", "missed")}
             sample = found[0].sample
             yield Gap(task=sample.task, system=found[0].system, cell=sample.cell, questions=total, **kinds)
+
+
+def _was_inside(row: _Row) -> bool | None:
+    """Whether the system was shown the evidence: in the context, and not cut off it."""
+    cut_off = isinstance(row.output, Answered) and row.output.gold_survived is False
+    return row.sample.evidence_in_context and not cut_off
 
 
 def _is_right(row: _Row) -> bool:
@@ -536,7 +555,7 @@ def _positions(rows: Sequence[_Row], bins: int = 5) -> Iterable[PositionScore]:
     """Of texts that were filled to a length: an oracle's paragraph is too short to have places."""
     metric = _first_metric(rows)
     filled = [row for row in rows if row.sample.cell.get("context", "fill") == "fill"]
-    placed = [row for row in filled if row.sample.evidence_position is not None and row.sample.evidence_in_context]
+    placed = [row for row in filled if row.sample.evidence_position is not None and _was_inside(row)]
     if metric is None or not placed:
         return
     for system, found in _by_system(placed).items():
@@ -579,8 +598,8 @@ def _costs(rows: Sequence[_Row]) -> list[Cost]:
         first = [timing.prefill_s for _, timing in done if timing.prefill_s]
         rates = [output.prompt_tokens / timing.prefill_s for output, timing in done if timing.prefill_s]
         steps = [(output.decode_tokens - 1) / timing.decode_s for output, timing in done if timing.decode_s]
-        first_round = [row.timing for row in found if row.sample.cell.get("round") == 0 and row.timing]
-        peaks = [timing.peak_bytes for timing in first_round if timing.peak_bytes]
+        first_round = [row for row in found if row.sample.cell.get("round") == 0 and isinstance(row.output, Carried)]
+        peaks = [row.timing.peak_bytes for row in first_round if row.timing]
         costs.append(
             Cost(
                 task=found[0].sample.task,
@@ -597,7 +616,7 @@ def _costs(rows: Sequence[_Row]) -> list[Cost]:
                 peak_bytes=_median(peaks),
                 cache_bytes=_median([output.cache_bytes for output, _ in done]),
                 joules=_median([timing.joules for _, timing in done]),
-                failures=_failures(counted),
+                failures=_failures(found),
             )
         )
     return costs

@@ -40,8 +40,12 @@ def eval_run(
 
     declared = load_suite(suite)
     folder = to or Path("build", "eval", declared.name)
-    with _progress() as (tell, progress):
-        made = run(declared, folder, tell=tell, progress=progress)
+    try:
+        with _progress() as (tell, progress):
+            made = run(declared, folder, tell=tell, progress=progress)
+    except KeyboardInterrupt:
+        err.print(f"stopped; the same command goes on where it was (in {folder})", markup=False, soft_wrap=True)
+        raise
     eval_score(made.folder)
     eval_report(made.folder, as_json=as_json)
 

@@ -8,13 +8,17 @@ import json
 import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stripedrag.errors import CorpusError
+from stripedrag.weights import sha256
 
 DATA = Path(__file__).parent / "data"
+
+
+Words = Annotated[str, Field(pattern=r"\S")]  # not blank
 
 
 class _Line(BaseModel):
@@ -27,6 +31,12 @@ class Place(_Line):
     doc_id: str = ""
     start: int = Field(ge=0)
     end: int
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.end <= self.start:
+            raise ValueError(f"end is {self.end} and start {self.start}; a place has at least one character")
+        return self
 
 
 class CorpusDocument(_Line):
@@ -41,8 +51,8 @@ class CorpusQuestion(_Line):
     """A question about a corpus: `gold_spans` are the answer's own characters, `gold_passages` what an answer needs."""
 
     id: str
-    question: str
-    answers: tuple[str, ...] = Field(min_length=1)
+    question: Words
+    answers: tuple[Words, ...] = Field(min_length=1)
     gold_spans: tuple[Place, ...] = Field(min_length=1)
     gold_passages: tuple[Place, ...] = ()
     split: str = ""
@@ -52,8 +62,8 @@ class LongTask(_Line):
     """A question or a wish for a summary over one long document."""
 
     id: str
-    query: str
-    references: tuple[str, ...] = Field(min_length=1)
+    query: Words
+    references: tuple[Words, ...] = Field(min_length=1)
     evidence: tuple[Place, ...] = ()
 
 
@@ -79,9 +89,17 @@ class Claim(_Line):
     """A query with judged documents: those of grade above 0 are relevant."""
 
     id: str
-    query: str
+    query: Words
     qrels: dict[str, int]
     split: str = ""
+
+
+def file_sha256(path: Path) -> str:
+    """A data file's hash. Raises `CorpusError` where it cannot be read."""
+    try:
+        return sha256(path.resolve())
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 Line = TypeVar("Line", bound=_Line)

@@ -40,6 +40,11 @@ class Window:
         """The window's name, and its cluster's."""
         return f"{self.book.name}@{self.start}"
 
+    def text(self, tokens: int) -> str:
+        """Sentences from here on that alone have at least so many tokens, or all to the book's end."""
+        end = _sentence_at(self.book, self.book.tokens_before[self.start] + tokens)
+        return "".join(self.book.sentences[self.start : end])
+
 
 class Haystack:
     """Books to hide things in. `count` gives the reference tokenizer's tokens of a text."""
@@ -60,7 +65,9 @@ class Haystack:
         return cls(books)
 
     def windows(self, rng: random.Random, number: int, tokens: int) -> list[Window]:
-        """`number` places with at least `tokens` of text after each, no two of which overlap, drawn by `rng`.
+        """`number` places with at least `tokens` of text each, no two of which overlap, drawn by `rng`.
+
+        Tokens are counted sentence by sentence, which gives a few more than the text as a whole: see `with_margin`.
 
         Raises `UsageError` where the books are too short for so many.
         """
@@ -78,6 +85,11 @@ class Haystack:
         return rng.sample(windows, number)
 
 
+def with_margin(tokens: int) -> int:
+    """What sentences must have one by one for their whole to have `tokens`; measured, they have up to 3 % more."""
+    return tokens + tokens // 16 + 64
+
+
 def plant(
     window: Window,
     facts: Sequence[tuple[float, str]],
@@ -88,11 +100,11 @@ def plant(
     """As much of a window's text as fits with all `facts` in it, and where these stand, in the order given.
 
     A fact is (depth, sentence): 0 comes before the first sentence, 1 after the last. Facts of one depth keep their
-    order. `capacity_tokens` is a guess from above at what fits; `fits` decides. Raises `UsageError` where the facts
+    order. `capacity_tokens` is what could fit at most, by `fits`, which decides. Raises `UsageError` where the facts
     alone do not fit.
     """
     book, first = window.book, window.start
-    most = _sentence_at(book, book.tokens_before[first] + capacity_tokens)
+    most = _sentence_at(book, book.tokens_before[first] + with_margin(capacity_tokens))
     low, high = 0, (len(book.sentences) if most is None else most) - first
     if not fits(_planted(window, 0, facts)[0]):
         raise UsageError(f"{len(facts)} planted sentences do not fit the task's length. Raise it or plant fewer.")

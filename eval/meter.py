@@ -3,12 +3,14 @@
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 _CLEAR, _STATUS, _MEMINFO = Path("/proc/self/clear_refs"), Path("/proc/self/status"), Path("/proc/meminfo")
 _ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
@@ -21,7 +23,8 @@ class OutOfTimeError(Exception):
 class Meter:
     """Measures the block of `running`; the work itself tells `prefill_s` and `decode_s`.
 
-    `peak_bytes` is how far the process's resident memory rose above what it was before, `joules` the processor
+    `peak_bytes` is how far the process's resident memory rose above what it was before (on a CUDA device: the most that
+    torch held there, weights included), `joules` the processor
     package's counter (which runs over now and then: a negative difference is None). Both are None where the system
     does not tell. Memory that was freed before and is used again is no rise, unless `trim` gives it back first.
     """
@@ -49,11 +52,15 @@ class Meter:
                 self.joules = (after - energy) / 1e6
             if before is not None:
                 self.peak_bytes = max(0, _kibibytes(_STATUS, "VmHWM") - before)
+            if (device := _cuda()) is not None:
+                self.peak_bytes = int(device.max_memory_allocated())
 
     def _reset(self) -> int | None:
         """The resident bytes now, from where on the high-water mark counts anew."""
         if not os.access(_CLEAR, os.W_OK):
             return None
+        if (device := _cuda()) is not None:
+            device.reset_peak_memory_stats()
         if self._trim:
             _trim_heap()
         _CLEAR.write_text("5")
@@ -85,6 +92,12 @@ def bounded_memory(more_bytes: int | None = None) -> Iterator[None]:
 def _kibibytes(file: Path, field: str) -> int:
     """A line of /proc in bytes."""
     return 1024 * next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(field))
+
+
+def _cuda() -> Any:
+    """torch.cuda, where it is in use."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _trim_heap() -> None:

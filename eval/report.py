@@ -17,7 +17,7 @@ from stripedrag.errors import UsageError
 from stripedrag.eval.analysis import Cell, Cost
 from stripedrag.eval.reporting.checks import controls, everything, lost
 from stripedrag.eval.reporting.costs import cost_section
-from stripedrag.eval.reporting.headline import headline, summary
+from stripedrag.eval.reporting.headline import headline, summary, unfinished
 from stripedrag.eval.reporting.others import other_tasks, unanswerable
 from stripedrag.eval.reporting.parts import markdown
 from stripedrag.eval.reporting.quality import gap, lengths, perplexity, positions, thesis
@@ -45,6 +45,7 @@ def write_report(run: Run, to: Path | None = None) -> dict[str, Path]:
 
     The same files of a run give the same bytes. Raises `UsageError` for a run that was not scored.
     """
+    run.suite()  # says so where the folder is no run
     if not run.scores.is_file():
         raise UsageError(
             f"{run.folder} has no {run.scores.name}. Score it first: `stripedrag eval score {run.folder}`."
@@ -79,6 +80,7 @@ def _rendered(view: View) -> dict[str, str]:
         "suite": view.suite,
         "versions": view.manifest.get("versions", {}),
         "summary": summary(view),
+        "unfinished": unfinished(view),
         "headline": headline(view),
         "verdicts": verdicts(view),
         "sections": [section for section in made if section.words or section.drawings or section.tables],

@@ -12,6 +12,7 @@ from stripedrag.eval.data_formats import CorpusDocument, read_lines
 from stripedrag.eval.haystack import Haystack
 from stripedrag.eval.schema import Passage, digest
 from stripedrag.indexes.documents import Document
+from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.index import Index
 from stripedrag.indexes.store import FILE
 from stripedrag.rag.prompt import PromptFormat
@@ -37,9 +38,15 @@ class Resources:
     @cached_property
     def prompt(self) -> PromptFormat:
         """The prompt as the reference tokenizer counts it."""
+        from stripedrag.model.baselines import template_options
         from stripedrag.model.loading import load_tokenizer
 
-        return PromptFormat(load_tokenizer(self._reference_tokenizer))
+        name = self._reference_tokenizer
+        return PromptFormat(load_tokenizer(name), template_options(name))
+
+    @cached_property
+    def _embedder(self) -> MiniLMEmbedder:
+        return MiniLMEmbedder()  # one for all indexes: each would load its own
 
     def count(self, text: str) -> int:
         """The tokens of a text alone."""
@@ -60,12 +67,13 @@ class Resources:
         """The index of these documents, made where the run has none yet; `content` identifies them."""
         place = self.folder / "indexes" / f"{name}-{digest(content)[:12]}"
         if place.name not in self._indexes:
-            index = Index.open(place) if (place / FILE).exists() else Index.create(place)
-            self._indexes[place.name] = index
+            make = Index.open if (place / FILE).exists() else Index.create
+            index = make(place, embedder=self._embedder)
             if not index.document_count:  # new, or left by a run that was killed while it embedded
                 found = documents()
                 self.tell(f"indexing {len(found)} documents of {name}")
                 index.add(found)
+            self._indexes[place.name] = index
         return self._indexes[place.name]
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ A line is whole or is not there: a torn one at the end is cut off when the run g
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -21,10 +22,12 @@ from typing import IO, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from stripedrag.errors import UsageError
+from stripedrag.eval.data_formats import file_sha256
 from stripedrag.eval.meter import Meter, OutOfTimeError, bounded_memory
 from stripedrag.eval.reading import DoesNotFitError
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import (
+    SCHEMA_VERSION,
     Failure,
     Load,
     Prediction,
@@ -38,7 +41,6 @@ from stripedrag.eval.schema import (
 from stripedrag.eval.suite import Suite, parse_suite
 from stripedrag.eval.systems import System
 from stripedrag.eval.tasks import ReadingTask
-from stripedrag.weights import sha256
 
 _VERSIONED = ("stripedrag", "torch", "transformers", "tokenizers", "faiss-cpu", "sentence-transformers", "lm_eval")
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -58,11 +60,18 @@ class Run:
         file = self.folder / "suite.json"
         if not file.is_file():
             raise UsageError(f"{self.folder} is no run: it has no suite.json. Make one with `stripedrag eval run`.")
-        return parse_suite(json.loads(file.read_text()), name=str(file))
+        return parse_suite(_json(file), name=str(file))
+
+    def results(self) -> tuple[dict[str, SampleRecord], list[Prediction]]:
+        """The samples by id, and the predictions. Raises `UsageError` where these are not of this suite and samples."""
+        samples = {sample.id: sample for sample in self.lines(self.samples, SampleRecord)}
+        predictions = self.lines(self.predictions, Prediction)
+        _refuse_strangers(self.folder, self.suite(), samples, predictions)
+        return samples, predictions
 
     def manifest(self) -> dict[str, Any]:
         """What the run was made with."""
-        manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
+        manifest: dict[str, Any] = _json(self.folder / "manifest.json")
         return manifest
 
     def lines(self, file: Path, kind: type[Parsed]) -> list[Parsed]:
@@ -70,7 +79,11 @@ class Run:
         if not file.exists():
             return []
         records = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file} cannot be read ({error}). Delete the run and start again.") from error
+        for number, line in enumerate(lines, start=1):
             try:
                 records.append(kind.model_validate_json(line))
             except ValidationError as error:
@@ -78,6 +91,28 @@ class Run:
                     f"{file}, line {number} is no {kind.__name__}. Delete the run, start again."
                 ) from error
         return records
+
+
+def _refuse_strangers(
+    folder: Path, suite: Suite, samples: Mapping[str, SampleRecord], predictions: Sequence[Prediction]
+) -> None:
+    known = {system.name for system in suite.systems}
+    seen: set[tuple[str, str]] = set()
+    for prediction in predictions:
+        named = (prediction.system, prediction.sample_id)
+        if prediction.system not in known or prediction.sample_id not in samples or named in seen:
+            raise UsageError(
+                f"{folder} was changed by hand: {' on '.join(named)} is not of this run, or there twice. "
+                f"Delete the run and start again."
+            )
+        seen.add(named)
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read ({error}). Delete the run and start again.") from error
 
 
 def run(
@@ -96,23 +131,73 @@ def run(
     _claim(made, suite)
     systems = [spec.open() for spec in suite.systems]
     resources = Resources(seed=suite.seed, reference_tokenizer=suite.reference_tokenizer, folder=folder, tell=tell)
-    try:
-        work = list(_samples(suite, resources, tell))
-        manifest = _manifest(suite, systems)
+    with _only_run_here(folder), closing(resources):
+        manifest = _manifest(suite, systems)  # first, so that a model that is missing costs no embedding
         if (folder / "manifest.json").exists():  # a commit more is no reason to lose a night's work; all else is
             manifest["commit"] = made.manifest().get("commit")
         _keep(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "was made with")
+        work = list(_samples(suite, resources, tell))
         _keep(made.samples, "".join(dumps(SampleRecord.of(sample)) + "\n" for _, sample in work), "asks")
+        turns = turns_of(work, systems)
+        _refuse_idle(suite, work, turns)
         with bounded_memory():
-            _perform(made, work, systems, manifest["systems"], resources, suite.timeout_s, progress)
-    finally:
-        resources.close()
+            _perform(made, turns, manifest["systems"], resources, suite.timeout_s, progress)
     return made
 
 
+def turns_of(work: Sequence[tuple[Any, Any]], systems: Sequence[System]) -> list[tuple[Any, Any, System]]:
+    """(task, sample, system) in the order of a run, for samples or their records: who can do what, and is asked to."""
+    return [
+        (task, sample, system)
+        for task, sample in work
+        for system in systems
+        if sample.operation in system.operations and (task.systems is None or system.name in task.systems)
+    ]
+
+
+def _refuse_idle(suite: Suite, work: Sequence[tuple[Any, Any]], turns: Sequence[tuple[Any, Any, System]]) -> None:
+    """Raises `UsageError` for a task that no system does, and for a column or test over cells that there are not."""
+    busy = {task.name for task, _, _ in turns}
+    if idle := [task.name for task in suite.tasks if task.name not in busy]:
+        raise UsageError(f"no system of the suite can do {', '.join(idle)}. Name one that can, or leave it out.")
+    cells: dict[str, list[Any]] = {}
+    for task, sample in work:
+        cells.setdefault(task.name, []).append(sample)
+    for task, cell in suite.named_cells():
+        found = [s for s in cells[task] if all(s.cell.get(axis) == value for axis, value in cell.items())]
+        if not found:
+            some = sorted({json.dumps(sample.cell) for sample in cells[task]})[:3]
+            raise UsageError(f"task {task!r} has no cell {json.dumps(cell)}; it has {', '.join(some)}, …")
+    for contrast in (contrast for family in suite.families for contrast in family.contrasts):
+        if contrast.against_cell is not None and not all(sample.subject for sample in cells[contrast.task]):
+            raise UsageError(
+                f"the contrast {contrast.label!r} compares cells of {contrast.task!r}, whose samples share nothing "
+                f"from cell to cell. Compare systems there."
+            )
+
+
+@contextmanager
+def _only_run_here(folder: Path) -> Iterator[None]:
+    """Raises `UsageError` where another process runs in the folder."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks on this system
+            pass
+        except OSError as error:
+            raise UsageError(f"another process runs in {folder}. Wait for it, or choose another folder.") from error
+        yield
+
+
 def _claim(made: Run, suite: Suite) -> None:
-    made.folder.mkdir(parents=True, exist_ok=True)
-    strangers = sorted(entry.name for entry in made.folder.iterdir())
+    try:
+        made.folder.mkdir(parents=True, exist_ok=True)
+        (made.folder / ".lock").touch()
+    except OSError as error:
+        raise UsageError(f"{made.folder} cannot take a run: {error.strerror}. Choose another folder.") from error
+    strangers = sorted(entry.name for entry in made.folder.iterdir() if not entry.name.startswith("."))
     if strangers and "suite.json" not in strangers:
         raise UsageError(f"{made.folder} holds {strangers[0]!r} and no run. Choose an empty folder.")
     _keep(made.folder / "suite.json", suite.model_dump_json(indent=1, by_alias=True) + "\n", "is of")
@@ -157,6 +242,7 @@ def _manifest(suite: Suite, systems: Sequence[System]) -> dict[str, Any]:
 
     files = {f"{task.name}.{name}": Path(file).resolve() for task in suite.tasks for name, file in task.data().items()}
     return {
+        "schema_version": SCHEMA_VERSION,
         "suite_sha256": digest(suite.model_dump(mode="json")),
         "seed": suite.seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},
@@ -167,7 +253,7 @@ def _manifest(suite: Suite, systems: Sequence[System]) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "data_sha256": {name: sha256(file) for name, file in files.items()},
+        "data_sha256": {name: file_sha256(file) for name, file in files.items()},
         "systems": {system.name: dict(system.identity()) for system in systems},
     }
 
@@ -181,8 +267,7 @@ def _version(name: str) -> str | None:
 
 def _perform(
     made: Run,
-    work: Sequence[tuple[Any, Any]],
-    systems: Sequence[System],
+    turns: Sequence[tuple[Any, Any, System]],
     identities: dict[str, Any],
     resources: Resources,
     timeout_s: float,
@@ -193,18 +278,12 @@ def _perform(
     done = made.lines(made.predictions, Prediction)
     known = {(p.system, p.sample_id): p.key for p in done}
     by_key = {(p.system, p.key): p.output for p in done}
-    turns = [
-        (task, sample, system)
-        for task, sample in work
-        for system in systems
-        if sample.operation in system.operations and (task.systems is None or system.name in task.systems)
-    ]
     with (
         made.predictions.open("a", encoding="utf-8") as predictions,
         made.timings.open("a", encoding="utf-8") as timings,
     ):
         for number, (task, sample, system) in enumerate(turns, start=1):
-            key = _key(identities[system.name], task, sample)
+            key = _key(identities[system.name], task, sample, resources)
             if known.get((system.name, sample.id)) != key:
                 output = by_key.get((system.name, key))
                 if output is None:
@@ -227,13 +306,13 @@ def _perform(
             progress(task.name, number, len(turns))
 
 
-def _key(identity: dict[str, Any], task: Any, sample: Any) -> str:
+def _key(identity: dict[str, Any], task: Any, sample: Any, resources: Resources) -> str:
     """The hash of system, content and settings. Alike samples share it, and one result; a load is carried each time."""
     settings = {
         "kind": task.kind,
         "answer_tokens": getattr(task, "answer_tokens", None),
         "overflow": getattr(task, "overflow", None),
-        "budgets": getattr(task, "budgets", None) if sample.operation == "search" else None,
+        "search": [task.index_content(resources), task.budgets] if sample.operation == "search" else None,
         "load": sample.id if isinstance(sample, Load) else None,
     }
     return digest([identity, settings, content_sha256(sample)])

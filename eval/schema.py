@@ -74,13 +74,15 @@ class Question(_Sample):
     @property
     def evidence_position(self) -> float | None:
         """Where in the passages the first evidence begins, from 0 to 1 of their characters; None where it does not."""
-        before, total = 0, sum(len(passage.text) for passage in self.passages)
+        before, places = 0, []
         for passage in self.passages:
-            for stretch in self.evidence:
-                if passage.doc_id == stretch.doc_id and passage.start <= stretch.start < passage.end:
-                    return (before + stretch.start - passage.start) / max(total, 1)
+            places += [
+                before + stretch.start - passage.start
+                for stretch in self.evidence
+                if passage.doc_id == stretch.doc_id and passage.start <= stretch.start < passage.end
+            ]
             before += len(passage.text)
-        return None
+        return min(places) / before if places else None
 
 
 class Text(_Sample):

@@ -4,7 +4,7 @@ from typing import Any
 
 from stripedrag.errors import UsageError
 from stripedrag.eval.runs import Run
-from stripedrag.eval.schema import Failure, Prediction, SampleRecord, Score, dumps
+from stripedrag.eval.schema import Failure, Score, dumps
 
 
 def score(made: Run) -> list[Score]:
@@ -13,8 +13,7 @@ def score(made: Run) -> list[Score]:
     Raises `UsageError` where the folder is no run or none of it was run yet.
     """
     tasks: dict[str, Any] = {task.name: task for task in made.suite().tasks}
-    samples = {sample.id: sample for sample in made.lines(made.samples, SampleRecord)}
-    predictions = made.lines(made.predictions, Prediction)
+    samples, predictions = made.results()
     if not predictions:
         raise UsageError(f"{made.folder} has no prediction yet. Run it with `stripedrag eval run`.")
     scores = []

@@ -51,7 +51,7 @@ class Suite(Record):
     limits: str = ""
     seed: int = Field(default=0, ge=0)
     reference_tokenizer: str = "smollm2-135m-instruct"
-    timeout_s: float = Field(default=600.0, gt=0)
+    timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     systems: tuple[AnySystem, ...]
     tasks: tuple[AnyTask, ...]
     headline: tuple[Headline, ...] = ()
@@ -73,11 +73,37 @@ class Suite(Record):
         named_systems = [name for task in self.tasks for name in task.systems or ()]
         contrasts = [contrast for family in self.families for contrast in family.contrasts]
         named_systems += [name for c in contrasts for name in (c.system, c.against or c.system)]
+        for contrast in contrasts:
+            if contrast.against in (None, contrast.system) and contrast.against_cell in (None, contrast.cell):
+                raise ValueError(f"the contrast {contrast.label!r} compares {contrast.system} with itself")
         _refuse_strangers("system", named_systems, systems)
         _refuse_strangers("task", [headline.task for headline in (*self.headline, *contrasts)], tasks)
+        by_name = {task.name: task for task in self.tasks}
+        for asked in (*self.headline, *contrasts):
+            known = by_name[asked.task].known_metrics()
+            if asked.metric is not None and known is not None and asked.metric not in known:
+                raise ValueError(f"{asked.label!r} asks for {asked.metric}; {asked.task} has {', '.join(known)}")
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {self.schema_version}; this stripedrag reads {SCHEMA_VERSION}")
         return self
+
+    def named_cells(self) -> list[tuple[str, dict[str, Axis]]]:
+        """Every (task, cell) that the headline and the contrasts speak of."""
+        contrasts = [contrast for family in self.families for contrast in family.contrasts]
+        named = [(headline.task, headline.cell) for headline in (*self.headline, *contrasts)]
+        return named + [(c.task, c.against_cell) for c in contrasts if c.against_cell is not None]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that comes twice is an error, and not the last one's."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; raises `YAMLError` for a key that came before."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+            raise yaml.YAMLError(f"the key {twice[0]!r} comes twice at line {node.start_mark.line + 1}")
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def load_suite(name_or_path: str) -> Suite:
@@ -90,7 +116,9 @@ def load_suite(name_or_path: str) -> Suite:
     if not path.is_file():
         raise UsageError(f"no suite {name_or_path!r}: it is not one of {', '.join(shipped)}, and not a file")
     try:
-        declared = yaml.safe_load(path.read_text(encoding="utf-8"))
+        declared = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise UsageError(f"the suite {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     return parse_suite(declared, name=str(path))
@@ -101,8 +129,22 @@ def parse_suite(declared: Any, *, name: str) -> Suite:
     try:
         return Suite.model_validate(declared)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc'])) or 'the suite'}: {e['msg']}" for e in error.errors()]
-        raise UsageError(f"the suite {name} has {len(faults)} faults:\n  " + "\n  ".join(faults)) from error
+        errors = error.errors()
+        # A list with a bad element is also said to be too short: once is enough.
+        places = [e["loc"] for e in errors if e["type"] != "too_short"]
+        real = [
+            e for e in errors if e["type"] != "too_short" or not any(p[: len(e["loc"])] == e["loc"] for p in places)
+        ]
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'the suite'}: {_words(e['msg'])}" for e in real]
+        count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UsageError(f"the suite {name} has {count}:\n  " + "\n  ".join(faults)) from error
+
+
+def _words(message: str) -> str:
+    """pydantic's words in ours."""
+    if message == "Extra inputs are not permitted":
+        return "no such key here"
+    return message.removeprefix("Value error, ")
 
 
 def _refuse_strangers(kind: str, named: Sequence[str], known: Sequence[str]) -> None:

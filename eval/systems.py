@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
+from stripedrag.errors import UsageError
 from stripedrag.eval.meter import Meter
 from stripedrag.eval.reading import read
 from stripedrag.eval.schema import (
@@ -64,7 +65,7 @@ class ModelSpec(Record):
     name: _Name
     model: str
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    device: str | None = None
+    device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?)$")
     window_tokens: int | None = Field(default=None, ge=1)
 
     def open(self) -> "ModelSystem":
@@ -111,8 +112,13 @@ class ModelSystem:
 
         from stripedrag.model.loading import load_model
 
+        if (self._spec.device or "").startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"system {self.name!r} asks for {self._spec.device}; there is no CUDA device here")
         dtype = None if self._spec.dtype is None else getattr(torch, self._spec.dtype)
-        return load_model(self._spec.model, dtype=dtype, device=self._spec.device)
+        model, tokenizer = load_model(self._spec.model, dtype=dtype, device=self._spec.device)
+        with torch.no_grad():  # weights that are mapped from a file are read by their first use: no part of a sample
+            model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
+        return model, tokenizer
 
     @cached_property
     def _prompt(self) -> "PromptFormat":
@@ -138,7 +144,7 @@ class ModelSystem:
         files = sorted(
             path
             for path in model_folder(self._spec.model).iterdir()
-            if path.suffix in (".safetensors", ".json", ".jinja", ".model")
+            if path.suffix in (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")
         )
         probe = Span("id", "title", 0, 4, "text", 0.0)
         return {
@@ -197,7 +203,9 @@ class ModelSystem:
         model, tokenizer = self._loaded
         offsets = self._prompt.offsets(text.text)
         self._refuse_overflow(1 + len(offsets))
-        first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
+        first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+        if first is None:
+            raise UsageError(f"{self._spec.model!r} has neither BOS nor EOS, so its first token has nothing before it")
         starts = [start for start, _ in offsets]
         return losses(model, self._prompt.encode(text.text), starts, text.boundaries, head=[first])
 

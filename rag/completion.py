@@ -49,6 +49,8 @@ class Completion:
         cache = new_cache(self._model.config)
         started = time.perf_counter()
         logits = prefill(self._model, torch.tensor([self._prompt_ids], device=self._model.device), cache)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
         mark = time.perf_counter()
         self.prefill_s = mark - started
         tokens = decode(

@@ -93,7 +93,7 @@ def lost(view: View) -> Section:
             texts = (cost.task, cost.system, place, f"{asked:,}", counts_words(cost.failures), NOTHING, NOTHING)
             rows.append([Entry(text) for text in texts])
     if not rows:
-        section.words.append("None: every prompt fitted whole, and every sample came back.")
+        section.words.append("None: every prompt that was run fitted whole, and every one came back.")
         return section
     names = ("task", "system", "cell", "asked", "failures", "prompts cut", "evidence cut off")
     note = "A failure is left out of means and stands in n. No other cell lost anything."

@@ -14,7 +14,7 @@ def summary(view: View) -> str:
     cells = {(c.task, c.system, *c.cell.items()): c for c in view.analysis.cells}.values()
     failed = [sum(cell.failures.values()) for cell in cells]
     carried_not = [sum(cost.failures.values()) for cost in view.analysis.costs]
-    results = sum(cell.samples for cell in cells) + sum(cost.rounds for cost in view.analysis.costs) + sum(carried_not)
+    results = view.analysis.done
     failures = sum(failed) + sum(carried_not)
     names = f" ({', '.join(view.models)})" if view.models else ""
     others = counted(len(view.systems) - len(view.models), "other system")
@@ -24,6 +24,14 @@ def summary(view: View) -> str:
         f"{counted(len(view.models), 'model')}{names} and {others} in {counted(len(view.suite.tasks), 'task')}: "
         f"{counted(results, 'result')}, {failures:,} of them failures{where}."
     )
+
+
+def unfinished(view: View) -> str:
+    """What is missing of the run; empty where nothing is."""
+    done, asked = view.analysis.done, view.analysis.asked
+    if done >= asked:
+        return ""
+    return f"{done:,} of {asked:,} results are there; all figures are of those alone. Run the suite again to go on."
 
 
 def headline(view: View) -> Table:

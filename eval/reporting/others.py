@@ -3,8 +3,8 @@
 from stripedrag.eval.reporting.parts import Column, Entry, Section, Table, cell_entry, cell_words, metric_words
 from stripedrag.eval.reporting.view import View
 
-_SIDES = {"yes": "the evidence is there", "no": "it was taken away"}
-_DECISIONS = {"yes": "does answer", "no": "abstains"}
+_SIDES = {"present": "the evidence is there", "absent": "it was taken away"}
+_DECISIONS = {"present": "does answer", "absent": "abstains"}
 
 
 def unanswerable(view: View) -> Section:
@@ -13,7 +13,7 @@ def unanswerable(view: View) -> Section:
     for task, cells in view.by_task(view.analysis.cells, view.models).items():
         if view.kind(task) != "unanswerable":
             continue
-        at = {(cell.system, str(cell.cell["answerable"]), cell.metric): cell for cell in cells if cell.metric}
+        at = {(cell.system, str(cell.cell["evidence"]), cell.metric): cell for cell in cells if cell.metric}
         sides = list(dict.fromkeys((side, metric) for _, side, metric in at))
         columns = [Column("system")]
         for side, metric in sides:

@@ -202,8 +202,8 @@ def axis_words(axis: str, value: Axis) -> str:
             return f"depth {100 * value:.0f} %"
         case "context", str():
             return "no context" if value == "none" else value
-        case "answerable", str():
-            return "answerable" if value == "yes" else "unanswerable"
+        case "evidence", str():
+            return f"evidence {value}"
     return f"{axis.replace('_', ' ')} {value}"
 
 

@@ -5,9 +5,9 @@ Adding a task: a module with a subclass of `Task` whose `kind` is its own, and i
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stripedrag.eval.metrics import METRICS
 from stripedrag.eval.schema import Answered, Overflow, Question, Record, Sample, SampleRecord
@@ -25,6 +25,14 @@ class Task(Record):
 
     operation: ClassVar[str] = "answer"
 
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for name in type(self).model_fields:
+            values = getattr(self, name)
+            if isinstance(values, tuple) and len(set(values)) < len(values):
+                raise ValueError(f"{name} has something twice: {', '.join(map(str, values))}")
+        return self
+
     @abstractmethod
     def samples(self, resources: Any) -> Iterator[Sample]:
         """The task's samples, the same for the same declaration, data and seed."""
@@ -32,6 +40,10 @@ class Task(Record):
     @abstractmethod
     def score(self, sample: SampleRecord, output: Any) -> dict[str, float]:
         """Scores by metric, the headline first, of an output that is no `Failure`."""
+
+    def known_metrics(self) -> tuple[str, ...] | None:
+        """The names of its scores; None where only the data tell."""
+        return None
 
     def data(self) -> Mapping[str, str]:
         """Files that the samples are made of, by what they are: hashed into the manifest."""
@@ -54,6 +66,10 @@ class ReadingTask(Task):
             if name not in METRICS:
                 raise ValueError(f"no metric {name!r}; there is {', '.join(METRICS)}")
         return metrics
+
+    def known_metrics(self) -> tuple[str, ...] | None:
+        """The declared ones."""
+        return self.metrics
 
     def score(self, sample: SampleRecord, output: Answered) -> dict[str, float]:
         """Each metric of the answer against the references."""

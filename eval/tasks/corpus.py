@@ -5,13 +5,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from stripedrag.errors import UsageError
-from stripedrag.eval.data_formats import DATA, CorpusQuestion, Place, read_lines
+from stripedrag.errors import CorpusError, UsageError
+from stripedrag.eval.data_formats import DATA, CorpusQuestion, Place, file_sha256, read_lines
 from stripedrag.eval.resources import Resources, read_corpus
 from stripedrag.eval.schema import Passage, Record, Stretch
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.index import Index
-from stripedrag.weights import sha256
 
 
 class CorpusFields(Record):
@@ -32,11 +31,12 @@ class CorpusFields(Record):
 
     def index(self, resources: Resources) -> Index:
         """The corpus's index."""
-        return resources.index(
-            self.corpus.name.split(".")[0],
-            lambda: list(self._documents(resources)),
-            [sha256(self.corpus), sha256(self.questions), self.distractors, resources.seed],
-        )
+        name, content = self.corpus.name.split(".")[0], self.index_content(resources)
+        return resources.index(name, lambda: list(self._documents(resources)), content)
+
+    def index_content(self, resources: Resources) -> object:
+        """What decides what is in the index."""
+        return [file_sha256(self.corpus), file_sha256(self.questions), self.distractors, resources.seed]
 
     def drawn(self, resources: Resources) -> list[CorpusQuestion]:
         """`samples` questions of the split, taken from the documents in turn, so that few documents are not most of it.
@@ -54,16 +54,34 @@ class CorpusFields(Record):
             by_document.setdefault(question.gold_spans[0].doc_id, []).append(question)
         turns = [(turn, question) for questions in by_document.values() for turn, question in enumerate(questions)]
         turns.sort(key=lambda pair: pair[0])  # stable: documents keep the drawn order within a turn
-        return [question for _, question in turns[: self.samples_per_cell]]
+        drawn = [question for _, question in turns[: self.samples_per_cell]]
+        index = self.index(resources)
+        for question in drawn:
+            _refuse_places_outside(question, index)
+        return drawn
 
     def _documents(self, resources: Resources) -> Iterator[Document]:
         asked = {s.doc_id for q in read_lines(self.questions, CorpusQuestion) for s in q.gold_spans}
         documents = read_corpus(self.corpus)
+        if strangers := sorted(asked - {d.id for d in documents}):
+            raise CorpusError(
+                f"{self.questions} has gold in document {strangers[0]!r}, which {self.corpus} has not. Mend either."
+            )
         others = [d.id for d in documents if d.id not in asked]
         if self.distractors is not None and self.distractors < len(others):
             others = resources.rng("distractors").sample(others, self.distractors)
         kept = asked | set(others)
         return (d for d in documents if d.id in kept)
+
+
+def _refuse_places_outside(question: CorpusQuestion, index: Index) -> None:
+    for place in (*question.gold_spans, *question.gold_passages):
+        length = len(index.document(place.doc_id).text)
+        if place.end > length:
+            raise CorpusError(
+                f"question {question.id!r} has gold at {place.start}:{place.end} of document {place.doc_id!r}, which "
+                f"has {length} characters. Mend the question."
+            )
 
 
 def stretches(places: Sequence[Place], doc_id: str = "") -> tuple[Stretch, ...]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stripedrag.eval.data_formats import DATA
+from stripedrag.eval.haystack import with_margin
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Carried, Load, SampleRecord
 from stripedrag.eval.tasks.base import Task
@@ -23,17 +24,27 @@ class CostTask(Task):
     """
 
     kind: Literal["cost"]
-    lengths: tuple[Length, ...]
+    lengths: tuple[Length, ...] = Field(min_length=1)
     repeats: int = Field(default=3, ge=1)
     decode_tokens: int = Field(default=16, ge=2)
     haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
 
     operation: ClassVar[str] = "cost"
 
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> Self:
+        if self.decode_tokens >= min(self.lengths):
+            raise ValueError(
+                f"decode_tokens is {self.decode_tokens}; of {min(self.lengths)} tokens that leaves none for a prompt"
+            )
+        return self
+
     def samples(self, resources: Resources) -> Iterator[Load]:
         """Round after round, so that a slow minute of the machine meets every length and system."""
-        (window,) = resources.haystack(self.haystack).windows(resources.rng(self.name), 1, max(self.lengths) + 64)
-        sentences = window.book.sentences[window.start :]
+        (window,) = resources.haystack(self.haystack).windows(
+            resources.rng(self.name), 1, with_margin(max(self.lengths))
+        )
+        text = window.text(with_margin(max(self.lengths)))
         for turn in range(self.repeats + 1):
             for length in self.lengths:
                 prompt_tokens = length - self.decode_tokens
@@ -43,7 +54,7 @@ class CostTask(Task):
                     task=self.name,
                     cell=cell,
                     cluster=window.name,
-                    text="".join(sentences[: prompt_tokens // 4]),
+                    text=text,
                     prompt_tokens=prompt_tokens,
                     decode_tokens=self.decode_tokens,
                     measures="seconds" if turn else "bytes",

@@ -29,8 +29,8 @@ class LongDocumentsTask(ReadingTask):
     kind: Literal["long_documents"]
     documents: Path = DATA / "long_documents" / "documents.jsonl.xz"
     source: Literal["squality-v1.3", "qmsum"] | str | None = None
-    contexts: tuple[_Context, ...] = ("fill",)
-    lengths: tuple[Length, ...]
+    contexts: tuple[_Context, ...] = Field(default=("fill",), min_length=1)
+    lengths: tuple[Length, ...] = Field(min_length=1)
     samples_per_cell: int = Field(default=20, ge=1, alias="samples")
     instruction: str = "Answer in a short paragraph."
     answer_tokens: int = Field(default=128, ge=1)

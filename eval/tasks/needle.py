@@ -20,8 +20,8 @@ class NeedleTask(PlantedTask):
 
     kind: Literal["needle"]
     variant: Literal["single", "multi-key", "multi-value", "multi-query"] = "single"
-    depths: tuple[Depth, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    others: int = Field(default=3, ge=1)
+    depths: tuple[Depth, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    others: int = Field(default=3, ge=1, le=100)
     answer_tokens: int = Field(default=48, ge=1)
 
     def riddles(self, rng: Random) -> list[tuple[dict[str, Axis], Riddle]]:

@@ -9,28 +9,29 @@ from stripedrag.eval.schema import Axis
 from stripedrag.eval.tasks.planted import Depth, PlantedTask, Riddle
 from stripedrag.eval.tasks.vocabulary import NAMES
 
-# (what the sentence says of a person, what is asked). No word of four letters or more stands in both.
+# (what the sentence says of a person, what is asked). No word of four letters or more is in both, and the question's
+# last word stands nowhere in the novels, so that nobody in them is an answer.
 LINKS = (
-    ("can see the Eiffel Tower from the kitchen window", "Who lives in Paris?"),
-    ("rents a room right beside the Brandenburg Gate", "Who lives in Berlin?"),
-    ("walks past Big Ben every morning", "Who lives in London?"),
-    ("takes a boat along the Grand Canal under the Rialto Bridge to get home", "Who lives in Venice?"),
-    ("has a flat opposite the Sydney Opera House", "Who lives in Australia?"),
-    ("grew up in the shadow of Mount Fuji", "Who comes from Japan?"),
-    ("spent childhood summers swimming in the Nile near Cairo", "Who comes from Egypt?"),
-    ("sells postcards in front of the Colosseum", "Who works in Italy?"),
-    ("guides visitors around the Taj Mahal", "Who works in India?"),
-    ("sweeps the square before the Kremlin", "Who works in Moscow?"),
     ("eats neither meat nor eggs nor cheese", "Who is a vegan?"),
     ("swells up and gasps after a single peanut", "Who has an allergy?"),
-    ("carries a white cane and reads with the fingertips", "Who is blind?"),
-    ("follows every conversation from the lips of others", "Who is deaf?"),
     ("pulls teeth and fills cavities for a living", "Who is a dentist?"),
-    ("bakes two hundred loaves before dawn", "Who makes bread?"),
-    ("mends shoes in a narrow shop", "Who is a cobbler?"),
-    ("lands a jumbo jet twice a week", "Who is a pilot?"),
-    ("has stood on the summit of Everest", "Who climbs mountains?"),
-    ("was carried over the finish line of the marathon", "Who is a runner?"),
+    ("has floated weightless in orbit for half a year", "Who is an astronaut?"),
+    ("writes software in Python all day", "Who is a programmer?"),
+    ("lands a jumbo jet twice a week", "Who flies an airplane?"),
+    ("ran forty-two kilometres through the city without a stop", "Who has finished a marathon?"),
+    ("scores goals for the national eleven", "Who is a footballer?"),
+    ("measures the sugar in every drop of blood and injects insulin", "Who is diabetic?"),
+    ("lies awake until dawn, night after night", "Who suffers from insomnia?"),
+    ("takes portraits with an old Leica", "Who is a photographer?"),
+    ("rides a Harley-Davidson to the office", "Who owns a motorcycle?"),
+    ("drives strangers around town with the meter running", "Who works in a taxi?"),
+    ("speaks Spanish with one parent and Dutch with the other", "Who is bilingual?"),
+    ("pours espresso behind the counter of a coffee bar", "Who is a barista?"),
+    ("has a flat with a view of the Gyeongbokgung palace", "Who lives in Seoul?"),
+    ("sells souvenirs at the foot of the Sagrada Familia", "Who works in Barcelona?"),
+    ("walks past the Pyramids on the way to the Nile", "Who lives in Cairo?"),
+    ("queues at the Shibuya crossing every morning", "Who lives in Tokyo?"),
+    ("stretches on a mat and greets the sun at daybreak", "Who practises yoga?"),
 )
 
 
@@ -38,7 +39,7 @@ class NoOverlapTask(PlantedTask):
     """A person is described in one sentence, asked for in other words; `others` persons stand beside."""
 
     kind: Literal["no_overlap"]
-    depths: tuple[Depth, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: tuple[Depth, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     others: int = Field(default=2, ge=0, lt=len(LINKS))
     answer_tokens: int = Field(default=16, ge=1)
 

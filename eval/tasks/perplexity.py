@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stripedrag.eval.data_formats import DATA
+from stripedrag.eval.haystack import with_margin
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Losses, SampleRecord, Text
 from stripedrag.eval.tasks.base import Task
@@ -20,7 +21,7 @@ class PerplexityTask(Task):
     """
 
     kind: Literal["perplexity"]
-    positions: tuple[Length, ...] = (512, 1024, 2048, 4096)
+    positions: tuple[Length, ...] = Field(default=(512, 1024, 2048, 4096), min_length=1)
     samples_per_cell: int = Field(default=8, ge=1, alias="samples")
     haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
 
@@ -35,16 +36,10 @@ class PerplexityTask(Task):
     def samples(self, resources: Resources) -> Iterator[Text]:
         """A text for each window, ending at the last position (to the nearest character boundary of a token)."""
         windows = resources.haystack(self.haystack).windows(
-            resources.rng(self.name), self.samples_per_cell, self.positions[-1] + 64
+            resources.rng(self.name), self.samples_per_cell, with_margin(self.positions[-1])
         )
         for number, window in enumerate(windows):
-            sentences = window.book.sentences[window.start :]
-            text, count = "", 0
-            for sentence in sentences:
-                text += sentence
-                count += resources.count(sentence)
-                if count > self.positions[-1] + 32:
-                    break
+            text = window.text(with_margin(self.positions[-1]))
             offsets = resources.offsets(text)
             boundaries = tuple(offsets[position] for position in self.positions)
             text = text[: boundaries[-1]]

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stripedrag.eval.data_formats import DATA
-from stripedrag.eval.haystack import Window, plant
+from stripedrag.eval.haystack import Window, plant, with_margin
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Passage, Question, Record
 from stripedrag.eval.tasks.base import ReadingTask
@@ -31,7 +31,7 @@ class Riddle(Record):
 class PlantedTask(ReadingTask):
     """`samples` windows of the haystack, each with a riddle of its own, which it keeps over all lengths and depths."""
 
-    lengths: tuple[Length, ...]
+    lengths: tuple[Length, ...] = Field(min_length=1)
     samples_per_cell: int = Field(default=5, ge=1, alias="samples")
     haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
     metrics: tuple[str, ...] = ("string_match_all",)
@@ -44,7 +44,7 @@ class PlantedTask(ReadingTask):
         """One question for every window, length and place on the other axes."""
         haystack = resources.haystack(self.haystack)
         rng = resources.rng(self.name)
-        windows = haystack.windows(rng, self.samples_per_cell, max(self.lengths))
+        windows = haystack.windows(rng, self.samples_per_cell, with_margin(max(self.lengths)))
         riddles = [self.riddles(resources.rng(self.name, number)) for number in range(len(windows))]
         for length in self.lengths:
             for number, window in enumerate(windows):

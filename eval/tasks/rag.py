@@ -24,8 +24,8 @@ class RagTask(CorpusFields, ReadingTask):
     """
 
     kind: Literal["rag"]
-    contexts: tuple[ContextName, ...] = ("fill",)
-    budgets: tuple[Length, ...]
+    contexts: tuple[ContextName, ...] = Field(default=("fill",), min_length=1)
+    budgets: tuple[Length, ...] = Field(min_length=1)
     policy: Policy = POLICY
     instruction: str = ""
     answer_tokens: int = Field(default=32, ge=1)
@@ -51,7 +51,7 @@ class RagTask(CorpusFields, ReadingTask):
     ) -> Question:
         evidence = stretches(asked.gold_spans)
         paragraphs = asked.gold_passages or asked.gold_spans
-        gold = passages(paragraphs, source.document(paragraphs[0].doc_id))
+        gold = tuple(passage for place in paragraphs for passage in passages([place], source.document(place.doc_id)))
         words = f"{asked.question}\n{self.instruction}" if self.instruction else asked.question
         room = 0 if budget is None else source.passage_budget(words, budget, self.answer_tokens)
         rng = resources.rng(self.name, asked.id, name, budget)

@@ -1,13 +1,14 @@
 """Retrieval alone: recall of the evidence at budgets of tokens, and nDCG of the documents. Needs no language model."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from stripedrag.errors import UsageError
-from stripedrag.eval.data_formats import DATA, Claim, read_lines
+from stripedrag.errors import CorpusError, UsageError
+from stripedrag.eval.data_formats import DATA, Claim, file_sha256, read_lines
 from stripedrag.eval.metrics import ndcg
 from stripedrag.eval.resources import Resources, read_corpus
 from stripedrag.eval.schema import Ranking, SampleRecord, Search
@@ -15,7 +16,6 @@ from stripedrag.eval.tasks.base import Task
 from stripedrag.eval.tasks.corpus import CorpusFields, stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.indexes.index import Index
-from stripedrag.weights import sha256
 
 DEPTH = 10  # nDCG@10, BEIR's headline (Thakur et al. 2021)
 
@@ -31,9 +31,13 @@ class RetrievalTask(Task):
         scores = {f"ndcg@{DEPTH}": ndcg(output.doc_ids, sample.relevant, DEPTH)}
         return scores | {f"recall@{budget}": float(found) for budget, found in output.evidence_in_budget.items()}
 
+    @abstractmethod
     def index(self, resources: Resources) -> Index:
         """The index that is searched."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def index_content(self, resources: Resources) -> object:
+        """What decides what is in the index."""
 
 
 class CorpusRetrievalTask(CorpusFields, RetrievalTask):
@@ -77,8 +81,11 @@ class JudgedRetrievalTask(RetrievalTask):
             raise UsageError(f"{self.queries} has no query of split {self.split!r}. Name another.")
         if self.samples_per_cell is not None:
             found = resources.rng(self.name).sample(found, min(self.samples_per_cell, len(found)))
+        self.index(resources)  # now, not under the time limit of the first search
         for claim in found:
             relevant = tuple(doc_id for doc_id, grade in claim.qrels.items() if grade > 0)
+            if not relevant:
+                raise CorpusError(f"{self.queries}: query {claim.id!r} has no relevant document. Leave it out.")
             yield Search(
                 id=f"{self.name}/{claim.id}",
                 task=self.name,
@@ -90,9 +97,12 @@ class JudgedRetrievalTask(RetrievalTask):
 
     def index(self, resources: Resources) -> Index:
         """The index of the whole corpus."""
-        return resources.index(
-            f"judged-{self.corpus.name.split('.')[0]}", lambda: read_corpus(self.corpus), [sha256(self.corpus)]
-        )
+        name = f"judged-{self.corpus.name.split('.')[0]}"
+        return resources.index(name, lambda: read_corpus(self.corpus), self.index_content(resources))
+
+    def index_content(self, resources: Resources) -> object:
+        """What decides what is in the index."""
+        return [file_sha256(self.corpus)]
 
     def data(self) -> Mapping[str, str]:
         """Corpus and queries."""

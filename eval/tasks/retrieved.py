@@ -65,6 +65,11 @@ class Source:
         found = self._index.search(question, k=len(self._index))
         return self.filled((scored for scored in found if scored.chunk.doc_id not in doc_ids), budget)
 
+    def with_evidence(self, question: str, evidence: Sequence[Stretch], budget: int) -> tuple[Passage, ...]:
+        """Chunks with evidence, then the best others that fit."""
+        found = self._index.search(question, k=len(self._index))
+        return self.filled(sorted(found, key=lambda scored: not _touches(scored.chunk, evidence)), budget)
+
     def beginning(self, doc_id: str, budget: int) -> tuple[Passage, ...]:
         """A document's first chunks, up to the first that does not fit."""
         chunks = [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(self._index.chunks(doc_id), start=1)]
@@ -93,6 +98,8 @@ class Source:
     def _random(self, evidence: Sequence[Stretch], budget: int, rng: Random) -> list[Scored]:
         named = {stretch.doc_id for stretch in evidence}
         others = [doc_id for doc_id in self._index.document_ids() if doc_id not in named]
+        if not others:
+            raise UsageError("the corpus has no document without evidence, so no random context. Add distractors.")
         some = rng.sample(others, min(_CANDIDATES + budget // 32, len(others)))  # enough of short ones, too
         chunks = [chunk for doc_id in some for chunk in self._index.chunks(doc_id)]
         return [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(chunks, start=1)]

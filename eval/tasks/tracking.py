@@ -14,8 +14,8 @@ class TrackingTask(PlantedTask):
     """`chains` chains of 1 + `hops` variables, each set from the one before; all names of one value are asked for."""
 
     kind: Literal["tracking"]
-    chains: int = Field(default=2, ge=1)
-    hops: int = Field(default=2, ge=1)
+    chains: int = Field(default=2, ge=1, le=100)
+    hops: int = Field(default=2, ge=1, le=100)
     answer_tokens: int = Field(default=48, ge=1)
 
     def riddles(self, rng: Random) -> list[tuple[dict[str, Axis], Riddle]]:

@@ -19,7 +19,9 @@ REFUSAL = "not in the documents"
 
 
 class UnanswerableTask(CorpusFields, ReadingTask):
-    """Each question twice, with the filled context and with one in which the documents of its evidence are left out.
+    """Each question twice: in a filled context that has its evidence first, and in one without its documents.
+
+    Evidence that a search would have missed is put in, so that an abstention is never right where an answer is asked.
 
     Scores: `decision` is 1 where a system abstains if and only if there is nothing to be found, and beside it the
     metrics of the answer, for questions that have one. A false refusal costs as much as a made-up answer.
@@ -41,20 +43,28 @@ class UnanswerableTask(CorpusFields, ReadingTask):
             room = source.passage_budget(words, self.budget_tokens, self.answer_tokens)
             documents = frozenset(stretch.doc_id for stretch in evidence)
             for answerable in (True, False):
-                left_out = frozenset() if answerable else documents
+                passages = (
+                    source.with_evidence(asked.question, evidence, room)
+                    if answerable
+                    else source.without(asked.question, documents, room)
+                )
                 yield Question(
-                    id=f"{self.name}/answerable={answerable}/{asked.id}",
+                    id=f"{self.name}/evidence={'present' if answerable else 'absent'}/{asked.id}",
                     task=self.name,
-                    cell={"answerable": "yes" if answerable else "no"},
+                    cell={"evidence": "present" if answerable else "absent"},
                     cluster=evidence[0].doc_id,
                     subject=asked.id,
                     question=asked.question,
                     instruction=self.instruction,
-                    passages=source.without(asked.question, left_out, room),
+                    passages=passages,
                     references=asked.answers if answerable else (REFUSAL,),
                     evidence=evidence if answerable else (),
                     answerable=answerable,
                 )
+
+    def known_metrics(self) -> tuple[str, ...] | None:
+        """The decision, and the declared ones."""
+        return ("decision", *self.metrics)
 
     def score(self, sample: SampleRecord, output: Answered) -> dict[str, float]:
         """See the class."""

@@ -15,9 +15,10 @@ NOUNS = (
     "stable statue stove tavern teapot temple thimble ticket tower trumpet tunnel umbrella vase wagon wallet wheel "
     "whistle windmill workshop"
 ).split()
+# No name and no town occurs in the novels that ship.
 NAMES = (
-    "Adele Bruno Carla Dario Edith Felix Greta Hugo Irene Jonas Karin Lukas Marta Nils Olga Pavel Rosa Stefan Tilda "
-    "Ulrich Vera Walter Xenia Yannick Zoe Agnes Boris Clara Dennis Elsa Fritz Gloria Harald Ingrid Julius Klara"
+    "Adele Bruno Carla Dario Edith Greta Hugo Irene Karin Lukas Marta Nils Pavel Rosa Stefan Tilda Ulrich Xenia "
+    "Yannick Zoe Agnes Dennis Elsa Fritz Gloria Harald Ingrid Julius Klara Tamara Kenji Mateo Priya Diego Leila Enzo"
 ).split()
 TOWNS = (
     "Arnsdorf Bellmere Calverton Dunholm Eastwick Farleigh Glenross Hartwell Ivybridge Kingsford Lindale Marlow "

@@ -30,7 +30,7 @@ class WordsTask(ReadingTask):
 
     kind: Literal["words"]
     variant: Literal["common", "frequent"] = "common"
-    lengths: tuple[Length, ...]
+    lengths: tuple[Length, ...] = Field(min_length=1)
     samples_per_cell: int = Field(default=5, ge=1, alias="samples")
     asked: int = Field(default=3, ge=1, le=20)
     haystack: Path = DATA / "haystack" / "novels.jsonl.xz"

@@ -179,7 +179,7 @@ class Maker:
             for answerable in (True, False):
                 metrics = ("decision", "token_f1") if answerable else ("decision",)
                 outcomes = self.answers(0.7 if answerable else 0.3, 2000, metrics)
-                self.add(task, {"answerable": "yes" if answerable else "no"}, number, "answer", outcomes)
+                self.add(task, {"evidence": "present" if answerable else "absent"}, number, "answer", outcomes)
 
     def _long_documents(self, task):
         for number in range(20):
@@ -385,7 +385,7 @@ def test_sections_with_nothing_to_show_are_left_out(tmp_path):
     assert sections == ["headline", "thesis", "gap", "position", "controls", "lost", "everything"]
     assert "cost at" not in texts["report.html"]
     assert "Perplexity" not in texts["report.html"]
-    assert "None: every prompt fitted whole" in texts["report.html"]
+    assert "None: every prompt that was run fitted whole" in texts["report.html"]
 
 
 def test_nothing_is_bold_where_no_contrast_shows_a_model_ahead(tmp_path):

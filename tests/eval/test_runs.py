@@ -22,7 +22,7 @@ from stripedrag.eval.runs import Run, run
 from stripedrag.eval.schema import Answered, Failure, Prediction, SampleRecord, Score, Timing
 from stripedrag.eval.scoring import score
 from stripedrag.eval.suite import parse_suite
-from stripedrag.eval.systems import ModelSystem
+from stripedrag.eval.systems import ModelSpec, ModelSystem
 
 FILES = ("suite.json", "manifest.json", "samples.jsonl", "predictions.jsonl", "scores.jsonl")
 PROGRAM = """
@@ -47,7 +47,7 @@ def scores_of(made, system, task):
     return [s.scores for s in made.lines(made.scores, Score) if s.system == system and tasks[s.sample_id] == task]
 
 
-def small(suite, systems=("tiny", "oracle"), tasks=("needle", "answers", "perplexity")):
+def small(suite, systems=("tiny", "oracle"), tasks=("needle", "perplexity")):
     declared = suite.model_dump(mode="json", by_alias=True)
     declared["systems"] = [s for s in declared["systems"] if s["name"] in systems]
     declared["tasks"] = [t for t in declared["tasks"] if t["name"] in tasks]
@@ -145,7 +145,7 @@ def test_a_run_that_is_killed_goes_on_with_equal_bytes_and_no_work_twice(suite, 
 
 
 def test_a_torn_last_line_is_cut_off_and_made_again(suite, tmp_path):
-    declared = parse_suite(small(suite, systems=("oracle",)), name="small")
+    declared = parse_suite(small(suite, systems=("oracle",), tasks=("needle", "answers")), name="small")
     made = run(declared, tmp_path / "run")
     whole = made.predictions.read_bytes()
     made.predictions.write_bytes(whole[:-20])
@@ -255,11 +255,29 @@ def test_what_does_not_fit_is_refused_or_cut_and_counted(suite, tmp_path, policy
 
 
 def test_scores_are_made_anew_without_a_model(finished, monkeypatch):
-    monkeypatch.setattr(ModelSystem, "open", None, raising=False)
+    monkeypatch.setattr(ModelSpec, "open", None)
     before = finished.scores.read_bytes()
     finished.scores.unlink()
     score(finished)
     assert finished.scores.read_bytes() == before
+
+
+def test_an_unfinished_run_says_so_and_scores_of_fewer_predictions_are_refused(finished, tmp_path):
+    import shutil
+
+    from stripedrag.eval.report import write_report
+
+    folder = tmp_path / "half"
+    shutil.copytree(finished.folder, folder, ignore=shutil.ignore_patterns("indexes"))
+    half = Run(folder)
+    lines = half.predictions.read_text().splitlines(keepends=True)
+    half.predictions.write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(UsageError, match=r"has scores of \d+ predictions and the run has \d+\. Score it"):
+        write_report(half)
+    score(half)
+    text = write_report(half)["report.md"].read_text()
+    assert f"This run is not finished.** {len(lines) // 2:,} of {len(lines):,} results are there" in text
+    assert "This run is not finished" not in write_report(finished)["report.md"].read_text()
 
 
 def test_a_run_without_predictions_cannot_be_scored(suite, tmp_path):
@@ -309,6 +327,95 @@ def test_perplexity_of_a_random_model_is_near_that_of_chance(finished):
     losses = [loss for loss in analyse(finished).losses if loss.system == "tiny"]
     assert {loss.position for loss in losses} == {64, 128, 256}
     assert all(abs(loss.nats - math.log(49152)) < 1.0 for loss in losses)
+
+
+def test_two_searches_over_different_corpora_share_nothing(suite, tmp_path):
+    declared = small(suite, systems=("retriever",), tasks=("retrieval",))
+    (task,) = declared["tasks"]
+    declared["tasks"] = [task, task | {"name": "fewer", "distractors": 0}]
+    made = run(parse_suite(declared, name="small"), tmp_path / "run")
+    found = {p.sample_id: p for p in made.lines(made.predictions, Prediction)}
+    assert len({p.key for p in found.values()}) == 8
+    for name, prediction in found.items():
+        strangers = [doc_id for doc_id in prediction.output.doc_ids if doc_id.startswith("x")]
+        assert bool(strangers) == name.startswith("retrieval/")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"headline": [{"label": "x", "task": "needle", "cell": {"lenght": 256}}]}, "has no cell .*lenght.*; it has"),
+        (
+            {
+                "families": [
+                    {
+                        "name": "f",
+                        "contrasts": [
+                            {
+                                "label": "x",
+                                "task": "perplexity",
+                                "system": "tiny",
+                                "cell": {},
+                                "against": "oracle",
+                                "against_cell": {},
+                            }
+                        ],
+                    }
+                ]
+            },
+            "compares cells of 'perplexity', whose samples share nothing",
+        ),
+    ],
+)
+def test_columns_and_tests_over_what_there_is_not_are_refused_before_any_work(suite, tmp_path, change, message):
+    declared = parse_suite(small(suite) | change, name="small")
+    with pytest.raises(UsageError, match=message):
+        run(declared, tmp_path / "run")
+    assert not (tmp_path / "run" / "predictions.jsonl").exists()
+
+
+def test_a_task_that_no_system_can_do_is_refused(suite, tmp_path):
+    with pytest.raises(UsageError, match="no system of the suite can do perplexity"):
+        run(parse_suite(small(suite, systems=("oracle",)), name="small"), tmp_path / "run")
+
+
+def test_two_processes_cannot_run_in_one_folder(suite, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another process runs in"):
+            run(parse_suite(small(suite), name="small"), tmp_path / "run")
+
+
+def test_pairs_over_cells_take_the_mean_of_what_the_cells_hold(suite, tmp_path):
+    """Two budgets in one cell: both count, not the last."""
+    declared = small(suite, systems=("oracle", "empty"), tasks=("answers",))
+    declared["families"] = [
+        {
+            "name": "f",
+            "contrasts": [
+                {
+                    "label": "x",
+                    "task": "answers",
+                    "system": "oracle",
+                    "cell": {"context": "fill"},
+                    "against": "empty",
+                    "against_cell": {"context": "none"},
+                }
+            ],
+        }
+    ]
+    made = run(parse_suite(declared, name="small"), tmp_path / "run")
+    lines = made.lines(made.predictions, Prediction)
+    samples = {s.id: s for s in made.lines(made.samples, SampleRecord)}
+    scores = []
+    for p in lines:  # as if the oracle were right at the smaller budget alone
+        right = p.system == "oracle" and samples[p.sample_id].cell.get("budget_tokens") == 256
+        scores.append(Score(system=p.system, sample_id=p.sample_id, scores={"token_f1": float(right)}))
+    made.scores.write_text("".join(s.model_dump_json() + "\n" for s in scores))
+    (contrast,) = analyse(made).contrasts
+    assert (contrast.mean, contrast.pairs) == (0.5, 4)
 
 
 def test_losses_are_those_of_one_pass(tiny_model_folder):

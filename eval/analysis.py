@@ -7,6 +7,7 @@ import math
 import statistics as plain
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ from stripedrag.eval.schema import (
     SampleRecord,
     Score,
     Timing,
+    agrees,
 )
 from stripedrag.eval.statistics import (
     NOLIMA_SHARE,
     RULER_THRESHOLD,
-    Difference,
     Estimate,
     difference,
     effective_length,
@@ -234,52 +235,47 @@ class Analysis(Record):
     cost_fits: tuple[CostFit, ...]
 
 
+@dataclass(frozen=True, slots=True)
 class _Row:
     """A prediction with its sample, scores and timing."""
 
-    def __init__(
-        self, sample: SampleRecord, prediction: Prediction, scores: Mapping[str, float], timing: Timing | None
-    ) -> None:
-        self.sample, self.system, self.output, self.scores, self.timing = (
-            sample,
-            prediction.system,
-            prediction.output,
-            scores,
-            timing,
-        )
+    sample: SampleRecord
+    system: str
+    output: Any
+    scores: Mapping[str, float]
+    timing: Timing | None
 
 
 def analyse(run: Run) -> Analysis:
     """The analysis of a run that was scored. Raises `UsageError` where scores are missing for some predictions."""
-    suite, rows = run.suite(), _rows(run)
+    suite = run.suite()
+    samples, predictions = run.results()
+    rows = _rows(run, samples, predictions)
     tasks = {task.name: task for task in suite.tasks}
-    work = [(tasks[sample.task], sample) for sample in run.lines(run.samples, SampleRecord)]
+    work = [(tasks[sample.task], sample) for sample in samples.values()]
     by_task: dict[str, list[_Row]] = defaultdict(list)
     for row in rows:
         by_task[row.sample.task].append(row)
-    scored = {name: found for name, found in by_task.items() if tasks[name].operation not in ("cost",)}
-    cells = [cell for found in scored.values() for cell in _cells(found)]
+    scored = {name: found for name, found in by_task.items() if tasks[name].operation != "cost"}
+    costs = [c for name, found in by_task.items() if name not in scored for c in _costs(found)]
     return Analysis(
         done=len(rows),
         asked=len(turns_of(work, [spec.open() for spec in suite.systems])),
         headline=tuple(_headline(suite, by_task)),
         contrasts=tuple(_contrasts(suite, by_task)),
-        cells=tuple(cells),
+        cells=tuple(cell for found in scored.values() for cell in _cells(found)),
         length_scores=tuple(_length_scores(scored)),
         effective_lengths=tuple(_effective_lengths(scored)),
         gaps=tuple(gap for name, found in scored.items() if tasks[name].kind == "rag" for gap in _gaps(found)),
         recalls=tuple(recall for found in scored.values() for recall in _recalls(found)),
         positions=tuple(position for found in scored.values() for position in _positions(found)),
         losses=tuple(loss for found in scored.values() for loss in _losses(found)),
-        costs=tuple(
-            costs := [c for n, found in by_task.items() if tasks[n].operation == "cost" for c in _costs(found)]
-        ),
+        costs=tuple(costs),
         cost_fits=tuple(_fits(costs)),
     )
 
 
-def _rows(run: Run) -> list[_Row]:
-    samples, predictions = run.results()
+def _rows(run: Run, samples: Mapping[str, SampleRecord], predictions: Sequence[Prediction]) -> list[_Row]:
     scores = {(s.system, s.sample_id): s.scores for s in run.lines(run.scores, Score)}
     timings = {(t.system, t.key): t for t in run.lines(run.timings, Timing)}
     if scores.keys() != {(p.system, p.sample_id) for p in predictions}:
@@ -288,7 +284,7 @@ def _rows(run: Run) -> list[_Row]:
             f"Score it: `stripedrag eval score {run.folder}`."
         )
     return [
-        _Row(samples[p.sample_id], p, scores[p.system, p.sample_id], timings.get((p.system, p.key)))
+        _Row(samples[p.sample_id], p.system, p.output, scores[p.system, p.sample_id], timings.get((p.system, p.key)))
         for p in predictions
     ]
 
@@ -324,9 +320,7 @@ def _cells(rows: Sequence[_Row]) -> Iterable[Cell]:
                 system=found[0].system,
                 cell=found[0].sample.cell,
                 metric=metric,
-                mean=mean.mean,
-                low=mean.low,
-                high=mean.high,
+                **_ends(mean),
                 samples=len(found),
                 answered=mean.samples,
                 clusters=mean.clusters,
@@ -342,18 +336,19 @@ def _failures(rows: Iterable[_Row]) -> dict[str, int]:
     return dict(Counter(row.output.reason for row in rows if isinstance(row.output, Failure)))
 
 
+def _ends(mean: Estimate) -> dict[str, float]:
+    """The fields of a record that are an estimate and its interval."""
+    return {"mean": mean.mean, "low": mean.low, "high": mean.high}
+
+
 def _median(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None]
     return float(plain.median(known)) if known else math.nan
 
 
-def _agrees(sample: SampleRecord, cell: Mapping[str, Axis]) -> bool:
-    return all(sample.cell.get(axis) == value for axis, value in cell.items())
-
-
 def _headline(suite: Suite, by_task: Mapping[str, Sequence[_Row]]) -> Iterable[HeadlineScore]:
     for column in suite.headline:
-        rows = [row for row in by_task.get(column.task, ()) if _agrees(row.sample, column.cell)]
+        rows = [row for row in by_task.get(column.task, ()) if agrees(row.sample.cell, column.cell)]
         metric = column.metric or _first_metric(rows) or ""
         for system, found in _by_system(rows).items():
             mean = _mean(found, metric)
@@ -361,9 +356,7 @@ def _headline(suite: Suite, by_task: Mapping[str, Sequence[_Row]]) -> Iterable[H
                 label=column.label,
                 system=system,
                 metric=metric,
-                mean=mean.mean,
-                low=mean.low,
-                high=mean.high,
+                **_ends(mean),
                 answered=mean.samples,
                 samples=len(found),
             )
@@ -378,54 +371,38 @@ def _by_system(rows: Iterable[_Row]) -> dict[str, list[_Row]]:
 
 def _contrasts(suite: Suite, by_task: Mapping[str, Sequence[_Row]]) -> Iterable[ContrastResult]:
     for family in suite.families:
-        found = {}
-        for contrast in family.contrasts:
-            rows = by_task.get(contrast.task, ())
-            metric = contrast.metric or _first_metric(r for r in rows if _agrees(r.sample, contrast.cell)) or ""
-            against, against_cell = contrast.against or contrast.system, contrast.against_cell
-            same_cell = against_cell is None
-            ours = _paired(rows, contrast.system, contrast.cell, metric, by_sample=same_cell)
-            theirs = _paired(rows, against, contrast.cell if same_cell else against_cell, metric, by_sample=same_cell)
-            shared = [key for key in ours if key in theirs]
-            result = difference(
-                [ours[key][0] for key in shared], [theirs[key][0] for key in shared], [ours[key][1] for key in shared]
-            )
-            asked = len({*_asked(rows, contrast.system, contrast.cell, by_sample=same_cell)})
-            found[contrast.label] = (contrast, metric, result, asked - len(shared), against, against_cell)
-        corrected = holm({label: result.p for label, (_, _, result, *_) in found.items()})
-        for label, (contrast, metric, result, left_out, against, against_cell) in found.items():
-            yield _contrast(
-                family.name, label, contrast, metric, result, corrected[label], left_out, against, against_cell
-            )
+        results = [_contrast(family.name, contrast, by_task.get(contrast.task, ())) for contrast in family.contrasts]
+        corrected = holm({result.label: result.p for result in results})
+        yield from (result.model_copy(update={"p_holm": corrected[result.label]}) for result in results)
 
 
-def _contrast(
-    family: str,
-    label: str,
-    contrast: Contrast,
-    metric: str,
-    result: Difference,
-    p_holm: float,
-    left_out: int,
-    against: str,
-    against_cell: Mapping[str, Axis] | None,
-) -> ContrastResult:
-    system = contrast.system
-    second = against if against_cell is None else f"{against} {words(against_cell)}"
+def _contrast(family: str, contrast: Contrast, rows: Sequence[_Row]) -> ContrastResult:
+    """A contrast by itself: `p_holm` is not known yet."""
+    metric = contrast.metric or _first_metric(r for r in rows if agrees(r.sample.cell, contrast.cell)) or ""
+    first, second = contrast.system, contrast.against or contrast.system
+    across = contrast.against_cell is not None
+    second_cell = contrast.cell if contrast.against_cell is None else contrast.against_cell
+    pairs = _pairs(rows, first, contrast.cell, across=across)
+    ours = _paired_means(pairs, metric)
+    theirs = _paired_means(_pairs(rows, second, second_cell, across=across), metric)
+    shared = [key for key in ours if key in theirs]
+    result = difference(
+        [ours[key][0] for key in shared], [theirs[key][0] for key in shared], [ours[key][1] for key in shared]
+    )
     return ContrastResult(
         family=family,
-        label=label,
+        label=contrast.label,
         metric=metric,
-        first=system if against_cell is None else f"{system} {words(contrast.cell)}",
-        second=second,
+        first=f"{first} {words(contrast.cell)}" if across else first,
+        second=f"{second} {words(second_cell)}" if across else second,
         mean=result.mean,
         low=result.low,
         high=result.high,
         p=result.p,
-        p_holm=p_holm,
+        p_holm=math.nan,
         pairs=result.samples,
         clusters=result.clusters,
-        left_out=left_out,
+        left_out=len(pairs) - len(shared),
     )
 
 
@@ -434,22 +411,23 @@ def words(cell: Mapping[str, Axis]) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in cell.items())
 
 
-def _asked(rows: Iterable[_Row], system: str, cell: Mapping[str, Axis], *, by_sample: bool) -> Iterable[str]:
+def _pairs(rows: Iterable[_Row], system: str, cell: Mapping[str, Axis], *, across: bool) -> dict[str, list[_Row]]:
+    """A system's rows in a cell by what pairs are made of: the sample, or `across` cells what these have in common."""
+    found: dict[str, list[_Row]] = defaultdict(list)
     for row in rows:
-        if row.system == system and _agrees(row.sample, cell):
-            yield row.sample.id if by_sample else row.sample.subject
+        if row.system == system and agrees(row.sample.cell, cell):
+            found[row.sample.subject if across else row.sample.id].append(row)
+    return found
 
 
-def _paired(
-    rows: Iterable[_Row], system: str, cell: Mapping[str, Axis] | None, metric: str, *, by_sample: bool
-) -> dict[str, tuple[float, str]]:
-    """Mean scores with their clusters by what pairs are made of: the sample, or what its cells have in common."""
-    found: dict[str, list[tuple[float, str]]] = defaultdict(list)
-    for row in rows:
-        if row.system == system and _agrees(row.sample, cell or {}) and metric in row.scores:
-            key = row.sample.id if by_sample else row.sample.subject
-            found[key or row.sample.id].append((row.scores[metric], row.sample.cluster))
-    return {key: (plain.fmean(score for score, _ in scores), scores[0][1]) for key, scores in found.items()}
+def _paired_means(pairs: Mapping[str, Sequence[_Row]], metric: str) -> dict[str, tuple[float, str]]:
+    """The mean score and the cluster of each, where there is a score."""
+    scored = {key: [row for row in rows if metric in row.scores] for key, rows in pairs.items()}
+    return {
+        key: (plain.fmean(row.scores[metric] for row in rows), rows[0].sample.cluster)
+        for key, rows in scored.items()
+        if rows
+    }
 
 
 def _length_scores(by_task: Mapping[str, Sequence[_Row]]) -> Iterable[LengthScore]:
@@ -462,9 +440,7 @@ def _length_scores(by_task: Mapping[str, Sequence[_Row]]) -> Iterable[LengthScor
                 system=system,
                 metric=metric,
                 length_tokens=length,
-                mean=mean.mean,
-                low=mean.low,
-                high=mean.high,
+                **_ends(mean),
                 answered=mean.samples,
                 samples=len(found),
             )
@@ -548,7 +524,7 @@ def _recalls(rows: Sequence[_Row]) -> Iterable[Recall]:
         inside = [float(bool(sample.evidence_in_context)) for sample in samples.values()]
         mean = estimate(inside, [sample.cluster for sample in samples.values()])
         task = next(iter(samples.values())).task
-        yield Recall(task=task, cell=dict(place), mean=mean.mean, low=mean.low, high=mean.high, samples=mean.samples)
+        yield Recall(task=task, cell=dict(place), **_ends(mean), samples=mean.samples)
 
 
 def _positions(rows: Sequence[_Row], bins: int = 5) -> Iterable[PositionScore]:
@@ -568,9 +544,7 @@ def _positions(rows: Sequence[_Row], bins: int = 5) -> Iterable[PositionScore]:
                     metric=metric,
                     start=place / bins,
                     end=(place + 1) / bins,
-                    mean=mean.mean,
-                    low=mean.low,
-                    high=mean.high,
+                    **_ends(mean),
                     samples=mean.samples,
                 )
 

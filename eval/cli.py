@@ -27,13 +27,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 @evaluation.command("run")
 def eval_run(
-    suite: Annotated[str, typer.Argument(help="A suite that ships (quick, full), or a YAML file.", show_default=False)],
+    suite: Annotated[
+        str,
+        typer.Argument(help="A suite that ships (quick, compare, full, openllm), or a YAML file.", show_default=False),
+    ],
     to: Annotated[
         Path | None, typer.Option("--to", help="The run's folder; by default build/eval/ and the suite's name.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a suite, then score and report it. A run that was killed goes on where it was, given the same folder."""
+    _need_extra()
     quiet_libraries()
     from stripedrag.eval.runs import run
     from stripedrag.eval.suite import load_suite
@@ -53,6 +57,7 @@ def eval_run(
 @evaluation.command("score")
 def eval_score(folder: RunFolder) -> None:
     """Score the predictions of a run anew. Needs no model."""
+    _need_extra()
     from stripedrag.eval.runs import Run
     from stripedrag.eval.scoring import score
 
@@ -63,6 +68,7 @@ def eval_score(folder: RunFolder) -> None:
 @evaluation.command("report")
 def eval_report(folder: RunFolder, as_json: AsJson = False) -> None:
     """Write a scored run's report as HTML, Markdown, JSON and CSV. Needs neither model nor texts."""
+    _need_extra()
     from stripedrag.eval.report import write_report
     from stripedrag.eval.runs import Run
 
@@ -72,6 +78,14 @@ def eval_report(folder: RunFolder, as_json: AsJson = False) -> None:
     else:
         for path in files.values():
             typer.echo(path)
+
+
+def _need_extra() -> None:
+    """Raises `UsageError` before any work, where a package of the `eval` extra is missing."""
+    if missing := [
+        name for name in ("lm_eval", "matplotlib", "rouge_score", "scipy", "yaml") if find_spec(name) is None
+    ]:
+        raise UsageError(f"an evaluation needs {', '.join(missing)}: `pip install 'stripedrag[eval]'`")
 
 
 @app.command()

@@ -108,10 +108,12 @@ def plant(
     low, high = 0, (len(book.sentences) if most is None else most) - first
     if not fits(_planted(window, 0, facts)[0]):
         raise UsageError(f"{len(facts)} planted sentences do not fit the task's length. Raise it or plant fewer.")
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(_planted(window, middle, facts)[0]) else (low, middle - 1)
-    return _planted(window, low, facts)
+    return _planted(window, largest(low, high, lambda sentences: fits(_planted(window, sentences, facts)[0])), facts)
+
+
+def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest size from `low`, which fits, to `high` that fits, where whatever is smaller than one fits too."""
+    return bisect_left(range(low, high + 1), True, key=lambda size: not fits(size)) + low - 1
 
 
 def _planted(window: Window, sentences: int, facts: Sequence[tuple[float, str]]) -> tuple[Passage, tuple[Stretch, ...]]:

@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from stripedrag.errors import UsageError
+from stripedrag.eval.losses import SEGMENT_TOKENS, prefix_token_id
 from stripedrag.eval.reading import DoesNotFitError
 from stripedrag.eval.schema import LMRequest
 from stripedrag.model.cache import new_cache
@@ -32,7 +33,6 @@ from stripedrag.model.generation import Sampling, decode, prefill, stop_ids
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-_SEGMENT_TOKENS = 512  # the logits of so many tokens are held at once
 _OF_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "typical_p"})  # without a say in greedy decoding
 
 
@@ -95,10 +95,7 @@ class HarnessLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without a context: BOS, or EOS where there is none. Raises `UsageError`."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        raise UsageError("the tokenizer has neither a BOS nor an EOS token, so nothing can stand for an empty context")
+        return prefix_token_id(self.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; with special tokens by the tokenizer's default, but no second BOS where the text has one."""
@@ -161,8 +158,8 @@ class HarnessLM(TemplateLM):
     def _predictions(self, logits: Tensor, cache: "DynamicCache", ids: Tensor) -> Iterator[Tensor]:
         """Logits (n, V) of what comes next: before `ids` (L,), then after each of them, a segment at a time."""
         yield logits
-        for start in range(0, len(ids), _SEGMENT_TOKENS):
-            segment = ids[None, start : start + _SEGMENT_TOKENS]
+        for start in range(0, len(ids), SEGMENT_TOKENS):
+            segment = ids[None, start : start + SEGMENT_TOKENS]
             yield self.model(input_ids=segment, past_key_values=cache, use_cache=True).logits[0]
 
     def _rolling(self, text: str) -> float:

@@ -5,13 +5,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stripedrag.errors import UsageError
 from stripedrag.eval.schema import Losses
 from stripedrag.model.cache import new_cache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_SEGMENT_TOKENS = 512  # the logits of so many tokens are held at once
+SEGMENT_TOKENS = 512  # the logits of so many tokens are held at once
+
+
+def prefix_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """What stands before a text's first token: BOS, or EOS where there is none. Raises `UsageError` for neither."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UsageError("the tokenizer has neither a BOS nor an EOS token, so nothing can stand for an empty context")
 
 
 @torch.no_grad()
@@ -31,8 +40,8 @@ def losses(
     cache = new_cache(model.config)
     whole = torch.tensor([[*head, *ids]], device=model.device)
     each = []
-    for first in range(0, whole.shape[1] - 1, _SEGMENT_TOKENS):
-        last = min(first + _SEGMENT_TOKENS, whole.shape[1] - 1)
+    for first in range(0, whole.shape[1] - 1, SEGMENT_TOKENS):
+        last = min(first + SEGMENT_TOKENS, whole.shape[1] - 1)
         logits = model(input_ids=whole[:, first:last], past_key_values=cache, use_cache=True).logits[0].float()
         targets = whole[0, first + 1 : last + 1]
         each.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none").double())

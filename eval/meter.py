@@ -24,9 +24,9 @@ class Meter:
     """Measures the block of `running`; the work itself tells `prefill_s` and `decode_s`.
 
     `peak_bytes` is how far the process's resident memory rose above what it was before (on a CUDA device: the most that
-    torch held there, weights included), `joules` the processor
-    package's counter (which runs over now and then: a negative difference is None). Both are None where the system
-    does not tell. Memory that was freed before and is used again is no rise, unless `trim` gives it back first.
+    torch held there, weights included), `joules` the processor package's counter (which runs over now and then: a
+    negative difference is None). Both are None where the system does not tell. Memory that was freed before and is used
+    again is no rise, unless `trim` gives it back first.
     """
 
     def __init__(self, *, trim: bool = False) -> None:
@@ -40,7 +40,11 @@ class Meter:
     @contextmanager
     def running(self, timeout_s: float) -> Iterator[None]:
         """Measure, and raise `OutOfTimeError` in the block after `timeout_s` (in the main thread of a Unix process)."""
-        before, energy = self._reset(), _energy()
+        if self._trim:
+            _trim_heap()
+        if (device := _cuda()) is not None:
+            device.reset_peak_memory_stats()
+        before, energy = reset_peak(), _energy()
         started = time.perf_counter()
         try:
             with _alarm(timeout_s):
@@ -51,20 +55,22 @@ class Meter:
             if energy is not None and after is not None and after >= energy:
                 self.joules = (after - energy) / 1e6
             if before is not None:
-                self.peak_bytes = max(0, _kibibytes(_STATUS, "VmHWM") - before)
-            if (device := _cuda()) is not None:
+                self.peak_bytes = max(0, peak_resident_bytes() - before)
+            if device is not None:
                 self.peak_bytes = int(device.max_memory_allocated())
 
-    def _reset(self) -> int | None:
-        """The resident bytes now, from where on the high-water mark counts anew."""
-        if not os.access(_CLEAR, os.W_OK):
-            return None
-        if (device := _cuda()) is not None:
-            device.reset_peak_memory_stats()
-        if self._trim:
-            _trim_heap()
-        _CLEAR.write_text("5")
-        return _kibibytes(_STATUS, "VmRSS")
+
+def reset_peak() -> int | None:
+    """The process's resident bytes now, from where on their peak counts anew; None where nothing tells."""
+    if not os.access(_CLEAR, os.W_OK):
+        return None
+    _CLEAR.write_text("5")
+    return _proc_bytes(_STATUS, "VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The most bytes that were resident since `reset_peak`."""
+    return _proc_bytes(_STATUS, "VmHWM")
 
 
 @contextmanager
@@ -80,7 +86,9 @@ def bounded_memory(more_bytes: int | None = None) -> Iterator[None]:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _kibibytes(_STATUS, "VmData") + (_kibibytes(_MEMINFO, "MemAvailable") if more_bytes is None else more_bytes)
+    if more_bytes is None:
+        more_bytes = _proc_bytes(_MEMINFO, "MemAvailable")
+    limit = _proc_bytes(_STATUS, "VmData") + more_bytes
     ends = [end for end in (soft, hard) if end != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *ends]), hard))
     try:
@@ -89,7 +97,7 @@ def bounded_memory(more_bytes: int | None = None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _kibibytes(file: Path, field: str) -> int:
+def _proc_bytes(file: Path, field: str) -> int:
     """A line of /proc in bytes."""
     return 1024 * next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(field))
 

@@ -32,9 +32,8 @@ def read(
     Cuts whole tokens of the passages, from where `overflow` says, the least that will do. Raises `DoesNotFitError`
     with the numbers where `overflow` is "refuse", or where it does not fit without any passage either.
     """
-    words = f"{question.question}\n{question.instruction}" if question.instruction else question.question
     passages, cut = question.passages, 0
-    ids = prompt.ids(words, [span_of(passage) for passage in passages])
+    ids = prompt.ids(question.asked, [span_of(passage) for passage in passages])
     while (excess := len(ids) + answer_tokens - window_tokens) > 0:
         if overflow == "refuse" or not passages:
             raise DoesNotFitError(
@@ -44,7 +43,7 @@ def read(
         kept = _cut(prompt, passages, excess, overflow)
         cut += _tokens(prompt, passages) - _tokens(prompt, kept)
         passages = kept
-        ids = prompt.ids(words, [span_of(passage) for passage in passages])
+        ids = prompt.ids(question.asked, [span_of(passage) for passage in passages])
     survived = holds(passages, question.evidence) if question.evidence_in_context else None
     return Prompt(ids, cut, survived)
 

@@ -24,6 +24,7 @@ from stripedrag.eval.reporting.quality import gap, lengths, perplexity, position
 from stripedrag.eval.reporting.verdicts import verdicts
 from stripedrag.eval.reporting.view import View
 from stripedrag.eval.runs import Run
+from stripedrag.eval.schema import write_whole
 
 _SECTIONS = (
     thesis,
@@ -59,9 +60,7 @@ def write_report(run: Run, to: Path | None = None) -> dict[str, Path]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        scratch = folder / f".{name}.part"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(folder / name)
+        write_whole(folder / name, text)
     return {name: folder / name for name in texts}
 
 

@@ -34,9 +34,11 @@ from stripedrag.eval.schema import (
     Question,
     SampleRecord,
     Timing,
+    agrees,
     content_sha256,
     digest,
     dumps,
+    write_whole,
 )
 from stripedrag.eval.suite import Suite, parse_suite
 from stripedrag.eval.systems import System
@@ -164,11 +166,10 @@ def _refuse_idle(suite: Suite, work: Sequence[tuple[Any, Any]], turns: Sequence[
     for task, sample in work:
         cells.setdefault(task.name, []).append(sample)
     for task, cell in suite.named_cells():
-        found = [s for s in cells[task] if all(s.cell.get(axis) == value for axis, value in cell.items())]
-        if not found:
+        if not any(agrees(sample.cell, cell) for sample in cells[task]):
             some = sorted({json.dumps(sample.cell) for sample in cells[task]})[:3]
             raise UsageError(f"task {task!r} has no cell {json.dumps(cell)}; it has {', '.join(some)}, …")
-    for contrast in (contrast for family in suite.families for contrast in family.contrasts):
+    for contrast in suite.contrasts:
         if contrast.against_cell is not None and not all(sample.subject for sample in cells[contrast.task]):
             raise UsageError(
                 f"the contrast {contrast.label!r} compares cells of {contrast.task!r}, whose samples share nothing "
@@ -212,9 +213,7 @@ def _keep(file: Path, text: str, what: str) -> None:
                 f"Choose another folder, or delete this one."
             )
         return
-    scratch = file.with_name(f".{file.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(file)
+    write_whole(file, text)
 
 
 def _first_difference(old: str, new: str) -> str:

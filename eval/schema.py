@@ -7,6 +7,7 @@ for the same seed on the same machine; everything that a clock or a memory meter
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -65,6 +66,11 @@ class Question(_Sample):
     references: tuple[str, ...] = ()
     evidence: tuple[Stretch, ...] = ()
     answerable: bool = True
+
+    @property
+    def asked(self) -> str:
+        """Question and instruction, as they are read."""
+        return asked(self.question, self.instruction)
 
     @property
     def evidence_in_context(self) -> bool | None:
@@ -264,6 +270,16 @@ class SampleRecord(Record):
         return cls(**fields)
 
 
+def asked(question: str, instruction: str) -> str:
+    """A question with its instruction, as they are read; an empty instruction is none."""
+    return f"{question}\n{instruction}" if instruction else question
+
+
+def agrees(cell: Mapping[str, Axis], wanted: Mapping[str, Axis]) -> bool:
+    """Whether a cell has all the coordinates that are wanted."""
+    return all(cell.get(axis) == value for axis, value in wanted.items())
+
+
 def content_sha256(sample: Any) -> str:
     """The hash of all that a system is shown or judged by, whatever the sample is called and wherever it lies."""
     return digest(sample.model_dump(mode="json", exclude={"id", "task", "cell", "cluster", "subject"}))
@@ -303,6 +319,13 @@ def _covered(stretch: Located, passages: Sequence[Located]) -> bool:
         if passage.start <= at < passage.end:
             at = passage.end
     return at >= stretch.end
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = file.with_name(f".{file.name}.part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(file)
 
 
 def dumps(record: BaseModel | Mapping[str, Any]) -> str:

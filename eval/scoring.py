@@ -4,7 +4,7 @@ from typing import Any
 
 from stripedrag.errors import UsageError
 from stripedrag.eval.runs import Run
-from stripedrag.eval.schema import Failure, Score, dumps
+from stripedrag.eval.schema import Failure, Score, dumps, write_whole
 
 
 def score(made: Run) -> list[Score]:
@@ -21,7 +21,5 @@ def score(made: Run) -> list[Score]:
         sample, output = samples[prediction.sample_id], prediction.output
         given = {} if isinstance(output, Failure) else tasks[sample.task].score(sample, output)
         scores.append(Score(system=prediction.system, sample_id=sample.id, scores=given))
-    scratch = made.scores.with_name(f".{made.scores.name}.part")
-    scratch.write_text("".join(dumps(record) + "\n" for record in scores), encoding="utf-8")
-    scratch.replace(made.scores)
+    write_whole(made.scores, "".join(dumps(record) + "\n" for record in scores))
     return scores

@@ -63,23 +63,22 @@ class Suite(Record):
         for kind, names in (("systems", systems), ("tasks", tasks)):
             if not names:
                 raise ValueError(f"there are no {kind}; name at least one")
-            if twice := sorted({name for name in names if names.count(name) > 1}):
+            if twice := _twice(names):
                 raise ValueError(f"{kind} {', '.join(twice)} come twice; names are unique")
         labels = [("headlines", [h.label for h in self.headline]), ("families", [f.name for f in self.families])]
         labels += [(f"contrasts of {f.name}", [c.label for c in f.contrasts]) for f in self.families]
         for kind, names in labels:
-            if twice := sorted({name for name in names if names.count(name) > 1}):
+            if twice := _twice(names):
                 raise ValueError(f"{kind} {', '.join(map(repr, twice))} come twice; give each a label of its own")
         named_systems = [name for task in self.tasks for name in task.systems or ()]
-        contrasts = [contrast for family in self.families for contrast in family.contrasts]
-        named_systems += [name for c in contrasts for name in (c.system, c.against or c.system)]
-        for contrast in contrasts:
+        named_systems += [name for c in self.contrasts for name in (c.system, c.against or c.system)]
+        for contrast in self.contrasts:
             if contrast.against in (None, contrast.system) and contrast.against_cell in (None, contrast.cell):
                 raise ValueError(f"the contrast {contrast.label!r} compares {contrast.system} with itself")
         _refuse_strangers("system", named_systems, systems)
-        _refuse_strangers("task", [headline.task for headline in (*self.headline, *contrasts)], tasks)
+        _refuse_strangers("task", [headline.task for headline in (*self.headline, *self.contrasts)], tasks)
         by_name = {task.name: task for task in self.tasks}
-        for asked in (*self.headline, *contrasts):
+        for asked in (*self.headline, *self.contrasts):
             known = by_name[asked.task].known_metrics()
             if asked.metric is not None and known is not None and asked.metric not in known:
                 raise ValueError(f"{asked.label!r} asks for {asked.metric}; {asked.task} has {', '.join(known)}")
@@ -87,11 +86,15 @@ class Suite(Record):
             raise ValueError(f"schema_version is {self.schema_version}; this stripedrag reads {SCHEMA_VERSION}")
         return self
 
+    @property
+    def contrasts(self) -> list[Contrast]:
+        """The contrasts of all families."""
+        return [contrast for family in self.families for contrast in family.contrasts]
+
     def named_cells(self) -> list[tuple[str, dict[str, Axis]]]:
         """Every (task, cell) that the headline and the contrasts speak of."""
-        contrasts = [contrast for family in self.families for contrast in family.contrasts]
-        named = [(headline.task, headline.cell) for headline in (*self.headline, *contrasts)]
-        return named + [(c.task, c.against_cell) for c in contrasts if c.against_cell is not None]
+        named = [(headline.task, headline.cell) for headline in (*self.headline, *self.contrasts)]
+        return named + [(c.task, c.against_cell) for c in self.contrasts if c.against_cell is not None]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -100,7 +103,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping; raises `YAMLError` for a key that came before."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+        if twice := _twice(keys):
             raise yaml.YAMLError(f"the key {twice[0]!r} comes twice at line {node.start_mark.line + 1}")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
@@ -138,6 +141,11 @@ def parse_suite(declared: Any, *, name: str) -> Suite:
         faults = [f"{'.'.join(map(str, e['loc'])) or 'the suite'}: {_words(e['msg'])}" for e in real]
         count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UsageError(f"the suite {name} has {count}:\n  " + "\n  ".join(faults)) from error
+
+
+def _twice(names: Sequence[Any]) -> list[Any]:
+    """What comes more than once, in the order in which it first comes."""
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def _words(message: str) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from stripedrag.errors import UsageError
 from stripedrag.eval.meter import Meter
-from stripedrag.eval.reading import read
+from stripedrag.eval.reading import DoesNotFitError, read
 from stripedrag.eval.schema import (
     Answered,
     Carried,
@@ -69,7 +69,7 @@ class ModelSpec(Record):
     window_tokens: int | None = Field(default=None, ge=1)
 
     def open(self) -> "ModelSystem":
-        """The system; its weights are read when it first performs."""
+        """The system; its weights are read when its identity is asked for or it first performs."""
         return ModelSystem(self)
 
 
@@ -198,16 +198,13 @@ class ModelSystem:
         )
 
     def _losses(self, text: Text) -> Losses:
-        from stripedrag.eval.losses import losses
+        from stripedrag.eval.losses import losses, prefix_token_id
 
         model, tokenizer = self._loaded
         offsets = self._prompt.offsets(text.text)
         self._refuse_overflow(1 + len(offsets))
-        first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-        if first is None:
-            raise UsageError(f"{self._spec.model!r} has neither BOS nor EOS, so its first token has nothing before it")
-        starts = [start for start, _ in offsets]
-        return losses(model, self._prompt.encode(text.text), starts, text.boundaries, head=[first])
+        head, starts = [prefix_token_id(tokenizer)], [start for start, _ in offsets]
+        return losses(model, self._prompt.encode(text.text), starts, text.boundaries, head=head)
 
     def _carry(self, load: Load, meter: Meter) -> Carried:
         import torch
@@ -235,8 +232,6 @@ class ModelSystem:
         return Carried(prompt_tokens=ids.shape[1], decode_tokens=made, cache_bytes=cache_bytes(cache))
 
     def _refuse_overflow(self, tokens: int) -> None:
-        from stripedrag.eval.reading import DoesNotFitError
-
         if tokens > self.window_tokens:
             raise DoesNotFitError(f"{tokens} tokens; the window has {self.window_tokens}")
 
@@ -304,7 +299,8 @@ class StubSystem:
         if self.name == "echo":
             return question.question
         if self.name == "chance":
-            others = [answer for answer in resources.answers[task.name] if answer != task.oracle(question)]
+            right = task.oracle(question)
+            others = [answer for answer in resources.answers[task.name] if answer != right]
             return resources.rng("chance", question.id).choice(others) if others else ""
         return ""
 

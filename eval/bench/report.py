@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from stripedrag import __version__
+from stripedrag.eval.meter import peak_resident_bytes, reset_peak
 from stripedrag.hardware import fast_dtype
 from stripedrag.kernels.cpu import instruction_set
 
@@ -67,19 +68,13 @@ class Bandwidth:
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
     """How far the process's resident memory rises during `run`, its results included; None where nothing tells."""
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not os.access(reset, os.W_OK):
+    before = reset_peak()
+    if before is None:
         return None
-    reset.write_text("5")  # the high-water mark becomes what is resident now
-    before = _resident_kib(status, "VmRSS")
     result = run()
-    peak = _resident_kib(status, "VmHWM")
+    peak = peak_resident_bytes()
     del result
-    return 1024 * (peak - before)
-
-
-def _resident_kib(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+    return peak - before
 
 
 def plot(

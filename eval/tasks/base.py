@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from stripedrag.eval.metrics import METRICS
-from stripedrag.eval.schema import Answered, Overflow, Question, Record, Sample, SampleRecord
+from stripedrag.eval.schema import Answered, Axis, Overflow, Question, Record, Sample, SampleRecord
 
 
 class Task(Record):
@@ -32,6 +32,10 @@ class Task(Record):
             if isinstance(values, tuple) and len(set(values)) < len(values):
                 raise ValueError(f"{name} has something twice: {', '.join(map(str, values))}")
         return self
+
+    def sample_id(self, cell: Mapping[str, Axis], name: object) -> str:
+        """The id of what `name` is in a cell."""
+        return f"{self.name}/{','.join(f'{axis}={value}' for axis, value in cell.items())}/{name}"
 
     @abstractmethod
     def samples(self, resources: Any) -> Iterator[Sample]:

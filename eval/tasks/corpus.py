@@ -25,7 +25,7 @@ class CorpusFields(Record):
     samples_per_cell: int = Field(default=50, ge=1, alias="samples")
     distractors: int | None = Field(default=None, ge=0)
 
-    def corpus_data(self) -> Mapping[str, str]:
+    def data(self) -> Mapping[str, str]:
         """The files, for the manifest."""
         return {"corpus": str(self.corpus), "questions": str(self.questions)}
 
@@ -89,9 +89,7 @@ def stretches(places: Sequence[Place], doc_id: str = "") -> tuple[Stretch, ...]:
     return tuple(Stretch(doc_id=p.doc_id or doc_id, start=p.start, end=p.end) for p in places)
 
 
-def passages(places: Sequence[Place], document: Document) -> tuple[Passage, ...]:
-    """Places of one document as passages with their text."""
-    return tuple(
-        Passage(doc_id=document.id, title=document.title, start=p.start, end=p.end, text=document.text[p.start : p.end])
-        for p in places
-    )
+def passage(place: Place, document: Document) -> Passage:
+    """A place of a document with its text."""
+    text = document.text[place.start : place.end]
+    return Passage(doc_id=document.id, title=document.title, start=place.start, end=place.end, text=text)

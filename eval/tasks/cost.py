@@ -1,20 +1,18 @@
 """What a prompt costs: time to first token, rates, memory and cache bytes against its length, all systems in turn."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stripedrag.eval.data_formats import DATA
 from stripedrag.eval.haystack import with_margin
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Carried, Load, SampleRecord
 from stripedrag.eval.tasks.base import Task
-from stripedrag.eval.tasks.planted import Length
+from stripedrag.eval.tasks.planted import HaystackFields, Length
 
 
-class CostTask(Task):
+class CostTask(HaystackFields, Task):
     """`repeats` times every length, all systems taken in turn within each.
 
     A round before them warms up and measures memory: memory that was freed is given back to the system before each of
@@ -27,7 +25,6 @@ class CostTask(Task):
     lengths: tuple[Length, ...] = Field(min_length=1)
     repeats: int = Field(default=3, ge=1)
     decode_tokens: int = Field(default=16, ge=2)
-    haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
 
     operation: ClassVar[str] = "cost"
 
@@ -64,7 +61,3 @@ class CostTask(Task):
         """Nothing."""
         del sample, output
         return {}
-
-    def data(self) -> Mapping[str, str]:
-        """The haystack."""
-        return {"haystack": str(self.haystack)}

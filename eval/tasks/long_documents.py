@@ -9,7 +9,7 @@ from pydantic import Field
 from stripedrag.errors import UsageError
 from stripedrag.eval.data_formats import DATA, LongDocument, LongTask, read_lines
 from stripedrag.eval.resources import Resources
-from stripedrag.eval.schema import Axis, Passage, Question
+from stripedrag.eval.schema import Axis, Passage, Question, asked
 from stripedrag.eval.tasks.base import ReadingTask
 from stripedrag.eval.tasks.corpus import stretches
 from stripedrag.eval.tasks.planted import Length
@@ -46,7 +46,7 @@ class LongDocumentsTask(ReadingTask):
                         {} if length is None else {"length_tokens": length}
                     )
                     yield Question(
-                        id=f"{self.name}/{','.join(f'{key}={value}' for key, value in cell.items())}/{task.id}",
+                        id=self.sample_id(cell, task.id),
                         task=self.name,
                         cell=cell,
                         cluster=document.id,
@@ -76,9 +76,9 @@ class LongDocumentsTask(ReadingTask):
     def _passages(
         self, resources: Resources, document: Document, task: LongTask, name: _Context, length: int
     ) -> tuple[Passage, ...]:
-        index = resources.index(f"document-{document.id}", lambda: [document], [document.title, document.text])
+        index = resources.index("document", lambda: [document], [document.title, document.text])
         source = Source(resources, index, "document")
-        room = source.passage_budget(f"{task.query}\n{self.instruction}", length, self.answer_tokens)
+        room = source.passage_budget(asked(task.query, self.instruction), length, self.answer_tokens)
         if name == "fill":
             return source.context("fill", task.query, (), (), room, resources.rng(self.name))
         return source.beginning(document.id, room)

@@ -1,20 +1,18 @@
 """Perplexity against position: does a model predict better, or fall apart, the more it has read?"""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stripedrag.eval.data_formats import DATA
 from stripedrag.eval.haystack import with_margin
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Losses, SampleRecord, Text
 from stripedrag.eval.tasks.base import Task
-from stripedrag.eval.tasks.planted import Length
+from stripedrag.eval.tasks.planted import HaystackFields, Length
 
 
-class PerplexityTask(Task):
+class PerplexityTask(HaystackFields, Task):
     """`samples` windows of the haystack, cut at `positions` of the reference tokenizer; nats per reference token.
 
     Dividing by the reference's tokens makes systems with other tokenizers comparable; exp of it is the perplexity.
@@ -23,7 +21,6 @@ class PerplexityTask(Task):
     kind: Literal["perplexity"]
     positions: tuple[Length, ...] = Field(default=(512, 1024, 2048, 4096), min_length=1)
     samples_per_cell: int = Field(default=8, ge=1, alias="samples")
-    haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
 
     operation: ClassVar[str] = "perplexity"
 
@@ -59,7 +56,3 @@ class PerplexityTask(Task):
         scores = {"nats": sum(output.nats) / sum(sample.tokens)}
         per_stretch = zip(self.positions, output.nats, sample.tokens, strict=True)
         return scores | {f"nats@{position}": nats / tokens for position, nats, tokens in per_stretch}
-
-    def data(self) -> Mapping[str, str]:
-        """The haystack."""
-        return {"haystack": str(self.haystack)}

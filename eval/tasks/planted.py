@@ -11,7 +11,7 @@ from pydantic import Field
 from stripedrag.eval.data_formats import DATA
 from stripedrag.eval.haystack import Window, plant, with_margin
 from stripedrag.eval.resources import Resources
-from stripedrag.eval.schema import Axis, Passage, Question, Record
+from stripedrag.eval.schema import Axis, Passage, Question, Record, asked
 from stripedrag.eval.tasks.base import ReadingTask
 
 Length = Annotated[int, Field(ge=64)]
@@ -28,12 +28,21 @@ class Riddle(Record):
     needed: tuple[int, ...]
 
 
-class PlantedTask(ReadingTask):
+class HaystackFields(Record):
+    """The field of tasks over a haystack."""
+
+    haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
+
+    def data(self) -> Mapping[str, str]:
+        """The haystack, for the manifest."""
+        return {"haystack": str(self.haystack)}
+
+
+class PlantedTask(HaystackFields, ReadingTask):
     """`samples` windows of the haystack, each with a riddle of its own, which it keeps over all lengths and depths."""
 
     lengths: tuple[Length, ...] = Field(min_length=1)
     samples_per_cell: int = Field(default=5, ge=1, alias="samples")
-    haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
     metrics: tuple[str, ...] = ("string_match_all",)
 
     @abstractmethod
@@ -50,16 +59,15 @@ class PlantedTask(ReadingTask):
             for number, window in enumerate(windows):
                 for axes, riddle in riddles[number]:
                     cell: dict[str, Axis] = {"length_tokens": length, **axes}
-                    place = ",".join(f"{key}={value}" for key, value in cell.items())
-                    yield self._question(resources, f"{self.name}/{place}/{number}", cell, window, riddle, length)
+                    yield self._question(resources, self.sample_id(cell, number), cell, window, riddle, length)
 
     def _question(
         self, resources: Resources, name: str, cell: dict[str, Axis], window: Window, riddle: Riddle, length: int
     ) -> Question:
-        asked = f"{riddle.question}\n{riddle.instruction}"
+        words = asked(riddle.question, riddle.instruction)
 
         def fits(passage: Passage) -> bool:
-            return resources.prompt_tokens(asked, [passage]) + self.answer_tokens <= length
+            return resources.prompt_tokens(words, [passage]) + self.answer_tokens <= length
 
         passage, stretches = plant(window, riddle.facts, fits=fits, capacity_tokens=length)
         return Question(
@@ -74,7 +82,3 @@ class PlantedTask(ReadingTask):
             references=riddle.references,
             evidence=tuple(stretches[i] for i in riddle.needed),
         )
-
-    def data(self) -> Mapping[str, str]:
-        """The haystack."""
-        return {"haystack": str(self.haystack)}

@@ -1,6 +1,6 @@
 """Question answering over a corpus: retrieve, fill, answer, beside what filling is compared with and the controls."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -8,8 +8,9 @@ from pydantic import Field
 from stripedrag.eval.data_formats import CorpusQuestion
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Question
+from stripedrag.eval.schema import asked as as_read
 from stripedrag.eval.tasks.base import ReadingTask
-from stripedrag.eval.tasks.corpus import CorpusFields, passages, stretches
+from stripedrag.eval.tasks.corpus import CorpusFields, passage, stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.eval.tasks.retrieved import UNBUDGETED, ContextName, Source
 from stripedrag.rag.defaults import POLICY
@@ -33,8 +34,7 @@ class RagTask(CorpusFields, ReadingTask):
 
     def samples(self, resources: Resources) -> Iterator[Question]:
         """See the class; question by question, so that a run that is cut has whole questions."""
-        index = self.index(resources)
-        source = Source(resources, index, self.policy)
+        source = Source(resources, self.index(resources), self.policy)
         for asked in self.drawn(resources):
             for name in self.contexts:
                 for budget in self._budgets(name):
@@ -51,13 +51,13 @@ class RagTask(CorpusFields, ReadingTask):
     ) -> Question:
         evidence = stretches(asked.gold_spans)
         paragraphs = asked.gold_passages or asked.gold_spans
-        gold = tuple(passage for place in paragraphs for passage in passages([place], source.document(place.doc_id)))
-        words = f"{asked.question}\n{self.instruction}" if self.instruction else asked.question
+        gold = [passage(place, source.document(place.doc_id)) for place in paragraphs]
+        words = as_read(asked.question, self.instruction)
         room = 0 if budget is None else source.passage_budget(words, budget, self.answer_tokens)
         rng = resources.rng(self.name, asked.id, name, budget)
         cell: dict[str, Axis] = {"context": str(name)} | ({} if budget is None else {"budget_tokens": budget})
         return Question(
-            id=f"{self.name}/{','.join(f'{key}={value}' for key, value in cell.items())}/{asked.id}",
+            id=self.sample_id(cell, asked.id),
             task=self.name,
             cell=cell,
             cluster=evidence[0].doc_id,
@@ -68,7 +68,3 @@ class RagTask(CorpusFields, ReadingTask):
             references=asked.answers,
             evidence=evidence,
         )
-
-    def data(self) -> Mapping[str, str]:
-        """Corpus and questions."""
-        return self.corpus_data()

@@ -59,10 +59,6 @@ class CorpusRetrievalTask(CorpusFields, RetrievalTask):
                 evidence=evidence,
             )
 
-    def data(self) -> Mapping[str, str]:
-        """Corpus and questions."""
-        return self.corpus_data()
-
 
 class JudgedRetrievalTask(RetrievalTask):
     """Retrieval of documents that were judged relevant to a claim (SciFact, Wadden et al. 2020, and its like)."""

@@ -51,14 +51,19 @@ class Source:
             return ()
         if name == "oracle":
             return tuple(gold)
-        if name == "fill":
-            found = self._retriever.retrieve(
-                question, budget_tokens=budget, tokenizer=self._prompt, render=self._prompt.render
-            )
-            return _passages(found)
         if name == "random":
             return self.filled(self._random(evidence, budget, rng), budget)
-        return self.filled(self._best(name, question, evidence), budget)
+        if name == "reranked-5":
+            found = self._index.search(question, k=_CANDIDATES)
+            return self.filled(_evidence_first(found, evidence)[:5], budget)
+        context = self._retriever.retrieve(
+            question,
+            budget_tokens=budget,
+            max_chunks=None if name == "fill" else int(name.removeprefix("top-")),
+            tokenizer=self._prompt,
+            render=self._prompt.render,
+        )
+        return _passages(context)
 
     def without(self, question: str, doc_ids: frozenset[str], budget: int) -> tuple[Passage, ...]:
         """The best chunks that fit, none of them from `doc_ids`."""
@@ -68,7 +73,7 @@ class Source:
     def with_evidence(self, question: str, evidence: Sequence[Stretch], budget: int) -> tuple[Passage, ...]:
         """Chunks with evidence, then the best others that fit."""
         found = self._index.search(question, k=len(self._index))
-        return self.filled(sorted(found, key=lambda scored: not _touches(scored.chunk, evidence)), budget)
+        return self.filled(_evidence_first(found, evidence), budget)
 
     def beginning(self, doc_id: str, budget: int) -> tuple[Passage, ...]:
         """A document's first chunks, up to the first that does not fit."""
@@ -89,12 +94,6 @@ class Source:
             candidates, budget_tokens=budget, tokenizer=self._prompt, render=self._prompt.render
         )
 
-    def _best(self, name: ContextName, question: str, evidence: Sequence[Stretch]) -> list[Scored]:
-        if name in ("top-5", "top-20"):
-            return self._index.search(question, k=int(name.removeprefix("top-")))
-        found = self._index.search(question, k=_CANDIDATES)
-        return sorted(found, key=lambda scored: not _touches(scored.chunk, evidence))[:5]
-
     def _random(self, evidence: Sequence[Stretch], budget: int, rng: Random) -> list[Scored]:
         named = {stretch.doc_id for stretch in evidence}
         others = [doc_id for doc_id in self._index.document_ids() if doc_id not in named]
@@ -105,8 +104,13 @@ class Source:
         return [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(chunks, start=1)]
 
 
-def _touches(chunk: Chunk, evidence: Sequence[Stretch]) -> bool:
-    return any(s.doc_id == chunk.doc_id and s.start < chunk.end and chunk.start < s.end for s in evidence)
+def _evidence_first(found: Sequence[Scored], evidence: Sequence[Stretch]) -> list[Scored]:
+    """What has a part of the evidence, then the rest, each in the order found."""
+
+    def touches(chunk: Chunk) -> bool:
+        return any(s.doc_id == chunk.doc_id and s.start < chunk.end and chunk.start < s.end for s in evidence)
+
+    return sorted(found, key=lambda scored: not touches(scored.chunk))
 
 
 def _passages(context: Context) -> tuple[Passage, ...]:

@@ -1,13 +1,14 @@
 """Questions whose evidence was taken away, beside the same with it: does a system know what it was not told?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
 from stripedrag.eval.metrics import METRICS, abstains
 from stripedrag.eval.resources import Resources
-from stripedrag.eval.schema import Answered, Question, SampleRecord
+from stripedrag.eval.schema import Answered, Axis, Question, SampleRecord
+from stripedrag.eval.schema import asked as as_read
 from stripedrag.eval.tasks.base import ReadingTask
 from stripedrag.eval.tasks.corpus import CorpusFields, stretches
 from stripedrag.eval.tasks.planted import Length
@@ -39,19 +40,20 @@ class UnanswerableTask(CorpusFields, ReadingTask):
         source = Source(resources, self.index(resources), self.policy)
         for asked in self.drawn(resources):
             evidence = stretches(asked.gold_spans)
-            words = f"{asked.question}\n{self.instruction}"
+            words = as_read(asked.question, self.instruction)
             room = source.passage_budget(words, self.budget_tokens, self.answer_tokens)
             documents = frozenset(stretch.doc_id for stretch in evidence)
             for answerable in (True, False):
+                cell: dict[str, Axis] = {"evidence": "present" if answerable else "absent"}
                 passages = (
                     source.with_evidence(asked.question, evidence, room)
                     if answerable
                     else source.without(asked.question, documents, room)
                 )
                 yield Question(
-                    id=f"{self.name}/evidence={'present' if answerable else 'absent'}/{asked.id}",
+                    id=self.sample_id(cell, asked.id),
                     task=self.name,
-                    cell={"evidence": "present" if answerable else "absent"},
+                    cell=cell,
                     cluster=evidence[0].doc_id,
                     subject=asked.id,
                     question=asked.question,
@@ -72,7 +74,3 @@ class UnanswerableTask(CorpusFields, ReadingTask):
         if sample.answerable:
             scores |= {name: METRICS[name](output.text, sample.references) for name in self.metrics}
         return scores
-
-    def data(self) -> Mapping[str, str]:
-        """Corpus and questions."""
-        return self.corpus_data()

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -10,17 +10,17 @@ from typing import Literal
 from pydantic import Field
 
 from stripedrag.errors import UsageError
-from stripedrag.eval.data_formats import DATA
+from stripedrag.eval.haystack import largest
 from stripedrag.eval.resources import Resources
-from stripedrag.eval.schema import Passage, Question
+from stripedrag.eval.schema import Axis, Passage, Question, asked
 from stripedrag.eval.tasks.base import ReadingTask
-from stripedrag.eval.tasks.planted import Length
+from stripedrag.eval.tasks.planted import HaystackFields, Length
 
 _WORD = re.compile(r"\b[a-z]{4,9}\b")
 _ZIPF = 2.0  # RULER's exponent of the frequent words
 
 
-class WordsTask(ReadingTask):
+class WordsTask(HaystackFields, ReadingTask):
     """A list of words fills the length; which are the most frequent?
 
     common: `asked` words stand ten times as often as any other does, and others fill the length.
@@ -33,7 +33,6 @@ class WordsTask(ReadingTask):
     lengths: tuple[Length, ...] = Field(min_length=1)
     samples_per_cell: int = Field(default=5, ge=1, alias="samples")
     asked: int = Field(default=3, ge=1, le=20)
-    haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
     answer_tokens: int = Field(default=48, ge=1)
     metrics: tuple[str, ...] = ("string_match_all",)
 
@@ -51,6 +50,7 @@ class WordsTask(ReadingTask):
         question = f"Which {self.asked} words stand in the list above most often?"
         instruction = "Name only these words."
         order = rng.random()
+        cell: dict[str, Axis] = {"length_tokens": length}
 
         def passage(size: int) -> Passage:
             words = self._words(drawn, size)
@@ -59,7 +59,7 @@ class WordsTask(ReadingTask):
             return Passage(doc_id=f"words-{number}", title="A list of words", start=0, end=len(text), text=text)
 
         def fits(size: int) -> bool:
-            tokens = resources.prompt_tokens(f"{question}\n{instruction}", [passage(size)])
+            tokens = resources.prompt_tokens(asked(question, instruction), [passage(size)])
             return tokens + self.answer_tokens <= length
 
         # The last rank asked for and the next differ by a word at least from this size on.
@@ -67,18 +67,14 @@ class WordsTask(ReadingTask):
         high = max(low, length)
         if not fits(low):
             raise UsageError(f"task {self.name!r}: a length of {length} tokens holds no list of words. Raise it.")
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        cluster = f"{self.name}/{length}/{number}"
         return Question(
-            id=f"{self.name}/length_tokens={length}/{number}",
+            id=self.sample_id(cell, number),
             task=self.name,
-            cell={"length_tokens": length},
-            cluster=cluster,
+            cell=cell,
+            cluster=f"{self.name}/{length}/{number}",
             question=question,
             instruction=instruction,
-            passages=(passage(low),),
+            passages=(passage(largest(low, high, fits)),),
             references=wanted,
         )
 
@@ -89,10 +85,6 @@ class WordsTask(ReadingTask):
             most = -(-size // len(rest))  # how often a word of the rest stands there, at most
             return drawn[: self.asked] * (10 * most) + [rest[i % len(rest)] for i in range(size)]
         return [word for rank, word in enumerate(drawn, start=1) for _ in range(int(size * rank**-_ZIPF))]
-
-    def data(self) -> Mapping[str, str]:
-        """The haystack, whose words are used."""
-        return {"haystack": str(self.haystack)}
 
 
 def _vocabulary(resources: Resources, haystack: Path) -> list[str]:

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from stripedrag.eval.suite import parse_suite
-from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
+from tiny_striped import tiny_striped
 
 STUBS = [{"kind": "stub", "name": name} for name in ("oracle", "empty", "echo", "chance")]
 
@@ -121,20 +120,8 @@ def tasks(files):
 def tiny_model_folder(tmp_path_factory):
     """A random StripedHyena under the default model's tokenizer, saved as a model folder."""
     tokenizer = AutoTokenizer.from_pretrained(prepared_dir(STRIPED))
-    torch.manual_seed(0)
-    config = StripedHyenaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_layers=2,
-        attn_layer_idxs=[1],
-        num_attention_heads=2,
-        max_seqlen=512,
-        tie_embeddings=True,
-        pad_token_id=2,
-        eos_token_id=2,
-    )
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    StripedHyenaForCausalLM(config).save_pretrained(folder)
+    tiny_striped(tokenizer, window_tokens=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -431,11 +431,11 @@ def test_losses_are_those_of_one_pass(tiny_model_folder):
         logits = model(whole).logits[0, :-1].double()
     each = torch.nn.functional.cross_entropy(logits, whole[0, 1:], reduction="none")
     half = starts[len(ids) // 2]
-    module._SEGMENT_TOKENS, kept = 37, module._SEGMENT_TOKENS
+    module.SEGMENT_TOKENS, kept = 37, module.SEGMENT_TOKENS
     try:
         found = module.losses(model, ids, starts, [half, len(text)], head=[1])
     finally:
-        module._SEGMENT_TOKENS = kept
+        module.SEGMENT_TOKENS = kept
     middle = len(ids) // 2
     assert found.tokens == (middle, len(ids) - middle)
     assert found.nats == pytest.approx((each[:middle].sum().item(), each[middle:].sum().item()), rel=1e-4)
@@ -457,6 +457,14 @@ def test_the_command_line_runs_scores_and_reports(suite, tmp_path):
     assert str(folder / "report.html") in again.stdout.split()
     missing = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "gone")])
     assert "is no run" in str(missing.exception)
+
+
+@pytest.mark.parametrize("command", [["run", "quick"], ["score", "run"], ["report", "run"]])
+def test_a_missing_package_of_the_extra_is_told_before_any_work(command, monkeypatch):
+    monkeypatch.setattr("stripedrag.eval.cli.find_spec", lambda name: None if name == "scipy" else name)
+    done = CliRunner().invoke(app, ["eval", *command])
+    assert isinstance(done.exception, UsageError)
+    assert str(done.exception) == "an evaluation needs scipy: `pip install 'stripedrag[eval]'`"
 
 
 def test_a_run_s_key_names_system_content_and_settings(suite, tmp_path):

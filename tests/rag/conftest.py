@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from stripedrag.indexes import Index, read_documents
-from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
 from stripedrag.rag import Pipeline
+from tiny_striped import tiny_striped
 
 ARTICLES = ("Oxygen", "Warsaw", "1973 oil crisis", "Genghis Khan")
 
@@ -49,18 +48,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model(tokenizer):
-    config = StripedHyenaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_layers=2,
-        attn_layer_idxs=[1],
-        num_attention_heads=2,
-        max_seqlen=4096,
-        tie_embeddings=True,
-        pad_token_id=2,
-    )
-    torch.manual_seed(0)
-    return StripedHyenaForCausalLM(config).eval()
+    return tiny_striped(tokenizer, window_tokens=4096)
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ class Gap(Record):
 
 
 class Recall(Record):
-    """How often the context held all of the evidence, whatever was made of it."""
+    """How much of the evidence the context held, in characters, whatever was made of it; `samples` have evidence."""
 
     task: str
     cell: dict[str, Axis]
@@ -516,15 +516,14 @@ def _is_right(row: _Row) -> bool:
 
 def _recalls(rows: Sequence[_Row]) -> Iterable[Recall]:
     """Of what was asked, not of who answered: each sample once."""
-    cells: dict[tuple[Any, ...], dict[str, SampleRecord]] = defaultdict(dict)
-    for row in rows:
-        if "context" in row.sample.cell and row.sample.evidence_in_context is not None:
-            cells[tuple(row.sample.cell.items())][row.sample.id] = row.sample
-    for place, samples in cells.items():
-        inside = [float(bool(sample.evidence_in_context)) for sample in samples.values()]
-        mean = estimate(inside, [sample.cluster for sample in samples.values()])
-        task = next(iter(samples.values())).task
-        yield Recall(task=task, cell=dict(place), **_ends(mean), samples=mean.samples)
+    cells: dict[tuple[Any, ...], dict[str, tuple[float, str]]] = defaultdict(dict)
+    for sample in (row.sample for row in rows):
+        if "context" in sample.cell and sample.evidence_share is not None:
+            cells[tuple(sample.cell.items())][sample.id] = (sample.evidence_share, sample.cluster)
+    for place, held in cells.items():
+        shares, clusters = zip(*held.values(), strict=True)
+        mean = estimate(shares, clusters)
+        yield Recall(task=rows[0].sample.task, cell=dict(place), **_ends(mean), samples=mean.samples)
 
 
 def _positions(rows: Sequence[_Row], bins: int = 5) -> Iterable[PositionScore]:

@@ -311,7 +311,7 @@ def _key(identity: dict[str, Any], task: Any, sample: Any, resources: Resources)
         "kind": task.kind,
         "answer_tokens": getattr(task, "answer_tokens", None),
         "overflow": getattr(task, "overflow", None),
-        "search": [task.index_content(resources), task.budgets] if sample.operation == "search" else None,
+        "search": [task.index_content(resources), task.budgets, task.tops] if sample.operation == "search" else None,
         "load": sample.id if isinstance(sample, Load) else None,
     }
     return digest([identity, settings, content_sha256(sample)])

@@ -78,6 +78,11 @@ class Question(_Sample):
         return holds(self.passages, self.evidence)
 
     @property
+    def evidence_share(self) -> float | None:
+        """How much of the evidence the passages hold, in characters, from 0 to 1; None where a task names none."""
+        return share_held(self.passages, self.evidence)
+
+    @property
     def evidence_position(self) -> float | None:
         """Where in the passages the first evidence begins, from 0 to 1 of their characters; None where it does not."""
         before, places = 0, []
@@ -168,11 +173,15 @@ class Losses(Record):
 
 
 class Ranking(Record):
-    """Documents in the order found, and per budget of tokens whether all evidence was inside (None: none named)."""
+    """Documents in the order found; per budget of tokens, and in the best so many chunks, whether all evidence was.
+
+    Both are empty where no evidence is named.
+    """
 
     kind: Literal["ranking"] = "ranking"
     doc_ids: tuple[str, ...]
     evidence_in_budget: dict[int, bool] = {}
+    evidence_in_top: dict[int, bool] = {}
 
 
 class Carried(Record):
@@ -248,6 +257,7 @@ class SampleRecord(Record):
     passages: tuple[Stretch, ...] = ()
     evidence: tuple[Stretch, ...] = ()
     evidence_in_context: bool | None = None
+    evidence_share: float | None = None
     evidence_position: float | None = None
     relevant: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -262,9 +272,10 @@ class SampleRecord(Record):
             fields |= {name: getattr(sample, name)} if hasattr(sample, name) else {}
         if isinstance(sample, Question):
             passages = tuple(Stretch(doc_id=p.doc_id, start=p.start, end=p.end) for p in sample.passages)
-            position = sample.evidence_position
             fields |= {"question": sample.question, "passages": passages}
-            fields["evidence_position"] = None if position is None else round(position, 4)
+            for name in ("evidence_share", "evidence_position"):
+                value = getattr(sample, name)
+                fields[name] = None if value is None else round(value, 4)
         elif isinstance(sample, Search):
             fields["question"] = sample.query
         return cls(**fields)
@@ -308,17 +319,26 @@ class Located(Protocol):
 
 def holds(passages: Sequence[Located], evidence: Sequence[Located]) -> bool | None:
     """Whether every stretch of `evidence` lies in passages (joined ones count as one); None where there is none."""
+    share = share_held(passages, evidence)
+    return None if share is None else share == 1
+
+
+def share_held(passages: Sequence[Located], evidence: Sequence[Located]) -> float | None:
+    """How many of the characters of `evidence` lie in passages, from 0 to 1 (all of them); None where there is none."""
     if not evidence:
         return None
-    return all(_covered(stretch, [p for p in passages if p.doc_id == stretch.doc_id]) for stretch in evidence)
+    held = sum(_held(stretch, [p for p in passages if p.doc_id == stretch.doc_id]) for stretch in evidence)
+    return held / sum(stretch.end - stretch.start for stretch in evidence)
 
 
-def _covered(stretch: Located, passages: Sequence[Located]) -> bool:
-    at = stretch.start
+def _held(stretch: Located, passages: Sequence[Located]) -> int:
+    """The characters of a stretch that lie in passages of its document, each once."""
+    held, at = 0, stretch.start
     for passage in sorted(passages, key=lambda p: p.start):
-        if passage.start <= at < passage.end:
-            at = passage.end
-    return at >= stretch.end
+        start, end = max(at, passage.start), min(stretch.end, passage.end)
+        if start < end:
+            held, at = held + end - start, end
+    return held
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -264,13 +264,16 @@ class RetrieverSystem:
         del meter
         index = task.index(resources)
         found = index.search(sample.query, k=self._CHUNKS)
-        inside = {}
-        for budget in task.budgets:
-            if sample.evidence:
+        inside, top = {}, {}
+        if sample.evidence:
+            for budget in task.budgets:
                 context = Retriever(index).retrieve(sample.query, budget_tokens=budget, tokenizer=resources.prompt)
                 inside[budget] = bool(holds(context.spans, sample.evidence))
+            for k in task.tops:
+                chunks = [scored.chunk for scored in index.search(sample.query, k=k)]
+                top[k] = bool(holds(chunks, sample.evidence))
         doc_ids = dict.fromkeys(scored.chunk.doc_id for scored in found)
-        return Ranking(doc_ids=tuple(doc_ids), evidence_in_budget=inside)
+        return Ranking(doc_ids=tuple(doc_ids), evidence_in_budget=inside, evidence_in_top=top)
 
 
 class StubSystem:
@@ -290,7 +293,8 @@ class StubSystem:
         if isinstance(sample, LMDocument):
             return LMResponses(responses=tuple(task.oracle(sample)))
         if isinstance(sample, Search):
-            return Ranking(doc_ids=sample.relevant, evidence_in_budget=dict.fromkeys(task.budgets, True))
+            inside, top = dict.fromkeys(task.budgets, True), dict.fromkeys(task.tops, True)
+            return Ranking(doc_ids=sample.relevant, evidence_in_budget=inside, evidence_in_top=top)
         return Answered(text=self._words(sample, task, resources), finish="stop", prompt_tokens=0, answer_tokens=0)
 
     def _words(self, question: Question, task: Any, resources: "Resources") -> str:

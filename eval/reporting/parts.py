@@ -185,6 +185,8 @@ def metric_words(metric: str) -> str:
     name, _, budget = metric.partition("@")
     if name == "recall" and budget.isdigit():
         return f"recall at {int(budget):,} tokens"
+    if metric.startswith("recall_top_"):
+        return f"recall in top {metric.removeprefix('recall_top_')}"
     return _METRICS.get(metric, metric.replace("_", " "))
 
 

@@ -1,4 +1,4 @@
-"""Long documents: query-based summaries of stories (SQuALITY) and meetings (QMSum), from as much as a length holds."""
+"""Long documents: query-based summaries of stories (SQuALITY) and meetings (QMSum), from what a budget holds."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,21 +16,23 @@ from stripedrag.eval.tasks.planted import Length
 from stripedrag.eval.tasks.retrieved import Source
 from stripedrag.indexes.documents import Document
 
-_Context = Literal["fill", "head", "none"]
+_Context = Literal["fill", "top-5", "top-20", "reranked-5", "oracle", "head", "none"]
+_OF_EVIDENCE: tuple[_Context, ...] = ("reranked-5", "oracle")
 
 
 class LongDocumentsTask(ReadingTask):
-    """A query over one document.
+    """A query over one document, whose own chunks are what is searched, in the document's order.
 
-    fill: the document's own chunks that fit best, in the document's order. head: its beginning, as much as fits; what
-    is left out is the task's choice, not a system's truncation. none: the query alone. Clusters are documents.
+    head: its beginning, as much as fits. oracle: at the largest budget, the chunks with evidence that fit; it and
+    reranked-5 leave out queries without evidence. none: the query alone. The others are those of `ContextName`. What
+    a context leaves out is the task's choice, not a system's truncation. Clusters are documents.
     """
 
     kind: Literal["long_documents"]
     documents: Path = DATA / "long_documents" / "documents.jsonl.xz"
     source: Literal["squality-v1.3", "qmsum"] | str | None = None
     contexts: tuple[_Context, ...] = Field(default=("fill",), min_length=1)
-    lengths: tuple[Length, ...] = Field(min_length=1)
+    budgets: tuple[Length, ...] = Field(min_length=1)
     samples_per_cell: int = Field(default=20, ge=1, alias="samples")
     instruction: str = "Answer in a short paragraph."
     answer_tokens: int = Field(default=128, ge=1)
@@ -41,9 +43,9 @@ class LongDocumentsTask(ReadingTask):
         for document, task in self._drawn(resources):
             whole = Document(id=document.id, title=document.title, text=document.document)
             for name in self.contexts:
-                for length in [None] if name == "none" else self.lengths:
+                for budget in self._budgets(name):
                     cell: dict[str, Axis] = {"context": str(name)} | (
-                        {} if length is None else {"length_tokens": length}
+                        {} if budget is None else {"budget_tokens": budget}
                     )
                     yield Question(
                         id=self.sample_id(cell, task.id),
@@ -53,7 +55,7 @@ class LongDocumentsTask(ReadingTask):
                         subject=task.id,
                         question=task.query,
                         instruction=self.instruction,
-                        passages=() if length is None else self._passages(resources, whole, task, name, length),
+                        passages=() if budget is None else self._passages(resources, whole, task, name, budget),
                         references=task.references,
                         evidence=stretches(task.evidence, document.id),
                     )
@@ -62,26 +64,37 @@ class LongDocumentsTask(ReadingTask):
         """A task of each document in turn, until there are enough."""
         found = [d for d in read_lines(self.documents, LongDocument) if self.source in (None, d.source)]
         turns: list[tuple[int, LongDocument, LongTask]] = []
+        needs_evidence = any(name in _OF_EVIDENCE for name in self.contexts)
         for document in resources.rng(self.name).sample(found, len(found)):
-            tasks = resources.rng(self.name, document.id).sample(document.tasks, len(document.tasks))
+            tasks = [task for task in document.tasks if task.evidence or not needs_evidence]
+            tasks = resources.rng(self.name, document.id).sample(tasks, len(tasks))
             turns += [(turn, document, task) for turn, task in enumerate(tasks)]
         if len(turns) < self.samples_per_cell:
+            kind = "tasks with evidence" if needs_evidence else "tasks"
             raise UsageError(
-                f"{self.documents} has {len(turns)} tasks of source {self.source!r} and {self.name!r} wants "
+                f"{self.documents} has {len(turns)} {kind} of source {self.source!r} and {self.name!r} wants "
                 f"{self.samples_per_cell}. Lower its samples."
             )
         turns.sort(key=lambda turn: turn[0])
         return [(document, task) for _, document, task in turns[: self.samples_per_cell]]
 
+    def _budgets(self, name: _Context) -> tuple[int | None, ...]:
+        if name == "none":
+            return (None,)
+        return (max(self.budgets),) if name == "oracle" else self.budgets
+
     def _passages(
-        self, resources: Resources, document: Document, task: LongTask, name: _Context, length: int
+        self, resources: Resources, document: Document, task: LongTask, name: _Context, budget: int
     ) -> tuple[Passage, ...]:
         index = resources.index("document", lambda: [document], [document.title, document.text])
         source = Source(resources, index, "document")
-        room = source.passage_budget(asked(task.query, self.instruction), length, self.answer_tokens)
-        if name == "fill":
-            return source.context("fill", task.query, (), (), room, resources.rng(self.name))
-        return source.beginning(document.id, room)
+        room = source.passage_budget(asked(task.query, self.instruction), budget, self.answer_tokens)
+        evidence = stretches(task.evidence, document.id)
+        if name == "head":
+            return source.beginning(document.id, room)
+        if name == "oracle":
+            return source.only_evidence(task.query, evidence, room)
+        return source.context(name, task.query, evidence, (), room, resources.rng(self.name))
 
     def data(self) -> Mapping[str, str]:
         """The documents."""

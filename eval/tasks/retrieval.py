@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,14 +21,19 @@ DEPTH = 10  # nDCG@10, BEIR's headline (Thakur et al. 2021)
 
 
 class RetrievalTask(Task):
-    """What a search brings: `recall@B` is 1 where all evidence lies in the best chunks that fit B tokens."""
+    """What a search brings: `recall@B` is 1 where all evidence lies in the best chunks that fit B tokens.
+
+    `recall_top_k` is 1 where it lies in the best k chunks, for each k of `tops`.
+    """
 
     operation: ClassVar[str] = "search"
     budgets: tuple[Length, ...] = (2048, 4096, 8192)
+    tops: tuple[Annotated[int, Field(ge=1)], ...] = ()
 
     def score(self, sample: SampleRecord, output: Ranking) -> dict[str, float]:
         """nDCG@10 of the documents, and recall at each budget where evidence is named."""
         scores = {f"ndcg@{DEPTH}": ndcg(output.doc_ids, sample.relevant, DEPTH)}
+        scores |= {f"recall_top_{k}": float(found) for k, found in output.evidence_in_top.items()}
         return scores | {f"recall@{budget}": float(found) for budget, found in output.evidence_in_budget.items()}
 
     @abstractmethod

@@ -75,6 +75,11 @@ class Source:
         found = self._index.search(question, k=len(self._index))
         return self.filled(_evidence_first(found, evidence), budget)
 
+    def only_evidence(self, question: str, evidence: Sequence[Stretch], budget: int) -> tuple[Passage, ...]:
+        """The chunks with evidence, best first, that fit."""
+        found = self._index.search(question, k=len(self._index))
+        return self.filled((scored for scored in found if _touches(scored.chunk, evidence)), budget)
+
     def beginning(self, doc_id: str, budget: int) -> tuple[Passage, ...]:
         """A document's first chunks, up to the first that does not fit."""
         chunks = [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(self._index.chunks(doc_id), start=1)]
@@ -106,11 +111,11 @@ class Source:
 
 def _evidence_first(found: Sequence[Scored], evidence: Sequence[Stretch]) -> list[Scored]:
     """What has a part of the evidence, then the rest, each in the order found."""
+    return sorted(found, key=lambda scored: not _touches(scored.chunk, evidence))
 
-    def touches(chunk: Chunk) -> bool:
-        return any(s.doc_id == chunk.doc_id and s.start < chunk.end and chunk.start < s.end for s in evidence)
 
-    return sorted(found, key=lambda scored: not touches(scored.chunk))
+def _touches(chunk: Chunk, evidence: Sequence[Stretch]) -> bool:
+    return any(s.doc_id == chunk.doc_id and s.start < chunk.end and chunk.start < s.end for s in evidence)
 
 
 def _passages(context: Context) -> tuple[Passage, ...]:

@@ -99,7 +99,7 @@ def tasks(files):
             "name": "long",
             "documents": files["documents"],
             "contexts": ["fill", "head", "none"],
-            "lengths": [384],
+            "budgets": [384],
             "samples": 2,
             "answer_tokens": 16,
         },

@@ -40,7 +40,7 @@ TASKS = (
     {"kind": "needle", "name": "needle", "lengths": list(LENGTHS)},
     {"kind": "tracking", "name": "tracking", "lengths": list(LENGTHS)},
     {"kind": "unanswerable", "name": "unanswerable", "budget_tokens": 2048},
-    {"kind": "long_documents", "name": "meetings", "contexts": ["fill", "head"], "lengths": [2048, 4096]},
+    {"kind": "long_documents", "name": "meetings", "contexts": ["fill", "head"], "budgets": [2048, 4096]},
     {"kind": "retrieval", "name": "search", "budgets": list(BUDGETS)},
     {"kind": "perplexity", "name": "novels", "positions": list(LENGTHS)},
     {"kind": "cost", "name": "cost", "lengths": list(LENGTHS)},
@@ -151,7 +151,8 @@ class Maker:
                         chance + (more if context == "fill" else 0), tokens, ("token_f1", "substring_exact_match")
                     )
                     place = round(self.rng.random(), 4) if inside else None
-                    fields = dict(evidence=(EVIDENCE,), evidence_in_context=inside, evidence_position=place)
+                    held = dict(evidence_in_context=inside, evidence_share=float(inside))
+                    fields = dict(evidence=(EVIDENCE,), evidence_position=place, **held)
                     self.add(task, cell, number, "answer", outcomes, references=("x",), **fields)
 
     def _needle(self, task):
@@ -186,7 +187,7 @@ class Maker:
             for context in ("fill", "head"):
                 for length in (2048, 4096):
                     outcomes = self.answers(0.3, length - 128, ("rouge_l", "coverage"))
-                    self.add(task, {"context": context, "length_tokens": length}, number, "answer", outcomes)
+                    self.add(task, {"context": context, "budget_tokens": length}, number, "answer", outcomes)
 
     def _retrieval(self, task):
         for number in range(40):

@@ -58,7 +58,7 @@ def eval_run(
 def eval_score(folder: RunFolder) -> None:
     """Score the predictions of a run anew. Needs no model."""
     _need_extra()
-    from stripedrag.eval.runs import Run
+    from stripedrag.eval.run_files import Run
     from stripedrag.eval.scoring import score
 
     scores = score(Run(folder))
@@ -70,7 +70,7 @@ def eval_report(folder: RunFolder, as_json: AsJson = False) -> None:
     """Write a scored run's report as HTML, Markdown, JSON and CSV. Needs neither model nor texts."""
     _need_extra()
     from stripedrag.eval.report import write_report
-    from stripedrag.eval.runs import Run
+    from stripedrag.eval.run_files import Run
 
     files = write_report(Run(folder))
     if as_json:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from stripedrag.eval.analysis import Cell, Cost, Gap, LengthScore, Loss, PositionScore, Recall
+from stripedrag.eval.findings import GAP_KINDS, Cell, Cost, Gap, GapKind, LengthScore, Loss, PositionScore, Recall
 
 _RC = {
     "svg.hashsalt": "stripedrag",
@@ -42,14 +42,15 @@ _CONTEXTS = {  # colour, marker, line, and how far it stands aside so that whisk
     "top-20": ("#CC79A7", "v", "-", 0.98),
     "reranked-5": ("#E69F00", "D", "-", 1.02),
     "random": ("#777777", "x", ":", 1.045),
+    "head": ("#56B4E9", "P", ":", 0.93),
 }
 _FLAT = {"oracle": ("evidence alone (oracle)", "-."), "none": ("no context", (0, (1, 2)))}
-_KINDS = {  # of an answer, in the order of a bar: what is right first
-    "known": ("#56B4E9", "right, and right without a context"),
-    "used": ("#009E73", "right, the evidence in the context"),
-    "guessed": ("#F0E442", "right, the evidence not in it"),
-    "unused": ("#D55E00", "wrong, the evidence in it"),
-    "missed": ("#BBBBBB", "wrong, retrieval missed it"),
+_KINDS: dict[GapKind, str] = {
+    "known": "#56B4E9",
+    "used": "#009E73",
+    "guessed": "#F0E442",
+    "unused": "#D55E00",
+    "missed": "#BBBBBB",
 }
 
 
@@ -81,6 +82,10 @@ def budget_curves(
             for cell in found:
                 if cell.cell["context"] in _FLAT and not math.isnan(cell.mean):
                     label, dashes = _FLAT[str(cell.cell["context"])]
+                    if "budget_tokens" in cell.cell:  # read at that budget and at no other
+                        alone: dict[str, Any] = {"marker": "s", "linestyle": ""}
+                        _curve(axes, [(1.07 * _axis(cell, "budget_tokens"), cell)], label, "#333333", **alone)
+                        continue
                     axes.axhspan(cell.low, cell.high, color="#000000", alpha=0.045, linewidth=0)
                     axes.axhline(cell.mean, color="#333333", linestyle=dashes, linewidth=1.3, label=label)
             for context, (colour, marker, line, shift) in _CONTEXTS.items():
@@ -92,22 +97,21 @@ def budget_curves(
             _curve(axes, filled, "window filled", style.colour, **thick)
             held = [(_axis(recall, "budget_tokens"), recall) for recall in recalls if recall.cell["context"] == "fill"]
             dashed: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.4}
-            _curve(axes, held, "questions whose evidence is in the filled window", "#000000", band=0.0, **dashed)
+            _curve(axes, held, "evidence in the filled window", "#000000", band=0.0, **dashed)
             axes.set(title=system, xlabel="budget: tokens of prompt and answer", ylim=(-0.02, 1.02))
             _lengths(axes, budgets)
-        panels[0].set_ylabel(f"{metric}; share of questions (dashed)")
+        panels[0].set_ylabel(f"{metric}; share of the evidence (dashed)")
         _legend(figure, panels, columns=4)
         return _svg(figure, name)
 
 
 def gap_bars(rows: Mapping[str, Sequence[Gap]], systems: Sequence[str], name: str) -> str:
-    """Where answers come from: a stacked bar a row, a panel a system. A row has the gaps of all systems."""
+    """Where answers come from: a stacked bar a row, a panel a system. A row has the gaps of all systems and kinds."""
     with matplotlib.rc_context(_RC | {"axes.grid": False}):
         figure, panels = _panels(systems, height=1.3 + 0.27 * len(rows), share_y=True)
         for system, axes in zip(systems, panels, strict=True):
             for row, gaps in enumerate(rows.values()):
-                for gap in (gap for gap in gaps if gap.system == system):
-                    _gap_bar(axes, row, gap)
+                _gap_bar(axes, row, {gap.kind: 100 * gap.mean for gap in gaps if gap.system == system})
             axes.set(title=system, xlabel="% of questions", xlim=(0, 100))
             axes.set_yticks(range(len(rows)), list(rows))
             axes.tick_params(axis="y", length=0)
@@ -117,12 +121,11 @@ def gap_bars(rows: Mapping[str, Sequence[Gap]], systems: Sequence[str], name: st
         return _svg(figure, name)
 
 
-def _gap_bar(axes: Any, row: int, gap: Gap) -> None:
+def _gap_bar(axes: Any, row: int, percents: Mapping[GapKind, float]) -> None:
     left = 0.0
-    for kind, (colour, meaning) in _KINDS.items():
-        share = 100 * getattr(gap, kind)
-        label = f"{kind}: {meaning}"
-        axes.barh(row, share, left=left, color=colour, height=0.78, edgecolor="white", label=label)
+    for kind, meaning in GAP_KINDS.items():
+        share, label = percents[kind], f"{kind}: {meaning}"
+        axes.barh(row, share, left=left, color=_KINDS[kind], height=0.78, edgecolor="white", label=label)
         if share >= 7:
             ink = "white" if kind in ("used", "unused") else "#222222"
             middle = left + share / 2

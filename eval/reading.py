@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stripedrag.eval.places import holds
 from stripedrag.eval.resources import span_of
-from stripedrag.eval.schema import Overflow, Passage, Question, holds
+from stripedrag.eval.schema import Overflow, Passage, Question
 
 if TYPE_CHECKING:
     from stripedrag.rag.prompt import PromptFormat

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from pydantic import BaseModel
 
 from stripedrag.errors import UsageError
-from stripedrag.eval.analysis import Cell, Cost
+from stripedrag.eval.findings import Cell, Cost
 from stripedrag.eval.reporting.checks import controls, everything, lost
 from stripedrag.eval.reporting.costs import cost_section
 from stripedrag.eval.reporting.headline import headline, summary, unfinished
@@ -23,8 +23,7 @@ from stripedrag.eval.reporting.parts import markdown
 from stripedrag.eval.reporting.quality import gap, lengths, perplexity, positions, thesis
 from stripedrag.eval.reporting.verdicts import verdicts
 from stripedrag.eval.reporting.view import View
-from stripedrag.eval.runs import Run
-from stripedrag.eval.schema import write_whole
+from stripedrag.eval.run_files import Run, write_whole
 
 _SECTIONS = (
     thesis,
@@ -77,7 +76,7 @@ def _rendered(view: View) -> dict[str, str]:
     made = [section(view) for section in _SECTIONS]
     shown = {
         "suite": view.suite,
-        "versions": view.manifest.get("versions", {}),
+        "versions": view.manifest.versions,
         "summary": summary(view),
         "unfinished": unfinished(view),
         "headline": headline(view),
@@ -91,7 +90,7 @@ def _json(view: View) -> str:
     """Title, limits, manifest and analysis; NaN is null."""
     about = {"name": view.suite.name, "title": view.suite.title, "limits": view.suite.limits}
     analysis = json.loads(view.analysis.model_dump_json())
-    whole = {"suite": about, "manifest": view.manifest, "analysis": analysis}
+    whole = {"suite": about, "manifest": view.manifest.model_dump(mode="json"), "analysis": analysis}
     return json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

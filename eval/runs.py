@@ -1,35 +1,28 @@
-"""A run: every sample through every system, kept line by line, so that a kill costs the sample under way and no other.
-
-The folder of a run:
-    suite.json         the suite, whole
-    manifest.json      versions, hashes, machine, and the commit at which the run began
-    samples.jsonl      what is asked, without the texts (they come again from task, data and seed)
-    predictions.jsonl  what came back, one line a system and sample, in the order of the run
-    timings.jsonl      what it cost, the same lines; the one file whose bytes differ from run to run
-    indexes/           what was embedded for it; may be deleted
-A line is whole or is not there: a torn one at the end is cut off when the run goes on.
-"""
+"""A run: every sample through every system, kept line by line, so that a kill costs no sample but the one under way."""
 
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from stripedrag.errors import UsageError
 from stripedrag.eval.data_formats import file_sha256
 from stripedrag.eval.meter import Meter, OutOfTimeError, bounded_memory
 from stripedrag.eval.reading import DoesNotFitError
 from stripedrag.eval.resources import Resources
+from stripedrag.eval.run_files import Run, cut_torn_line, keep
 from stripedrag.eval.schema import (
     SCHEMA_VERSION,
     Failure,
     Load,
+    Machine,
+    Manifest,
     Prediction,
     Question,
     SampleRecord,
@@ -38,83 +31,12 @@ from stripedrag.eval.schema import (
     content_sha256,
     digest,
     dumps,
-    write_whole,
 )
-from stripedrag.eval.suite import Suite, parse_suite
+from stripedrag.eval.suite import Suite
 from stripedrag.eval.systems import System
 from stripedrag.eval.tasks import ReadingTask
 
 _VERSIONED = ("stripedrag", "torch", "transformers", "tokenizers", "faiss-cpu", "sentence-transformers", "lm_eval")
-Parsed = TypeVar("Parsed", bound=BaseModel)
-
-
-class Run:
-    """The files of a run, for those who make it and those who read it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.samples, self.predictions, self.timings, self.scores = (
-            folder / f"{name}.jsonl" for name in ("samples", "predictions", "timings", "scores")
-        )
-
-    def suite(self) -> Suite:
-        """The suite that was run. Raises `UsageError` where the folder is no run."""
-        file = self.folder / "suite.json"
-        if not file.is_file():
-            raise UsageError(f"{self.folder} is no run: it has no suite.json. Make one with `stripedrag eval run`.")
-        return parse_suite(_json(file), name=str(file))
-
-    def results(self) -> tuple[dict[str, SampleRecord], list[Prediction]]:
-        """The samples by id, and the predictions. Raises `UsageError` where these are not of this suite and samples."""
-        samples = {sample.id: sample for sample in self.lines(self.samples, SampleRecord)}
-        predictions = self.lines(self.predictions, Prediction)
-        _refuse_strangers(self.folder, self.suite(), samples, predictions)
-        return samples, predictions
-
-    def manifest(self) -> dict[str, Any]:
-        """What the run was made with."""
-        manifest: dict[str, Any] = _json(self.folder / "manifest.json")
-        return manifest
-
-    def lines(self, file: Path, kind: type[Parsed]) -> list[Parsed]:
-        """The whole lines of one of the files, none where it is missing. Raises `UsageError` for another kind."""
-        if not file.exists():
-            return []
-        records = []
-        try:
-            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{file} cannot be read ({error}). Delete the run and start again.") from error
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(kind.model_validate_json(line))
-            except ValidationError as error:
-                raise UsageError(
-                    f"{file}, line {number} is no {kind.__name__}. Delete the run, start again."
-                ) from error
-        return records
-
-
-def _refuse_strangers(
-    folder: Path, suite: Suite, samples: Mapping[str, SampleRecord], predictions: Sequence[Prediction]
-) -> None:
-    known = {system.name for system in suite.systems}
-    seen: set[tuple[str, str]] = set()
-    for prediction in predictions:
-        named = (prediction.system, prediction.sample_id)
-        if prediction.system not in known or prediction.sample_id not in samples or named in seen:
-            raise UsageError(
-                f"{folder} was changed by hand: {' on '.join(named)} is not of this run, or there twice. "
-                f"Delete the run and start again."
-            )
-        seen.add(named)
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read ({error}). Delete the run and start again.") from error
 
 
 def run(
@@ -136,14 +58,14 @@ def run(
     with _only_run_here(folder), closing(resources):
         manifest = _manifest(suite, systems)  # first, so that a model that is missing costs no embedding
         if (folder / "manifest.json").exists():  # a commit more is no reason to lose a night's work; all else is
-            manifest["commit"] = made.manifest().get("commit")
-        _keep(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "was made with")
+            manifest = manifest.model_copy(update={"commit": made.manifest().commit})
+        keep(folder / "manifest.json", manifest.model_dump_json(indent=1) + "\n", "was made with")
         work = list(_samples(suite, resources, tell))
-        _keep(made.samples, "".join(dumps(SampleRecord.of(sample)) + "\n" for _, sample in work), "asks")
+        keep(made.samples, "".join(dumps(SampleRecord.of(sample)) + "\n" for _, sample in work), "asks")
         turns = turns_of(work, systems)
         _refuse_idle(suite, work, turns)
         with bounded_memory():
-            _perform(made, turns, manifest["systems"], resources, suite.timeout_s, progress)
+            _perform(made, turns, manifest.systems, resources, suite.timeout_s, progress)
     return made
 
 
@@ -158,7 +80,7 @@ def turns_of(work: Sequence[tuple[Any, Any]], systems: Sequence[System]) -> list
 
 
 def _refuse_idle(suite: Suite, work: Sequence[tuple[Any, Any]], turns: Sequence[tuple[Any, Any, System]]) -> None:
-    """Raises `UsageError` for a task that no system does, and for a column or test over cells that there are not."""
+    """Raises `UsageError` for a task that no system does, and for a line or test over cells that there are not."""
     busy = {task.name for task, _, _ in turns}
     if idle := [task.name for task in suite.tasks if task.name not in busy]:
         raise UsageError(f"no system of the suite can do {', '.join(idle)}. Name one that can, or leave it out.")
@@ -201,26 +123,7 @@ def _claim(made: Run, suite: Suite) -> None:
     strangers = sorted(entry.name for entry in made.folder.iterdir() if not entry.name.startswith("."))
     if strangers and "suite.json" not in strangers:
         raise UsageError(f"{made.folder} holds {strangers[0]!r} and no run. Choose an empty folder.")
-    _keep(made.folder / "suite.json", suite.model_dump_json(indent=1, by_alias=True) + "\n", "is of")
-
-
-def _keep(file: Path, text: str, what: str) -> None:
-    """Write a file whole, or make sure that it says what it would; raises `UsageError` where it says something else."""
-    if file.exists():
-        if (found := file.read_text(encoding="utf-8")) != text:
-            raise UsageError(
-                f"{file.parent} {what} something else ({file.name} differs: {_first_difference(found, text)}). "
-                f"Choose another folder, or delete this one."
-            )
-        return
-    write_whole(file, text)
-
-
-def _first_difference(old: str, new: str) -> str:
-    for was, now in zip(old.splitlines(), new.splitlines(), strict=False):
-        if was != now:
-            return f"{was.strip()[:80]} there, {now.strip()[:80]} now"
-    return "one is longer than the other"
+    keep(made.folder / "suite.json", suite.model_dump_json(indent=1, by_alias=True) + "\n", "is of")
 
 
 def _samples(suite: Suite, resources: Resources, tell: Callable[[str], None]) -> Iterator[tuple[Any, Any]]:
@@ -234,27 +137,27 @@ def _samples(suite: Suite, resources: Resources, tell: Callable[[str], None]) ->
         yield from ((task, sample) for sample in samples)
 
 
-def _manifest(suite: Suite, systems: Sequence[System]) -> dict[str, Any]:
+def _manifest(suite: Suite, systems: Sequence[System]) -> Manifest:
     import torch
 
     from stripedrag.eval.bench.report import commit, processor
 
     files = {f"{task.name}.{name}": Path(file).resolve() for task in suite.tasks for name, file in task.data().items()}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "suite_sha256": digest(suite.model_dump(mode="json")),
-        "seed": suite.seed,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},
-        "commit": commit(),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "data_sha256": {name: file_sha256(file) for name, file in files.items()},
-        "systems": {system.name: dict(system.identity()) for system in systems},
-    }
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        suite_sha256=digest(suite.model_dump(mode="json")),
+        seed=suite.seed,
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},
+        commit=commit(),
+        machine=Machine(
+            processor=processor(),
+            cores=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        ),
+        data_sha256={name: file_sha256(file) for name, file in files.items()},
+        systems={system.name: dict(system.identity()) for system in systems},
+    )
 
 
 def _version(name: str) -> str | None:
@@ -273,7 +176,7 @@ def _perform(
     progress: Callable[[str, int, int], None],
 ) -> None:
     for file in (made.predictions, made.timings):
-        _cut_torn_line(file)
+        cut_torn_line(file)
     done = made.lines(made.predictions, Prediction)
     known = {(p.system, p.sample_id): p.key for p in done}
     by_key = {(p.system, p.key): p.output for p in done}
@@ -311,10 +214,14 @@ def _key(identity: dict[str, Any], task: Any, sample: Any, resources: Resources)
         "kind": task.kind,
         "answer_tokens": getattr(task, "answer_tokens", None),
         "overflow": getattr(task, "overflow", None),
-        "search": [task.index_content(resources), task.budgets, task.tops] if sample.operation == "search" else None,
+        "search": _search_settings(task, resources) if sample.operation == "search" else None,
         "load": sample.id if isinstance(sample, Load) else None,
     }
     return digest([identity, settings, content_sha256(sample)])
+
+
+def _search_settings(task: Any, resources: Resources) -> list[object]:
+    return [task.index_content(resources), getattr(task, "budgets", ()), getattr(task, "tops", ())]
 
 
 def _attempt(system: System, task: Any, sample: Any, resources: Resources, meter: Meter, timeout_s: float) -> Any:
@@ -339,13 +246,3 @@ def _append(file: IO[str], record: BaseModel) -> None:
     file.write(dumps(record) + "\n")
     file.flush()
     os.fsync(file.fileno())
-
-
-def _cut_torn_line(file: Path) -> None:
-    if not file.exists():
-        return
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with file.open("r+b") as torn:
-            torn.truncate(len(whole))

@@ -6,13 +6,14 @@ for the same seed on the same machine; everything that a clock or a memory meter
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+from stripedrag.eval.places import holds, share_held
+
+SCHEMA_VERSION: Literal[1] = 1
 Axis = str | int | float  # a coordinate of a cell: length_tokens, depth, context, budget_tokens, …
 Overflow = Literal["refuse", "cut-start", "cut-middle", "cut-end"]
 
@@ -238,7 +239,29 @@ class Score(Record):
 
     system: str
     sample_id: str
-    scores: dict[str, float]
+    scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class Machine(Record):
+    """What a run ran on."""
+
+    processor: str
+    cores: int | None
+    threads: int
+    gpu: str | None
+
+
+class Manifest(Record):
+    """What a run was made with: versions, the commit at which it began, and hashes of weights, prompts and data."""
+
+    schema_version: Literal[1]
+    suite_sha256: str
+    seed: int
+    versions: dict[str, str | None]
+    commit: str | None
+    machine: Machine
+    data_sha256: dict[str, str]
+    systems: dict[str, dict[str, Any]]
 
 
 class SampleRecord(Record):
@@ -273,9 +296,9 @@ class SampleRecord(Record):
         if isinstance(sample, Question):
             passages = tuple(Stretch(doc_id=p.doc_id, start=p.start, end=p.end) for p in sample.passages)
             fields |= {"question": sample.question, "passages": passages}
-            for name in ("evidence_share", "evidence_position"):
-                value = getattr(sample, name)
-                fields[name] = None if value is None else round(value, 4)
+            position = sample.evidence_position
+            fields["evidence_share"] = sample.evidence_share
+            fields["evidence_position"] = None if position is None else round(position, 4)
         elif isinstance(sample, Search):
             fields["question"] = sample.query
         return cls(**fields)
@@ -299,53 +322,6 @@ def content_sha256(sample: Any) -> str:
 def digest(value: Any) -> str:
     """The sha256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-class Located(Protocol):
-    """Something that stands at characters [start, end) of a document: a passage, a retrieved span, evidence."""
-
-    @property
-    def doc_id(self) -> str:
-        """The document."""
-
-    @property
-    def start(self) -> int:
-        """The first character."""
-
-    @property
-    def end(self) -> int:
-        """The character after the last."""
-
-
-def holds(passages: Sequence[Located], evidence: Sequence[Located]) -> bool | None:
-    """Whether every stretch of `evidence` lies in passages (joined ones count as one); None where there is none."""
-    share = share_held(passages, evidence)
-    return None if share is None else share == 1
-
-
-def share_held(passages: Sequence[Located], evidence: Sequence[Located]) -> float | None:
-    """How many of the characters of `evidence` lie in passages, from 0 to 1 (all of them); None where there is none."""
-    if not evidence:
-        return None
-    held = sum(_held(stretch, [p for p in passages if p.doc_id == stretch.doc_id]) for stretch in evidence)
-    return held / sum(stretch.end - stretch.start for stretch in evidence)
-
-
-def _held(stretch: Located, passages: Sequence[Located]) -> int:
-    """The characters of a stretch that lie in passages of its document, each once."""
-    held, at = 0, stretch.start
-    for passage in sorted(passages, key=lambda p: p.start):
-        start, end = max(at, passage.start), min(stretch.end, passage.end)
-        if start < end:
-            held, at = held + end - start, end
-    return held
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    scratch = file.with_name(f".{file.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(file)
 
 
 def dumps(record: BaseModel | Mapping[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """Scores of a run's predictions, made anew from its files: no model, no texts."""
 
+import math
 from typing import Any
 
 from stripedrag.errors import UsageError
-from stripedrag.eval.runs import Run
-from stripedrag.eval.schema import Failure, Score, dumps, write_whole
+from stripedrag.eval.run_files import Run, write_whole
+from stripedrag.eval.schema import Failure, Score, dumps
 
 
 def score(made: Run) -> list[Score]:
@@ -20,6 +21,12 @@ def score(made: Run) -> list[Score]:
     for prediction in predictions:
         sample, output = samples[prediction.sample_id], prediction.output
         given = {} if isinstance(output, Failure) else tasks[sample.task].score(sample, output)
+        for metric, value in given.items():
+            if not math.isfinite(value):
+                raise UsageError(
+                    f"{prediction.system} has {metric} {value} on {sample.id}, which is no score. Its arithmetic "
+                    f"overflows: try float32, or leave the system out."
+                )
         scores.append(Score(system=prediction.system, sample_id=sample.id, scores=given))
     write_whole(made.scores, "".join(dumps(record) + "\n" for record in scores))
     return scores

@@ -49,8 +49,9 @@ class Difference:
 def estimate(scores: Sequence[float], clusters: Sequence[Hashable], *, bounded: bool = True) -> Estimate:
     """The mean of `scores` and its 95 % interval, samples being independent between clusters only.
 
-    For scores in [0, 1] (`bounded`) the interval is Wilson's (1927) at the effective number of samples, i.e. their
-    number over the design effect of the clusters (Korn and Graubard 1998): it stays in [0, 1], right near its ends.
+    For scores in [0, 1] (`bounded`) the interval is Wilson's (1927) at the effective number of samples (Korn and
+    Graubard 1998), that of independent 0-1 scores whose mean would vary as this one does: it stays in [0, 1], right
+    near its ends. For scores that are 0 or 1 it is never more than there are.
     Otherwise it is Student's with clusters - 1 degrees of freedom. One cluster has no interval that is not [0, 1].
 
     Raises ValueError where the lengths differ, or a bounded score is not in [0, 1].
@@ -71,9 +72,12 @@ def estimate(scores: Sequence[float], clusters: Sequence[Hashable], *, bounded: 
     if not bounded:
         half = _student(groups - 1) * math.sqrt(variance)
         return Estimate(mean, mean - half, mean + half, count, groups)
-    # Of independent 0-1 samples with this mean; where all scores are equal the clusters are what is counted.
+    # Of independent 0-1 samples with this mean and variance; where all scores are equal the clusters are what is
+    # counted. Scores between 0 and 1 vary less than those at the ends, and may be worth more samples than there are.
     binomial = mean * (1 - mean)
-    effective = min(binomial / variance, count) if variance > 0 and binomial > 0 else groups
+    effective = binomial / variance if variance > 0 and binomial > 0 else groups
+    if np.isin(values, (0, 1)).all():
+        effective = min(effective, count)
     low, high = wilson(mean, effective, quantile=_student(groups - 1))
     return Estimate(mean, low, high, count, groups)
 

@@ -1,5 +1,6 @@
 """A suite: the tasks, systems and comparisons of a run, declared in YAML and validated; unknown keys are refused."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ SUITES = Path(__file__).parent / "suites"
 
 
 class Headline(Record):
-    """A column of the report's first table: the mean over all samples of a task whose cells agree with `cell`.
+    """A line of the report's first table: the mean over all samples of a task whose cells agree with `cell`.
 
     `metric` None is the task's first.
     """
@@ -130,7 +131,12 @@ def load_suite(name_or_path: str) -> Suite:
 def parse_suite(declared: Any, *, name: str) -> Suite:
     """A suite from its plain value. Raises `UsageError` with every fault and where it is."""
     try:
-        return Suite.model_validate(declared)
+        plain = json.dumps(declared)
+    except (TypeError, ValueError) as error:  # dates, and YAML that holds itself
+        raise UsageError(f"the suite {name} holds what a suite cannot: {error}") from error
+    try:
+        # From JSON, because only there strictness (no true for 1) leaves lists to be tuples and words to be paths.
+        return Suite.model_validate_json(plain, strict=True)
     except ValidationError as error:
         errors = error.errors()
         # A list with a bad element is also said to be too short: once is enough.

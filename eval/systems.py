@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stripedrag.errors import UsageError
 from stripedrag.eval.meter import Meter
+from stripedrag.eval.places import holds
 from stripedrag.eval.reading import DoesNotFitError, read
 from stripedrag.eval.schema import (
     Answered,
@@ -27,7 +28,6 @@ from stripedrag.eval.schema import (
     Search,
     Text,
     digest,
-    holds,
 )
 from stripedrag.rag.retriever import Retriever, Span
 
@@ -59,7 +59,10 @@ class System(Protocol):
 
 
 class ModelSpec(Record):
-    """A language model, as `load_model` names it, in the product's pipeline. `window_tokens` can only be lowered."""
+    """A language model, as `load_model` names it, in the product's pipeline. `window_tokens` can only be lowered.
+
+    `baseline` names the entry of `BASELINES` whose window and template a model has that is given as a folder.
+    """
 
     kind: Literal["model"]
     name: _Name
@@ -67,6 +70,21 @@ class ModelSpec(Record):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?)$")
     window_tokens: int | None = Field(default=None, ge=1)
+    baseline: str | None = None
+
+    @field_validator("baseline")
+    @classmethod
+    def _known(cls, baseline: str | None) -> str | None:
+        from stripedrag.model.baselines import BASELINES
+
+        if baseline is not None and baseline not in BASELINES:
+            raise ValueError(f"no baseline {baseline!r}; there is {', '.join(BASELINES)}")
+        return baseline
+
+    @property
+    def known_as(self) -> str:
+        """The name by which its window and template are looked up."""
+        return self.baseline or self.model
 
     def open(self) -> "ModelSystem":
         """The system; its weights are read when its identity is asked for or it first performs."""
@@ -125,14 +143,14 @@ class ModelSystem:
         from stripedrag.model.baselines import template_options
         from stripedrag.rag.prompt import PromptFormat
 
-        return PromptFormat(self._loaded[1], template_options(self._spec.model))
+        return PromptFormat(self._loaded[1], template_options(self._spec.known_as))
 
     @cached_property
     def window_tokens(self) -> int:
         """The model's window, or the lower one that the suite asks for."""
         from stripedrag.model.baselines import window_tokens
 
-        window = window_tokens(self._loaded[0], self._spec.model)
+        window = window_tokens(self._loaded[0], self._spec.known_as)
         return min(window, self._spec.window_tokens or window)
 
     def identity(self) -> Mapping[str, Any]:
@@ -244,7 +262,7 @@ class ModelSystem:
 
 
 class RetrieverSystem:
-    """Ranks documents by their best chunk, and says at which budgets the evidence is inside."""
+    """Ranks documents by their best chunk, and says at which budgets and in which best k all evidence is."""
 
     operations = frozenset({"search"})
     _CHUNKS = 200
@@ -264,14 +282,14 @@ class RetrieverSystem:
         del meter
         index = task.index(resources)
         found = index.search(sample.query, k=self._CHUNKS)
-        inside, top = {}, {}
+        inside: dict[int, bool] = {}
+        top: dict[int, bool] = {}
         if sample.evidence:
             for budget in task.budgets:
                 context = Retriever(index).retrieve(sample.query, budget_tokens=budget, tokenizer=resources.prompt)
                 inside[budget] = bool(holds(context.spans, sample.evidence))
-            for k in task.tops:
-                chunks = [scored.chunk for scored in index.search(sample.query, k=k)]
-                top[k] = bool(holds(chunks, sample.evidence))
+            best = [scored.chunk for scored in index.search(sample.query, k=max(task.tops, default=1))]
+            top = {k: bool(holds(best[:k], sample.evidence)) for k in task.tops}
         doc_ids = dict.fromkeys(scored.chunk.doc_id for scored in found)
         return Ranking(doc_ids=tuple(doc_ids), evidence_in_budget=inside, evidence_in_top=top)
 
@@ -293,7 +311,8 @@ class StubSystem:
         if isinstance(sample, LMDocument):
             return LMResponses(responses=tuple(task.oracle(sample)))
         if isinstance(sample, Search):
-            inside, top = dict.fromkeys(task.budgets, True), dict.fromkeys(task.tops, True)
+            budgets, tops = (task.budgets, task.tops) if sample.evidence else ((), ())
+            inside, top = dict.fromkeys(budgets, True), dict.fromkeys(tops, True)
             return Ranking(doc_ids=sample.relevant, evidence_in_budget=inside, evidence_in_top=top)
         return Answered(text=self._words(sample, task, resources), finish="stop", prompt_tokens=0, answer_tokens=0)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stripedrag.eval.analysis import Cell, ContrastResult
+from stripedrag.eval.findings import Cell, ContrastResult
 from stripedrag.eval.reporting.parts import (
     NOTHING,
     Column,
@@ -103,20 +103,20 @@ def lost(view: View) -> Section:
 
 def everything(view: View) -> Section:
     """Contrasts, cells and manifest, whole."""
-    section = Section("everything", "Everything", folded=True)
+    section = Section("everything", "Everything")
     if view.analysis.contrasts:
         names = ("family", "contrast", "first", "second", "metric", "first less second", "p", "p, Holm")
         columns = [Column(name) for name in (*names, "pairs", "clusters", "left out")]
         rows = [_contrast(result) for result in view.analysis.contrasts]
         note = "Paired by sample or question, whole clusters permuted. Left out are pairs in which a side has no score."
-        section.tables.append(Table(columns, rows, "Contrasts", note, heads=5))
+        section.tables.append(Table(columns, rows, "Contrasts", note, heads=5, folded=True))
     columns = [Column(name) for name in ("task", "system", "cell", "metric", "mean", "clusters", "failures")]
     columns += [Column("prompts", "cut"), Column("evidence", "cut off"), Column("prompt", "tokens")]
     columns.append(Column("prefill", "s"))
     rows = [_cell(cell) for cell in view.analysis.cells]
-    section.tables.append(Table(columns, rows, f"All {len(rows):,} cells", heads=4))
-    facts = [[Entry(name), Entry(value)] for name, value in _leaves(view.manifest)]
-    section.tables.append(Table([Column("what"), Column("value")], facts, "Manifest", heads=2))
+    section.tables.append(Table(columns, rows, f"All {len(rows):,} cells", heads=4, folded=True))
+    facts = [[Entry(name), Entry(value)] for name, value in _leaves(view.manifest.model_dump(mode="json"))]
+    section.tables.append(Table([Column("what"), Column("value")], facts, "Manifest", heads=2, folded=True))
     return section
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from stripedrag.eval import plots
-from stripedrag.eval.analysis import Cost
+from stripedrag.eval.findings import Cost
 from stripedrag.eval.reporting.parts import (
     Column,
     Drawing,

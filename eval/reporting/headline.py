@@ -1,10 +1,22 @@
-"""The first table: systems by what the suite puts first, and what they cost at one length."""
+"""The first table: what the suite puts first, system beside system, and what they cost at one length."""
 
-from stripedrag.eval.analysis import Cost
+from stripedrag.eval.findings import Cost
 from stripedrag.eval.reporting.costs import cost_entries
-from stripedrag.eval.reporting.parts import NOTHING, Column, Entry, Table, counted, mean_entry, metric_words
-from stripedrag.eval.reporting.verdicts import best
+from stripedrag.eval.reporting.parts import (
+    NOTHING,
+    Column,
+    Entry,
+    Table,
+    counted,
+    interval,
+    mean_entry,
+    metric_words,
+    number,
+    p_words,
+)
+from stripedrag.eval.reporting.verdicts import best, contrast_of
 from stripedrag.eval.reporting.view import View
+from stripedrag.eval.suite import Headline
 
 _COSTS = ("first token", "decode", "cache", "peak memory")
 
@@ -18,11 +30,10 @@ def summary(view: View) -> str:
     failures = sum(failed) + sum(carried_not)
     names = f" ({', '.join(view.models)})" if view.models else ""
     others = counted(len(view.systems) - len(view.models), "other system")
-    machine = view.manifest.get("machine", {})
-    where = f", on {machine.get('gpu') or machine.get('processor')}" if machine else ""
+    machine = view.manifest.machine
     return (
         f"{counted(len(view.models), 'model')}{names} and {others} in {counted(len(view.suite.tasks), 'task')}: "
-        f"{counted(results, 'result')}, {failures:,} of them failures{where}."
+        f"{counted(results, 'result')}, {failures:,} of them failures, on {machine.gpu or machine.processor}."
     )
 
 
@@ -35,27 +46,38 @@ def unfinished(view: View) -> str:
 
 
 def headline(view: View) -> Table:
-    """Systems by the suite's columns, then the models' costs at the longest length that all of them carried."""
+    """What the suite puts first, a line each: the models beside each other and apart, then what proves the scale.
+
+    Below them what the models cost at the longest length that all of them carried.
+    """
+    columns = [Column("what"), Column("measured in")]
+    columns += [Column(system) for system in view.models]
+    if paired := len(view.models) == 2:
+        columns.append(Column("first less second", "p after Holm"))
     scores = {(score.label, score.system): score for score in view.analysis.headline}
-    metrics = {score.label: score.metric for score in view.analysis.headline if score.metric}
-    bold = {column.label: best(view, column) for column in view.suite.headline}
-    length, costs = _common_costs(view)
-    columns = [Column("system")]
-    columns += [Column(label, metric_words(metrics.get(label, "")), "quality") for label in bold]
-    known = {c.name: c.unit for figures in costs.values() for c, entry in figures if entry.text != NOTHING}
-    shown = [name for name in _COSTS if name in known]
-    columns += [Column(name, known[name], f"cost at {length:,} tokens") for name in shown]
+    others = [system for system in view.systems if system not in view.models and any(system == s for _, s in scores)]
+    columns += [Column(system, group="for scale, no rivals" if system in view.stubs else "") for system in others]
     rows = []
-    for system in view.systems:
-        row = [Entry(system)]
-        for label, ahead in bold.items():
-            score = scores.get((label, system))
-            counts = (score.answered, score.samples) if score else (0, 0)
-            row.append(mean_entry(score, *counts, strong=ahead == system))
-        found = {column.name: entry for column, entry in costs.get(system, [])}
-        row += [found.get(name, Entry(NOTHING)) for name in shown]
-        if system in view.models or any(entry.text != NOTHING for entry in row[1:]):
-            rows.append(row)
+    bold = {line.label: best(view, line) for line in view.suite.headline}
+    for line in view.suite.headline:
+        found = {system: scores.get((line.label, system)) for system in view.systems}
+        metric = next((score.metric for score in found.values() if score and score.metric), "")
+        means = {
+            system: mean_entry(score, score.answered, score.samples, strong=system == bold[line.label])
+            for system, score in found.items()
+            if score
+        }
+        row = [Entry(line.label), Entry(metric_words(metric)), *(means.get(s, Entry(NOTHING)) for s in view.models)]
+        row += [_difference(view, line, metric)] if paired else []
+        rows.append([*row, *(means.get(system, Entry(NOTHING)) for system in others)])
+    blank = [Entry(NOTHING)] * (len(columns) - 2 - len(view.models))
+    length, costs = _common_costs(view)
+    for name in _COSTS:
+        found_costs = {s: (c.unit, entry) for s, figures in costs.items() for c, entry in figures if c.name == name}
+        entries = [found_costs.get(system, ("", Entry(NOTHING)))[1] for system in view.models]
+        if any(entry.text != NOTHING for entry in entries):
+            unit = next(iter(found_costs.values()))[0]
+            rows.append([Entry(f"{name}, {length:,} tokens"), Entry(unit), *entries, *blank])
     verdict = (
         "Bold: the model that declared contrasts show ahead"
         if any(bold.values())
@@ -63,9 +85,17 @@ def headline(view: View) -> Table:
     )
     note = (
         "Means with 95 % intervals clustered by document, n answered; costs are medians with the range of the rounds. "
-        f"{verdict} (p < .05 after Holm). Stubs are no rivals: they prove the scale."
+        f"{verdict} (p < .05 after Holm)."
     )
-    return Table(columns, rows, note=note)
+    return Table(columns, rows, note=note, heads=2)
+
+
+def _difference(view: View, line: Headline, metric: str) -> Entry:
+    """The declared contrast of the two models in just this line, the first model less the second."""
+    found = contrast_of(view, line, metric)
+    if found is None:
+        return Entry(NOTHING)
+    return Entry(number(found.mean), interval(found.low, found.high), p_words(found.p_holm))
 
 
 def _common_costs(view: View) -> tuple[int, dict[str, list[tuple[Column, Entry]]]]:

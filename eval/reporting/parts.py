@@ -9,7 +9,7 @@ from typing import Protocol
 
 from markupsafe import Markup
 
-from stripedrag.eval.analysis import Cell
+from stripedrag.eval.findings import Cell
 from stripedrag.eval.schema import Axis
 
 NOTHING = "\N{EN DASH}"
@@ -50,13 +50,17 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Columns with entries below them; the first `heads` of a row say what the row is about."""
+    """Columns with entries below them; the first `heads` of a row say what the row is about.
+
+    `folded`: opened by the reader, in HTML.
+    """
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Entry]]
     title: str = ""
     note: str = ""
     heads: int = 1
+    folded: bool = False
 
     @property
     def groups(self) -> list[tuple[str, int]]:
@@ -100,7 +104,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class Section:
-    """Words, then what is drawn, then tables. `brief`: in the Markdown too. `folded`: opened by the reader."""
+    """Words, then what is drawn, then tables. `brief`: in the Markdown too."""
 
     id: str
     title: str
@@ -108,7 +112,6 @@ class Section:
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     brief: bool = False
-    folded: bool = False
 
 
 class Mean(Protocol):
@@ -186,7 +189,7 @@ def metric_words(metric: str) -> str:
     if name == "recall" and budget.isdigit():
         return f"recall at {int(budget):,} tokens"
     if metric.startswith("recall_top_"):
-        return f"recall in top {metric.removeprefix('recall_top_')}"
+        return f"recall in the best {metric.removeprefix('recall_top_')} chunks"
     return _METRICS.get(metric, metric.replace("_", " "))
 
 

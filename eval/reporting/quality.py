@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from stripedrag.eval import plots
-from stripedrag.eval.analysis import Cell, Gap, LengthScore, Loss, Recall
+from stripedrag.eval.findings import GAP_KINDS, Cell, Gap, LengthScore, Loss, Recall
 from stripedrag.eval.reporting.parts import (
     NOTHING,
     Column,
@@ -24,13 +24,15 @@ from stripedrag.eval.reporting.parts import (
     reading_entries,
 )
 from stripedrag.eval.reporting.view import View
-from stripedrag.eval.statistics import wilson
 
 
 def thesis(view: View) -> Section:
     """Quality against the budget of tokens with the evidence's recall on the same axes, and what each place costs."""
     section = Section("thesis", "Does filling the window pay?", brief=True)
-    for task, cells in view.cells("rag").items():
+    for task, cells in view.cells("rag", "long_documents").items():
+        compared = {cell.cell["context"] for cell in cells} - {"fill", "head", "none"}
+        if view.kind(task) == "long_documents" and not compared:
+            continue  # told in a table of its own
         recalls = [recall for recall in view.analysis.recalls if recall.task == task]
         metric = metric_words(view.first_metric(task))
         svg = plots.budget_curves(cells, recalls, metric, view.drawn(cells), f"budget-{task}")
@@ -40,7 +42,7 @@ def thesis(view: View) -> Section:
 
 
 def _thesis_table(view: View, task: str, cells: Sequence[Cell], recalls: Sequence[Recall]) -> Table:
-    columns = [Column("context"), Column("budget", "tokens"), Column("evidence in it", "share of questions")]
+    columns = [Column("context"), Column("budget", "tokens"), Column("evidence in it", "mean share")]
     for system in view.models:
         columns.append(Column("answers", metric_words(view.first_metric(task)), system))
         columns += [Column("prompt", "tokens", system), Column("prefill", "s", system)]
@@ -71,8 +73,8 @@ def _thesis_caption(task: str, cells: Sequence[Cell]) -> str:
             said.append(f"{system}, window filled {mean_words(at['fill'])}, {', '.join(others)}")
     lead = f"At {budget:,} tokens: {'; '.join(said)}. " if said else ""
     return (
-        f"{task}. {lead}Filling pays where the thick curve lies above the thin ones. The dashed curve is the share of "
-        "questions whose evidence is in the filled window; what answers fall short of it was there and not used. Bands "
+        f"{task}. {lead}Filling pays where the thick curve lies above the thin ones. The dashed curve is the "
+        "share of the evidence that is in the filled window. Bands "
         "and whiskers are 95 % intervals; a hollow mark is the mean of what did not fail."
     )
 
@@ -82,8 +84,6 @@ def gap(view: View) -> Section:
     section = Section("gap", "Where right and wrong answers come from")
     by_task = view.by_task(view.analysis.gaps, view.models)
     for task, gaps in by_task.items():
-        if view.kind(task) != "rag":
-            continue
         rows: dict[str, list[Gap]] = {}
         for found in gaps:
             rows.setdefault(cell_words(found.cell), []).append(found)
@@ -92,17 +92,22 @@ def gap(view: View) -> Section:
         words = (
             f"{task}. Each bar is {each}. Grey is what a better search could win, vermillion what a better reader "
             "could; light blue is right without any context too: nothing was read for it. Right is a substring match "
-            "where that is measured, else half of the first metric. Were the questions independent, a share of 50 % "
-            f"of {least:,} would have the 95 % interval {_half(least)}."
+            "where that is measured, else half of the first metric."
         )
         section.drawings.append(Drawing.of(plots.gap_bars(rows, list(view.drawn(gaps)), f"gap-{task}"), words))
+        section.tables.append(_gap_table(task, rows, list(view.drawn(gaps))))
     return section
 
 
-def _half(questions: int) -> str:
-    """The interval of a share of a half, the widest there is, in percent."""
-    low, high = wilson(0.5, questions)
-    return interval(100 * low, 100 * high, digits=0)
+def _gap_table(task: str, rows: Mapping[str, Sequence[Gap]], systems: Sequence[str]) -> Table:
+    columns = [Column("context"), Column("system"), *(Column(kind, meaning) for kind, meaning in GAP_KINDS.items())]
+    lines = []
+    for place, gaps in rows.items():
+        for system in systems:
+            shares = {gap.kind: mean_entry(gap) for gap in gaps if gap.system == system}
+            lines.append([Entry(place), Entry(system), *(shares.get(kind, Entry(NOTHING)) for kind in GAP_KINDS)])
+    note = "Shares of the questions with 95 % intervals, clustered by document."
+    return Table(columns, lines, f"{task}: the bars in numbers", note, heads=2, folded=True)
 
 
 def lengths(view: View) -> Section:

@@ -1,9 +1,9 @@
 """What the declared contrasts show, in sentences, and which model may be printed bold."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator
 
-from stripedrag.eval.analysis import ContrastResult, HeadlineScore
+from stripedrag.eval.findings import ContrastResult
 from stripedrag.eval.reporting.parts import (
     Verdict,
     cell_words,
@@ -41,25 +41,37 @@ def verdicts(view: View) -> list[Verdict]:
     return made
 
 
-def best(view: View, column: Headline) -> str | None:
-    """The model that declared contrasts show ahead of each other one in a column of the headline."""
-    scores = {s.system: s for s in view.analysis.headline if s.label == column.label and s.system in view.models}
-    ahead = _ahead(view, column, scores)
+def best(view: View, line: Headline) -> str | None:
+    """The model that declared contrasts show ahead of each other one in a line of the headline."""
+    scores = {s.system: s for s in view.analysis.headline if s.label == line.label and s.system in view.models}
+    metrics = {score.metric for score in scores.values()}
+    ahead = set()
+    for result, sides in _in_line(view, line, metrics):
+        if result.p_holm < _ALPHA:
+            ahead.add(sides if _gain(result) > 0 else sides[::-1])
     return next((s for s in scores if len(scores) > 1 and all((s, r) in ahead for r in scores if r != s)), None)
 
 
-def _ahead(view: View, column: Headline, scores: Mapping[str, HeadlineScore]) -> set[tuple[str, str]]:
-    """Pairs of systems of which the first is shown to be ahead in just this column."""
-    metrics = {score.metric for score in scores.values()}
+def contrast_of(view: View, line: Headline, metric: str) -> ContrastResult | None:
+    """The declared contrast of the first two models in just this line, the first less the second; None for none."""
+    first, second = view.models[:2]
+    for result, sides in _in_line(view, line, {metric}):
+        if sides == (first, second):
+            return result
+        if sides == (second, first):
+            turned = {"mean": -result.mean, "low": -result.high, "high": -result.low}
+            return result.model_copy(update=turned)
+    return None
+
+
+def _in_line(view: View, line: Headline, metrics: Collection[str]) -> Iterator[tuple[ContrastResult, tuple[str, str]]]:
+    """The contrasts of systems in just this line of the headline, with both sides."""
     declared = {(family.name, c.label): c for family in view.suite.families for c in family.contrasts}
-    pairs = set()
     for result in view.analysis.contrasts:
         contrast = declared[result.family, result.label]
-        is_same = contrast.task == column.task and contrast.cell == column.cell and result.metric in metrics
-        if is_same and contrast.against_cell in (None, column.cell) and result.p_holm < _ALPHA:
-            sides = (contrast.system, contrast.against or contrast.system)
-            pairs.add(sides if _gain(result) > 0 else sides[::-1])
-    return pairs
+        is_same = contrast.task == line.task and contrast.cell == line.cell and result.metric in metrics
+        if is_same and contrast.against_cell in (None, line.cell):
+            yield result, (contrast.system, contrast.against or contrast.system)
 
 
 def _gain(result: ContrastResult) -> float:
@@ -81,7 +93,14 @@ def _open(result: ContrastResult) -> str:
     """A contrast that shows nothing."""
     if math.isnan(result.p):
         return f"{result.label} (not tested: no sample was answered on both sides)"
-    return f"{result.label} ({mean_words(result)}, {p_words(result.p_holm)}{_left_out(result)})"
+    few = f", no p below {_least_p(result):.2g} is possible with {counted(result.clusters, 'cluster')}"
+    hopeless = few if _least_p(result) >= _ALPHA else ""
+    return f"{result.label} ({mean_words(result)}, {p_words(result.p_holm)}{_left_out(result)}{hopeless})"
+
+
+def _least_p(result: ContrastResult) -> float:
+    """The least p of a permutation test of so many clusters: all of them one way, or all the other."""
+    return float(2.0 ** (1 - result.clusters))
 
 
 def _left_out(result: ContrastResult) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from stripedrag.eval import plots
-from stripedrag.eval.analysis import Cell, analyse
-from stripedrag.eval.runs import Run
+from stripedrag.eval.analysis import analyse
+from stripedrag.eval.findings import Cell
+from stripedrag.eval.run_files import Run
 
 
 class _Measured(Protocol):

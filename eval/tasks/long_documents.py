@@ -9,7 +9,7 @@ from pydantic import Field
 from stripedrag.errors import UsageError
 from stripedrag.eval.data_formats import DATA, LongDocument, LongTask, read_lines
 from stripedrag.eval.resources import Resources
-from stripedrag.eval.schema import Axis, Passage, Question, asked
+from stripedrag.eval.schema import Axis, Passage, Question, Stretch, asked
 from stripedrag.eval.tasks.base import ReadingTask
 from stripedrag.eval.tasks.corpus import stretches
 from stripedrag.eval.tasks.planted import Length
@@ -23,9 +23,10 @@ _OF_EVIDENCE: tuple[_Context, ...] = ("reranked-5", "oracle")
 class LongDocumentsTask(ReadingTask):
     """A query over one document, whose own chunks are what is searched, in the document's order.
 
-    head: its beginning, as much as fits. oracle: at the largest budget, the chunks with evidence that fit; it and
-    reranked-5 leave out queries without evidence. none: the query alone. The others are those of `ContextName`. What
-    a context leaves out is the task's choice, not a system's truncation. Clusters are documents.
+    head: its beginning, as much as fits. oracle: at the largest budget, the chunks with evidence that fit. none: the
+    query alone. The others are those of `ContextName`. With oracle or reranked-5 among `contexts` the task asks only
+    queries that have evidence, in every context. What a context leaves out is the task's choice, not a system's
+    truncation. Clusters are documents.
     """
 
     kind: Literal["long_documents"]
@@ -41,6 +42,7 @@ class LongDocumentsTask(ReadingTask):
     def samples(self, resources: Resources) -> Iterator[Question]:
         """See the class."""
         for document, task in self._drawn(resources):
+            evidence = stretches(task.evidence, document.id)
             whole = Document(id=document.id, title=document.title, text=document.document)
             for name in self.contexts:
                 for budget in self._budgets(name):
@@ -55,9 +57,11 @@ class LongDocumentsTask(ReadingTask):
                         subject=task.id,
                         question=task.query,
                         instruction=self.instruction,
-                        passages=() if budget is None else self._passages(resources, whole, task, name, budget),
+                        passages=()
+                        if budget is None
+                        else self._passages(resources, whole, task.query, evidence, name, budget),
                         references=task.references,
-                        evidence=stretches(task.evidence, document.id),
+                        evidence=evidence,
                     )
 
     def _drawn(self, resources: Resources) -> list[tuple[LongDocument, LongTask]]:
@@ -70,7 +74,7 @@ class LongDocumentsTask(ReadingTask):
             tasks = resources.rng(self.name, document.id).sample(tasks, len(tasks))
             turns += [(turn, document, task) for turn, task in enumerate(tasks)]
         if len(turns) < self.samples_per_cell:
-            kind = "tasks with evidence" if needs_evidence else "tasks"
+            kind = "tasks with evidence (oracle and reranked-5 need it)" if needs_evidence else "tasks"
             raise UsageError(
                 f"{self.documents} has {len(turns)} {kind} of source {self.source!r} and {self.name!r} wants "
                 f"{self.samples_per_cell}. Lower its samples."
@@ -84,17 +88,22 @@ class LongDocumentsTask(ReadingTask):
         return (max(self.budgets),) if name == "oracle" else self.budgets
 
     def _passages(
-        self, resources: Resources, document: Document, task: LongTask, name: _Context, budget: int
+        self,
+        resources: Resources,
+        document: Document,
+        query: str,
+        evidence: tuple[Stretch, ...],
+        name: _Context,
+        budget: int,
     ) -> tuple[Passage, ...]:
         index = resources.index("document", lambda: [document], [document.title, document.text])
         source = Source(resources, index, "document")
-        room = source.passage_budget(asked(task.query, self.instruction), budget, self.answer_tokens)
-        evidence = stretches(task.evidence, document.id)
+        room = source.passage_budget(asked(query, self.instruction), budget, self.answer_tokens)
         if name == "head":
             return source.beginning(document.id, room)
         if name == "oracle":
-            return source.only_evidence(task.query, evidence, room)
-        return source.context(name, task.query, evidence, (), room, resources.rng(self.name))
+            return source.only_evidence(query, evidence, room)
+        return source.context(name, query, evidence, (), room, resources.rng(self.name))
 
     def data(self) -> Mapping[str, str]:
         """The documents."""

@@ -1,4 +1,4 @@
-"""Retrieval alone: recall of the evidence at budgets of tokens, and nDCG of the documents. Needs no language model."""
+"""Retrieval alone: recall of the evidence, at budgets and in the best k, and nDCG of the documents. Needs no model."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -21,17 +21,12 @@ DEPTH = 10  # nDCG@10, BEIR's headline (Thakur et al. 2021)
 
 
 class RetrievalTask(Task):
-    """What a search brings: `recall@B` is 1 where all evidence lies in the best chunks that fit B tokens.
-
-    `recall_top_k` is 1 where it lies in the best k chunks, for each k of `tops`.
-    """
+    """What a search brings."""
 
     operation: ClassVar[str] = "search"
-    budgets: tuple[Length, ...] = (2048, 4096, 8192)
-    tops: tuple[Annotated[int, Field(ge=1)], ...] = ()
 
     def score(self, sample: SampleRecord, output: Ranking) -> dict[str, float]:
-        """nDCG@10 of the documents, and recall at each budget where evidence is named."""
+        """nDCG@10 of the documents, and where evidence is named whether all of it was found."""
         scores = {f"ndcg@{DEPTH}": ndcg(output.doc_ids, sample.relevant, DEPTH)}
         scores |= {f"recall_top_{k}": float(found) for k, found in output.evidence_in_top.items()}
         return scores | {f"recall@{budget}": float(found) for budget, found in output.evidence_in_budget.items()}
@@ -46,9 +41,15 @@ class RetrievalTask(Task):
 
 
 class CorpusRetrievalTask(CorpusFields, RetrievalTask):
-    """Retrieval for questions whose answers have places in a corpus."""
+    """Retrieval for questions whose answers have places in a corpus.
+
+    `recall@B` is 1 where all evidence lies in the best chunks that fit B tokens, for each B of `budgets`: tokens of the
+    passages alone. `recall_top_k` is 1 where it lies in the best k chunks, for each k of `tops`.
+    """
 
     kind: Literal["retrieval"]
+    budgets: tuple[Length, ...] = (2048, 4096, 8192)
+    tops: tuple[Annotated[int, Field(ge=1)], ...] = ()
 
     def samples(self, resources: Resources) -> Iterator[Search]:
         """A search for each question."""
@@ -73,7 +74,6 @@ class JudgedRetrievalTask(RetrievalTask):
     queries: Path = DATA / "scifact" / "queries.jsonl.xz"
     split: str | None = "test"
     samples_per_cell: int | None = Field(default=None, ge=1, alias="samples")
-    budgets: tuple[Length, ...] = ()
 
     def samples(self, resources: Resources) -> Iterator[Search]:
         """A search for each claim of the split, or for `samples` of them."""

@@ -45,7 +45,10 @@ def files(tmp_path_factory):
     others = [
         {"id": f"x{n}", "title": f"Note {n}", "text": f"Note {n} is about sheep, wool and markets."} for n in range(6)
     ]
-    story = "The keeper climbed the tower each night. " * 60 + "In the end the lamp went out for good."
+    end = "In the end the lamp went out for good."
+    story = "The keeper climbed the tower each night. " * 60 + end
+    evidence = [{"start": len(story) - len(end), "end": len(story)}]
+    ask = {"query": "How does it end?", "references": ["The lamp goes out."], "evidence": evidence}
     return {
         "haystack": write_lines(folder / "novels.jsonl", chapters),
         "corpus": write_lines(folder / "corpus.jsonl", documents + others),
@@ -58,7 +61,7 @@ def files(tmp_path_factory):
                     "title": f"Story {n}",
                     "document": story,
                     "source": "ours",
-                    "tasks": [{"id": f"s{n}-1", "query": "How does it end?", "references": ["The lamp goes out."]}],
+                    "tasks": [{"id": f"s{n}-1", **ask}],
                 }
                 for n in range(2)
             ],
@@ -98,12 +101,12 @@ def tasks(files):
             "kind": "long_documents",
             "name": "long",
             "documents": files["documents"],
-            "contexts": ["fill", "head", "none"],
-            "budgets": [384],
+            "contexts": ["fill", "top-5", "reranked-5", "oracle", "head", "none"],
+            "budgets": [360, 384],
             "samples": 2,
             "answer_tokens": 16,
         },
-        {"kind": "retrieval", "name": "retrieval", **corpus, "samples": 4, "budgets": [64, 256]},
+        {"kind": "retrieval", "name": "retrieval", **corpus, "samples": 4, "budgets": [64, 256], "tops": [1, 5]},
         {
             "kind": "judged_retrieval",
             "name": "judged",

@@ -6,13 +6,16 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from typing import get_args
 
 import pytest
 
 from stripedrag.errors import UsageError
+from stripedrag.eval import plots
 from stripedrag.eval.analysis import analyse
 from stripedrag.eval.report import write_report
-from stripedrag.eval.runs import Run
+from stripedrag.eval.reporting import parts
+from stripedrag.eval.run_files import Run
 from stripedrag.eval.schema import (
     Answered,
     Carried,
@@ -27,6 +30,8 @@ from stripedrag.eval.schema import (
     dumps,
 )
 from stripedrag.eval.suite import parse_suite
+from stripedrag.eval.tasks import long_documents
+from stripedrag.eval.tasks.retrieved import ContextName
 
 MODELS = {"stripedhyena-smol-135m": 0.08, "smollm2-135m-instruct": 0.0}  # and how much better than plain each is
 STUBS = {"oracle": 1.0, "chance": 0.05, "echo": 0.0, "empty": 0.0}
@@ -40,7 +45,7 @@ TASKS = (
     {"kind": "needle", "name": "needle", "lengths": list(LENGTHS)},
     {"kind": "tracking", "name": "tracking", "lengths": list(LENGTHS)},
     {"kind": "unanswerable", "name": "unanswerable", "budget_tokens": 2048},
-    {"kind": "long_documents", "name": "meetings", "contexts": ["fill", "head"], "budgets": [2048, 4096]},
+    {"kind": "long_documents", "name": "meetings", "contexts": ["fill", "top-5", "head"], "budgets": [2048, 4096]},
     {"kind": "retrieval", "name": "search", "budgets": list(BUDGETS)},
     {"kind": "perplexity", "name": "novels", "positions": list(LENGTHS)},
     {"kind": "cost", "name": "cost", "lengths": list(LENGTHS)},
@@ -48,10 +53,25 @@ TASKS = (
 
 
 class Maker:
-    """Writes a run whose numbers are drawn: `lead` is added to the first model's chance of being right."""
+    """Writes a run whose numbers are drawn: `lead` is added to the first model's chance of being right.
 
-    def __init__(self, folder, *, kinds=None, lead=0.0, title="Two models, up to 4,096 tokens", all_fail=()):
-        self.folder, self.lead, self.all_fail = folder, lead, all_fail
+    `turned`: contrasts are declared with the second model first.
+    """
+
+    def __init__(
+        self,
+        folder,
+        *,
+        kinds=None,
+        lead=0.0,
+        title="Two models, up to 4,096 tokens",
+        all_fail=(),
+        clusters=12,
+        turned=False,
+        contexts=tuple(CONTEXTS),
+    ):
+        self.folder, self.lead, self.all_fail, self.clusters = folder, lead, all_fail, clusters
+        self.turned, self.contexts = turned, contexts
         self.tasks = [task for task in TASKS if kinds is None or task["kind"] in kinds]
         self.rng = random.Random(0)
         self.lines = {"samples": [], "predictions": [], "timings": [], "scores": []}
@@ -65,7 +85,8 @@ class Maker:
         versions = {"python": "3.11.2", "stripedrag": "0.2.0", "torch": "2.9.0", "lm_eval": None}
         machine = {"processor": "A <fast> one", "cores": 2, "threads": 2, "gpu": None}
         systems = {name: {"model": name, "files": {"model.safetensors": "ab" * 32}} for name in MODELS}
-        manifest = {"suite_sha256": "cd" * 32, "seed": 0, "versions": versions, "machine": machine, "systems": systems}
+        manifest = {"schema_version": 1, "suite_sha256": "cd" * 32, "seed": 0, "commit": "ef" * 20, "data_sha256": {}}
+        manifest |= {"versions": versions, "machine": machine, "systems": systems}
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     def _declared(self, title):
@@ -82,6 +103,8 @@ class Maker:
             {"label": c["label"], "task": c["task"], "cell": c.get("cell", {}), "system": first, "against": second}
             for c in headline
         ]
+        if self.turned:
+            models = [c | {"system": second, "against": first} for c in models]
         fill = {
             "label": "fill against top-5",
             "task": "answers",
@@ -109,7 +132,9 @@ class Maker:
     def add(self, task, cell, number, operation, outcomes, **fields):
         """One sample, and for each system its output, scores, prefill and decode seconds and peak bytes."""
         name = f"{task}/{','.join(f'{k}={v}' for k, v in cell.items())}/{number}"
-        about = dict(task=task, operation=operation, cell=cell, cluster=f"c{number % 12}", subject=f"q{number}")
+        about = dict(
+            task=task, operation=operation, cell=cell, cluster=f"c{number % self.clusters}", subject=f"q{number}"
+        )
         sample = SampleRecord(id=name, content_sha256="0", **about, **fields)
         self.lines["samples"].append(sample)
         for system, (output, scores, prefill_s, decode_s, peak_bytes) in outcomes.items():
@@ -139,7 +164,7 @@ class Maker:
 
     def _rag(self, task):
         for number in range(24):
-            for context, chance in CONTEXTS.items():
+            for context, chance in ((c, CONTEXTS[c]) for c in self.contexts):
                 for budget in (None,) if context in ("oracle", "none") else BUDGETS:
                     cell = {"context": context} | ({} if budget is None else {"budget_tokens": budget})
                     more = 0.0 if budget is None else 0.1 * math.log2(budget / 2048)
@@ -184,7 +209,7 @@ class Maker:
 
     def _long_documents(self, task):
         for number in range(20):
-            for context in ("fill", "head"):
+            for context in ("fill", "top-5", "head"):
                 for length in (2048, 4096):
                     outcomes = self.answers(0.3, length - 128, ("rouge_l", "coverage"))
                     self.add(task, {"context": context, "budget_tokens": length}, number, "answer", outcomes)
@@ -315,14 +340,40 @@ def test_the_limits_of_the_run_stand_before_its_numbers(report):
 
 
 def test_models_come_first_and_stubs_last_in_the_first_table(report):
-    rows = [line.split("|")[1].strip() for line in report["report.md"].splitlines() if line.startswith("|")]
-    assert rows[:8] == ["system", "---", *MODELS, *STUBS]
+    head = next(line for line in report["report.md"].splitlines() if line.startswith("|"))
+    names = [name.strip().removeprefix("for scale, no rivals: ") for name in head.strip("|").split("|")]
+    assert names == ["what", "measured in", *MODELS, "first less second (p after Holm)", *STUBS]
+
+
+def test_the_first_table_has_the_declared_difference_of_the_two_models(run, report):
+    contrasts = {c.label: c for c in analyse(run).contrasts if c.family == "the models"}
+    for label, found in contrasts.items():
+        line = next(line for line in report["report.md"].splitlines() if line.startswith(f"| {label} |"))
+        said = parts.number(found.mean)
+        assert line.split("|")[5].strip().startswith(f"{said} ["), line
+
+
+def test_a_difference_that_was_declared_the_other_way_is_turned(tmp_path):
+    texts = [written(tmp_path / str(turned), kinds=("needle",), turned=turned)["report.md"] for turned in (False, True)]
+    lines = [next(line for line in text.splitlines() if line.startswith("| Needle at 4,096")) for text in texts]
+    assert lines[0] == lines[1]
+    assert "(p = " in lines[0].split("|")[5]
+
+
+def test_every_context_that_a_task_can_have_is_drawn():
+    drawn = {"fill", *plots._CONTEXTS, *plots._FLAT}
+    assert drawn == {*get_args(ContextName), *get_args(long_documents._Context)}
+
+
+def test_filling_is_shown_even_where_it_is_compared_with_nothing(tmp_path):
+    texts = written(tmp_path / "run", kinds=("rag",), contexts=("fill", "none"))
+    assert "answers: quality and its price" in texts["report.md"]
 
 
 def test_what_was_not_measured_is_a_dash_and_never_0(tmp_path):
     texts = written(tmp_path / "run", kinds=("needle", "cost"), all_fail=("smollm2-135m-instruct",))
-    line = next(line for line in texts["report.md"].splitlines() if line.startswith("| smollm2-135m-instruct"))
-    assert line.split("|")[2].strip() == f"{DASH} (n 0 of 15)"
+    line = next(line for line in texts["report.md"].splitlines() if line.startswith("| Needle at 4,096 tokens"))
+    assert line.split("|")[4].strip() == f"{DASH} (n 0 of 15)"
     assert not re.search(r"\bnan\b", texts["report.html"] + texts["report.md"], re.IGNORECASE)
     scores = json.loads(texts["report.json"])["analysis"]["headline"]
     assert [s["mean"] for s in scores if s["system"] == "smollm2-135m-instruct"] == [None]
@@ -332,8 +383,8 @@ def test_what_was_not_measured_is_a_dash_and_never_0(tmp_path):
 
 def test_a_column_that_every_system_failed_stays_in_the_first_table(tmp_path):
     texts = written(tmp_path / "run", kinds=("perplexity",), all_fail=tuple(MODELS))
-    assert "quality: Loss on novels" in texts["report.md"]
-    assert texts["report.md"].count(f"| {DASH} (n 0 of 8) |") == len(MODELS)
+    assert "| Loss on novels |" in texts["report.md"]
+    assert texts["report.md"].count(f" {DASH} (n 0 of 8) |") == len(MODELS)
     assert "16 results, 16 of them failures" in texts["report.md"]
 
 
@@ -368,7 +419,7 @@ def test_the_csv_has_a_row_for_each_cell_and_gives_its_numbers_back(run, report)
 def test_the_json_is_the_analysis_with_the_manifest_and_the_limits(run, report):
     whole = json.loads(report["report.json"])
     assert whole["analysis"] == json.loads(analyse(run).model_dump_json())
-    assert whole["manifest"] == run.manifest()
+    assert whole["manifest"] == run.manifest().model_dump(mode="json")
     assert whole["suite"]["limits"] == run.suite().limits
 
 
@@ -380,11 +431,24 @@ def test_the_tables_of_the_markdown_have_as_many_columns_in_every_line(report):
         assert len(counts) == 1, table
 
 
+def test_a_suite_without_a_headline_says_so_where_the_table_would_be(tmp_path):
+    texts = written(tmp_path / "run", kinds=("retrieval",))
+    for text in (texts["report.html"], texts["report.md"]):
+        assert "names no figures to come first" in text
+    assert "nDCG@10" in texts["report.html"]
+
+
+def test_contrasts_that_so_few_clusters_cannot_decide_say_so(tmp_path):
+    texts = written(tmp_path / "run", kinds=("rag",), clusters=4)
+    assert "no p below 0.12 is possible with 4 clusters" in texts["report.md"]
+    assert "is possible with" not in written(tmp_path / "more", kinds=("rag",))["report.md"]
+
+
 def test_sections_with_nothing_to_show_are_left_out(tmp_path):
     texts = written(tmp_path / "run", kinds=("rag",))
     sections = Page(texts["report.html"]).sections
     assert sections == ["headline", "thesis", "gap", "position", "controls", "lost", "everything"]
-    assert "cost at" not in texts["report.html"]
+    assert "first token" not in texts["report.html"]
     assert "Perplexity" not in texts["report.html"]
     assert "None: every prompt that was run fitted whole" in texts["report.html"]
 
@@ -400,15 +464,16 @@ def test_nothing_is_bold_where_no_contrast_shows_a_model_ahead(tmp_path):
 def test_the_model_that_a_contrast_shows_ahead_is_bold_and_named(tmp_path):
     texts = written(tmp_path / "run", kinds=("rag",), lead=0.5)
     first, second = MODELS
-    bold = re.findall(r"^\| (\S+) \|.*\*\*0\.\d\d\*\*", texts["report.md"], re.MULTILINE)
-    assert bold == [first]
+    bold = re.findall(r"^\| Answers, window filled \| token F1 \| \*\*0\.\d\d\*\*", texts["report.md"], re.MULTILINE)
+    assert len(bold) == texts["report.md"].count("**0.") == 1
     assert f"{first} beats {second} by 0." in texts["report.md"]
 
 
 def test_of_losses_the_lower_is_ahead(report):
     first, second = MODELS  # the first has the higher loss
-    assert f"Loss on novels: {second} beats {first} by 0.11 \\[0.07, 0.15\\] nats per token less" in report["report.md"]
-    assert re.search(rf"^\| {second} \|.*\*\*3\.00\*\*", report["report.md"], re.MULTILINE)
+    said = rf"Loss on novels: {second} beats {first} by 0\.\d\d \\\[0\.\d\d, 0\.\d\d\\\] nats per token less"
+    assert re.search(said, report["report.md"])
+    assert re.search(r"^\| Loss on novels \| [^|]+ \| [^*|]+ \| \*\*\d\.\d\d\*\*", report["report.md"], re.MULTILINE)
 
 
 def test_everything_that_was_cut_or_failed_is_listed(report):

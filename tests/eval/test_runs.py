@@ -1,7 +1,9 @@
 """A run loses nothing and repeats nothing, its bytes are the same every time, and the stubs prove the harness."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,14 @@ import torch
 from typer.testing import CliRunner
 
 from stripedrag.errors import UsageError
-from stripedrag.eval import runs
 from stripedrag.eval.analysis import analyse
 from stripedrag.eval.cli import app
+from stripedrag.eval.evidence import gaps
 from stripedrag.eval.meter import Meter, OutOfTimeError, bounded_memory
-from stripedrag.eval.runs import Run, run
+from stripedrag.eval.report import write_report
+from stripedrag.eval.rows import Row
+from stripedrag.eval.run_files import Run
+from stripedrag.eval.runs import run
 from stripedrag.eval.schema import Answered, Failure, Prediction, SampleRecord, Score, Timing
 from stripedrag.eval.scoring import score
 from stripedrag.eval.suite import parse_suite
@@ -280,6 +285,37 @@ def test_an_unfinished_run_says_so_and_scores_of_fewer_predictions_are_refused(f
     assert "This run is not finished" not in write_report(finished)["report.md"].read_text()
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("manifest.json", lambda text: "[]", r"manifest\.json is no manifest of a run: the file: "),
+        ("manifest.json", lambda text: text.replace('"cores"', '"kernels"'), r"no manifest of a run: machine\."),
+        ("manifest.json", lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "schema_version"),
+        ("manifest.json", lambda text: "{", r"manifest\.json cannot be read"),
+        ("scores.jsonl", lambda text: text.replace("1.0", "NaN", 1), r"scores\.jsonl, line \d+ is no Score: scores\."),
+        ("predictions.jsonl", lambda text: "{}\n", r"line 1 is no Prediction: key: Field required"),
+    ],
+)
+def test_files_that_were_changed_by_hand_are_named_with_the_place(finished, tmp_path, file, change, message):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    place = tmp_path / "run" / file
+    text = place.read_text()
+    assert change(text) != text
+    place.write_text(change(text))
+    with pytest.raises(UsageError, match=message):
+        write_report(Run(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_folder_where_a_file_should_be_is_named(suite, tmp_path, file):
+    declared = parse_suite(small(suite, systems=("oracle",), tasks=("needle",)), name="small")
+    (tmp_path / file).mkdir()
+    if file != "suite.json":
+        (tmp_path / "suite.json").write_text(declared.model_dump_json(indent=1, by_alias=True) + "\n")
+    with pytest.raises(UsageError, match=file.replace(".", r"\.")):
+        score(run(declared, tmp_path))
+
+
 def test_a_run_without_predictions_cannot_be_scored(suite, tmp_path):
     (tmp_path / "suite.json").write_text(suite.model_dump_json(by_alias=True))
     with pytest.raises(UsageError, match="has no prediction yet"):
@@ -292,6 +328,34 @@ def test_samples_are_kept_without_their_texts_and_timings_apart(finished):
     assert not {"prefill_s", "total_s", "peak_bytes"} & set(json.loads(finished.predictions.read_text().split("\n")[0]))
     timing = finished.lines(finished.timings, Timing)[0]
     assert timing.total_s > 0
+
+
+def test_a_score_that_is_no_number_is_named(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    monkeypatch.setattr("stripedrag.eval.tasks.perplexity.PerplexityTask.score", lambda *_: {"nats": math.nan})
+    with pytest.raises(UsageError, match=r"tiny has nats nan on perplexity/\S+, which is no score"):
+        score(Run(tmp_path / "run"))
+
+
+def test_a_question_whose_control_failed_is_no_question_that_was_not_known():
+    about = dict(task="answers", operation="answer", cluster="d", subject="q", content_sha256="0")
+    held = SampleRecord(
+        id="a", cell={"context": "fill", "budget_tokens": 512}, evidence_in_context=True, evidence_share=1.0, **about
+    )
+    bare = SampleRecord(id="b", cell={"context": "none"}, **about)
+    answer = Answered(text="x", finish="stop", prompt_tokens=1, answer_tokens=1)
+    read = Row(held, "m", answer, {"token_f1": 1.0}, None)
+    failed = Row(bare, "m", Failure(reason="timeout", message="no result"), {}, None)
+    missed = Row(bare, "m", answer, {"token_f1": 0.0}, None)
+    assert list(gaps([read, failed])) == []
+    assert {gap.kind: gap.mean for gap in gaps([read, missed])}["used"] == 1.0
+
+
+def test_what_search_finds_in_the_best_chunks_it_finds_in_more_of_them(finished):
+    task = next(t for t in finished.suite().tasks if t.name == "retrieval")
+    found = scores_of(finished, "retriever", task.name)
+    assert found and all(scores["recall_top_1"] <= scores["recall_top_5"] for scores in found)
+    assert all(scores["recall_top_5"] == 1.0 for scores in scores_of(finished, "oracle", task.name))
 
 
 def test_the_analysis_of_stubs_is_what_they_are(finished):
@@ -308,12 +372,14 @@ def test_the_analysis_of_stubs_is_what_they_are(finished):
     lengths = {(e.task, e.system): e for e in found.effective_lengths}
     assert lengths["needle", "oracle"].absolute_tokens == 384
     assert lengths["needle", "empty"].absolute_tokens is None
-    gaps = defaultdict(dict)
+    shares = defaultdict(dict)
     for gap in found.gaps:
-        gaps[gap.system][gap.cell["context"]] = gap
-        assert gap.known + gap.used + gap.guessed + gap.unused + gap.missed == pytest.approx(1)
-    assert gaps["oracle"]["fill"].known == 1.0
-    assert gaps["empty"]["fill"].unused == 1.0
+        shares[gap.system, *gap.cell.items()][gap.kind] = gap.mean
+        assert gap.low <= gap.mean <= gap.high
+    assert all(sum(kinds.values()) == pytest.approx(1) for kinds in shares.values())
+    fill = (("context", "fill"), ("budget_tokens", 512))
+    assert shares["oracle", *fill]["known"] == 1.0
+    assert shares["empty", *fill]["unused"] == 1.0
     recalls = {(r.cell["context"], r.cell.get("budget_tokens")): r.mean for r in found.recalls}
     assert recalls["oracle", None] == 1.0
     assert recalls["random", 512] == recalls["none", None] == 0.0
@@ -418,6 +484,15 @@ def test_pairs_over_cells_take_the_mean_of_what_the_cells_hold(suite, tmp_path):
     assert (contrast.mean, contrast.pairs) == (0.5, 4)
 
 
+def test_a_folder_that_is_a_baseline_has_its_window_and_template(tiny_model_folder):
+    known = {"kind": "model", "name": "tiny", "model": str(tiny_model_folder)}
+    assert ModelSpec(**known).open().window_tokens == 512
+    assert ModelSpec(**known, baseline="qwen3-0.6b").known_as == "qwen3-0.6b"
+    assert ModelSpec(**known, baseline="llama-2-7b").open().window_tokens == 512  # never above what its config allows
+    with pytest.raises(ValueError, match="no baseline 'qwen'; there is"):
+        ModelSpec(**known, baseline="qwen")
+
+
 def test_losses_are_those_of_one_pass(tiny_model_folder):
     from stripedrag.eval import losses as module
     from stripedrag.model.loading import load_model
@@ -474,7 +549,7 @@ def test_a_run_s_key_names_system_content_and_settings(suite, tmp_path):
     second = run(parse_suite(declared, name="small"), tmp_path / "two")
     keys = [{p.key for p in made.lines(made.predictions, Prediction)} for made in (first, second)]
     assert not keys[0] & keys[1]
-    assert runs.Run(tmp_path / "one").manifest()["systems"] == {"oracle": {"stub": "oracle"}}
+    assert Run(tmp_path / "one").manifest().systems == {"oracle": {"stub": "oracle"}}
 
 
 @pytest.mark.slow

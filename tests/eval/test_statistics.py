@@ -55,6 +55,19 @@ def test_intervals_cover_the_truth(share, alike):
     assert covered / trials > 0.92
 
 
+@pytest.mark.parametrize("mean", [0.15, 0.5])
+def test_intervals_of_fractions_cover_the_truth_and_are_as_narrow_as_they_vary(mean):
+    rng, covered, widths = np.random.default_rng(0), 0, []
+    for _ in range(400):
+        values = rng.beta(20 * mean, 20 * (1 - mean), size=12)  # as ROUGE-L varies from story to story
+        found = estimate(values.tolist(), range(12))
+        covered += found.low <= mean <= found.high
+        widths.append(found.high - found.low)
+    spread = (mean * (1 - mean) / 21 / 12) ** 0.5
+    assert 0.92 < covered / 400 < 0.98
+    assert np.mean(widths) == pytest.approx(2 * 2.2 * spread, rel=0.1)  # Student's, of 11 degrees of freedom
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 5)), min_size=1, max_size=40))
 def test_an_interval_holds_its_mean_and_stays_in_range(rows):
     found = estimate([score for score, _ in rows], [cluster for _, cluster in rows])

@@ -1,14 +1,26 @@
 """Contract of every registered task: exact sizes, evidence where it is said to be, the same for the same seed."""
 
+import datetime
+import json
 import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from stripedrag.errors import CorpusError, UsageError
 from stripedrag.eval.data_formats import DATA, Chapter, Claim, CorpusDocument, CorpusQuestion, LongDocument, read_lines
+from stripedrag.eval.places import holds, share_held
 from stripedrag.eval.resources import Resources
-from stripedrag.eval.schema import Answered, Losses, Passage, Question, Ranking, SampleRecord, Stretch, holds
+from stripedrag.eval.schema import (
+    Answered,
+    Losses,
+    Passage,
+    Question,
+    Ranking,
+    SampleRecord,
+    Stretch,
+)
 from stripedrag.eval.suite import load_suite, parse_suite
 from stripedrag.eval.tasks import AnyTask, ReadingTask
 from stripedrag.eval.tasks.no_overlap import LINKS
@@ -193,6 +205,29 @@ def test_a_long_document_is_read_from_its_head_or_from_its_best_parts(samples):
             assert passage.start == 0
 
 
+def test_a_long_document_s_contexts_hold_the_evidence_as_their_names_say(samples):
+    shares = {}
+    for sample in samples["long"][1]:
+        shares.setdefault(sample.cell["context"], set()).add(sample.evidence_share)
+        for passage in sample.passages:
+            assert passage.doc_id == sample.cluster
+    assert shares["oracle"] == shares["reranked-5"] == {1.0}
+    assert shares["head"] == shares["none"] == {0.0}
+    (budget,) = {s.cell["budget_tokens"] for s in samples["long"][1] if s.cell["context"] == "oracle"}
+    assert budget == 384
+
+
+def test_tasks_without_evidence_are_left_out_where_evidence_is_asked_for(samples, resources, files, tmp_path):
+    task, _ = samples["long"]
+    lines = [json.loads(line) for line in Path(files["documents"]).read_text().splitlines()]
+    del lines[0]["tasks"][0]["evidence"]
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UsageError, match=r"has 1 tasks with evidence \(.+\) of source None and 'long' wants 2"):
+        list(task.model_copy(update={"documents": bare}).samples(resources))
+    assert list(task.model_copy(update={"documents": bare, "contexts": ("fill",)}).samples(resources))
+
+
 def test_perplexity_texts_end_at_the_last_position_and_count_the_reference_s_tokens(samples, resources):
     for sample in samples["perplexity"][1]:
         assert sample.boundaries[-1] == len(sample.text)
@@ -229,9 +264,10 @@ def test_abstention_is_right_only_where_there_is_nothing_to_find(samples):
 def test_retrieval_and_perplexity_scores(samples):
     task, (sample, *_) = samples["retrieval"]
     (right,) = sample.relevant
-    output = Ranking(doc_ids=("x", right), evidence_in_budget={64: False, 256: True})
+    output = Ranking(doc_ids=("x", right), evidence_in_budget={64: False, 256: True}, evidence_in_top={1: False})
     scores = task.score(record(sample), output)
-    assert scores == {"ndcg@10": pytest.approx(0.6309, abs=1e-4), "recall@64": 0.0, "recall@256": 1.0}
+    assert scores.pop("ndcg@10") == pytest.approx(0.6309, abs=1e-4)
+    assert scores == {"recall_top_1": 0.0, "recall@64": 0.0, "recall@256": 1.0}
     task, (sample, *_) = samples["perplexity"]
     scores = task.score(record(sample), Losses(nats=(64.0, 128.0, 128.0), tokens=(1, 1, 1)))
     assert scores == {"nats": 1.25, "nats@64": 1.0, "nats@128": 2.0, "nats@256": 1.0}
@@ -253,6 +289,18 @@ def test_evidence_in_joined_or_touching_passages_counts_as_held():
     assert not holds([passage(0, 10), passage(11, 20)], needed)
     assert not holds([Passage(doc_id="e", title="", start=0, end=20, text="x" * 20)], needed)
     assert holds([], []) is None
+
+
+def test_the_share_of_evidence_held_counts_each_character_once():
+    def at(doc_id, start, end):
+        return Stretch(doc_id=doc_id, start=start, end=end)
+
+    evidence = [at("d", 10, 20), at("e", 0, 30)]
+    assert share_held([at("d", 0, 15), at("d", 12, 16)], evidence) == 6 / 40
+    assert share_held([at("d", 18, 90), at("d", 0, 12), at("e", 0, 30)], evidence) == 34 / 40
+    assert share_held([at("d", 0, 90), at("e", 0, 30)], evidence) == 1
+    assert share_held([], evidence) == 0
+    assert share_held([at("d", 0, 90)], []) is None
 
 
 def test_the_data_that_ships_is_whole_and_its_places_hold_the_answers():
@@ -307,10 +355,18 @@ def test_what_cannot_be_made_is_refused_with_the_numbers(tasks, resources):
         made(**named["answers"] | {"budgets": [64], "answer_tokens": 60})
     with pytest.raises(UsageError, match=r"holds no list of words"):
         made(**named["common"] | {"lengths": [64]})
-    with pytest.raises(UsageError, match=r"has 2 tasks of source None and 'long' wants 3"):
+    with pytest.raises(UsageError, match=r"has 2 tasks with evidence \(.+\) of source None and 'long' wants 3"):
         made(**named["long"] | {"samples": 3})
     with pytest.raises(UsageError, match=r"has no query of split 'test'"):
         made(**named["judged"] | {"split": "test"})
+
+
+def test_what_yaml_can_say_and_a_suite_cannot_is_refused():
+    ring = {"name": "t"}
+    ring["title"] = ring
+    for declared in (ring, {"name": datetime.date(2024, 1, 1)}, {("a", "b"): 1}):
+        with pytest.raises(UsageError, match=r"the suite bad\.yaml holds what a suite cannot: "):
+            parse_suite(declared, name="bad.yaml")
 
 
 def test_a_suite_with_faults_is_refused_with_all_of_them():
@@ -346,6 +402,7 @@ def test_a_suite_with_faults_is_refused_with_all_of_them():
             "has a fault:\n  tasks.0.needle: lengths has something twice: 512, 512",
         ),
         ({"tasks": [{"kind": "needle", "name": "n", "lengths": []}]}, "lengths: Tuple should have at least 1 item"),
+        ({"seed": True}, "seed: Input should be a valid integer"),
         ({"timeout_s": float("inf")}, "timeout_s: Input should be a finite number"),
         ({"tasks": []}, "there are no tasks; name at least one"),
         ({"schema_version": 9}, "schema_version is 9; this stripedrag reads 1"),

@@ -4,8 +4,8 @@ Keys that a format does not name are ignored, so that a file may carry its sourc
 """
 
 import gzip
-import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, Self, TypeVar
@@ -115,18 +115,21 @@ def read_lines(path: Path, kind: type[Line]) -> Iterator[Line]:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                record = kind.model_validate(json.loads(line))
+                record = kind.model_validate_json(line)
                 identity = getattr(record, "id", None)
                 if identity in seen:
                     raise CorpusError(f"{path}, line {number}: the id {identity!r} came before. Make ids unique.")
                 seen.add(identity)
                 yield record
+    except CorpusError:
+        raise
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        faults = error.errors()
+        if faults[0]["type"] == "json_invalid":
+            raise CorpusError(f"{path}, line {number} cannot be read: {faults[0]['msg']}") from error
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in faults)
         raise CorpusError(f"{path}, line {number} is no {kind.__name__}: {problems}") from error
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{path}, line {number} cannot be read: {error.msg} at character {error.pos}") from error
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
+    except (ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise CorpusError(f"{path}, line {number + 1} cannot be read: {error}") from error
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -95,8 +95,9 @@ def budget_curves(
             filled = [(_axis(cell, "budget_tokens"), cell) for cell in found if cell.cell["context"] == "fill"]
             thick: dict[str, Any] = {"marker": style.marker, "linewidth": 2.8, "markersize": 7, "zorder": 4}
             _curve(axes, filled, "window filled", style.colour, **thick)
-            held = [(_axis(recall, "budget_tokens"), recall) for recall in recalls if recall.cell["context"] == "fill"]
-            dashed: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.4}
+            aside = 1.0 if len(budgets) > 1 else 0.96  # a point alone has whiskers, which would cover the answers'
+            held = [(aside * _axis(r, "budget_tokens"), r) for r in recalls if r.cell["context"] == "fill"]
+            dashed: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.4, "marker": "_", "markersize": 7}
             _curve(axes, held, "evidence in the filled window", "#000000", band=0.0, **dashed)
             axes.set(title=system, xlabel="budget: tokens of prompt and answer", ylim=(-0.02, 1.02))
             _lengths(axes, budgets)

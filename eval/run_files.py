@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from stripedrag.errors import UsageError
-from stripedrag.eval.schema import Manifest, Prediction, SampleRecord
+from stripedrag.eval.schema import OUTPUT_KINDS, Manifest, Prediction, SampleRecord
 from stripedrag.eval.suite import Suite, parse_suite
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -75,11 +75,16 @@ class Run:
 def _refuse_strangers(
     folder: Path, suite: Suite, samples: Mapping[str, SampleRecord], predictions: Sequence[Prediction]
 ) -> None:
-    known = {system.name for system in suite.systems}
+    known, tasks = {system.name for system in suite.systems}, {task.name for task in suite.tasks}
+    for sample in samples.values():
+        if sample.task not in tasks:
+            raise UsageError(f"{folder} was changed by hand: no task {sample.task!r} ({sample.id}). Start again.")
     seen: set[tuple[str, str]] = set()
     for prediction in predictions:
         named = (prediction.system, prediction.sample_id)
-        if prediction.system not in known or prediction.sample_id not in samples or named in seen:
+        sample_of = samples.get(prediction.sample_id)
+        fits = sample_of and prediction.output.kind in (OUTPUT_KINDS[sample_of.operation], "failure")
+        if prediction.system not in known or not fits or named in seen:
             raise UsageError(
                 f"{folder} was changed by hand: {' on '.join(named)} is not of this run, or there twice. "
                 f"Delete the run and start again."
@@ -88,8 +93,9 @@ def _refuse_strangers(
 
 
 def _json(file: Path) -> Any:
+    text = _text(file)
     try:
-        return json.loads(_text(file))
+        return json.loads(text)
     except ValueError as error:
         raise UsageError(f"{file} cannot be read ({error}). Delete the run and start again.") from error
 

@@ -70,11 +70,14 @@ def run(
 
 
 def turns_of(work: Sequence[tuple[Any, Any]], systems: Sequence[System]) -> list[tuple[Any, Any, System]]:
-    """(task, sample, system) in the order of a run, for samples or their records: who can do what, and is asked to."""
+    """(task, sample, system) in the order of a run, for samples or their records: who can do what, and is asked to.
+
+    In every other round of a cost task the systems take their turns the other way round, so that none is always first.
+    """
     return [
         (task, sample, system)
         for task, sample in work
-        for system in systems
+        for system in (systems[::-1] if int(sample.cell.get("round", 0)) % 2 else systems)
         if sample.operation in system.operations and (task.systems is None or system.name in task.systems)
     ]
 
@@ -117,12 +120,17 @@ def _only_run_here(folder: Path) -> Iterator[None]:
 def _claim(made: Run, suite: Suite) -> None:
     try:
         made.folder.mkdir(parents=True, exist_ok=True)
-        (made.folder / ".lock").touch()
+        with (made.folder / ".lock").open("w"):
+            pass
     except OSError as error:
         raise UsageError(f"{made.folder} cannot take a run: {error.strerror}. Choose another folder.") from error
     strangers = sorted(entry.name for entry in made.folder.iterdir() if not entry.name.startswith("."))
     if strangers and "suite.json" not in strangers:
         raise UsageError(f"{made.folder} holds {strangers[0]!r} and no run. Choose an empty folder.")
+    if not made.predictions.exists():  # what was refused before anything was done may be mended and tried again
+        for file in (made.folder / "suite.json", made.folder / "manifest.json", made.samples):
+            if file.is_file():
+                file.unlink()
     keep(made.folder / "suite.json", suite.model_dump_json(indent=1, by_alias=True) + "\n", "is of")
 
 
@@ -243,6 +251,9 @@ def _attempt(system: System, task: Any, sample: Any, resources: Resources, meter
 
 
 def _append(file: IO[str], record: BaseModel) -> None:
-    file.write(dumps(record) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+    try:
+        file.write(dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise UsageError(f"{file.name} cannot be written: {error.strerror}. Then the same command goes on.") from error

@@ -212,6 +212,15 @@ class Failure(Record):
 Output = Annotated[Answered | Losses | Ranking | Carried | LMResponses | Failure, Field(discriminator="kind")]
 
 
+OUTPUT_KINDS = {  # what comes back for a sample's operation, if nothing fails
+    "answer": "answered",
+    "perplexity": "losses",
+    "search": "ranking",
+    "cost": "carried",
+    "lm_eval": "lm_responses",
+}
+
+
 class Prediction(Record):
     """What a system made of a sample. `key` is the hash of the system's identity, the sample and the settings."""
 

@@ -52,7 +52,8 @@ def estimate(scores: Sequence[float], clusters: Sequence[Hashable], *, bounded: 
     For scores in [0, 1] (`bounded`) the interval is Wilson's (1927) at the effective number of samples (Korn and
     Graubard 1998), that of independent 0-1 scores whose mean would vary as this one does: it stays in [0, 1], right
     near its ends. For scores that are 0 or 1 it is never more than there are.
-    Otherwise it is Student's with clusters - 1 degrees of freedom. One cluster has no interval that is not [0, 1].
+    Otherwise it is Student's with clusters - 1 degrees of freedom, and NaN where all scores are equal, which says
+    nothing of how they vary. One cluster has no interval that is not [0, 1].
 
     Raises ValueError where the lengths differ, or a bounded score is not in [0, 1].
     """
@@ -63,19 +64,21 @@ def estimate(scores: Sequence[float], clusters: Sequence[Hashable], *, bounded: 
         raise ValueError(f"scores reach from {values.min()} to {values.max()}; bounded ones lie in [0, 1]")
     if not len(values):
         return Estimate(math.nan, math.nan, math.nan, 0, 0)
-    mean, sums = float(values.mean()), _cluster_sums(values - values.mean(), clusters)
+    is_one_value = values.min() == values.max()  # and not a variance of 1e-33, which rounding leaves
+    mean = float(values[0] if is_one_value else values.mean())
+    sums = _cluster_sums(values - mean, clusters)
     count, groups = len(values), len(sums)
     if groups == 1:
         ends = (0.0, 1.0) if bounded else (math.nan, math.nan)
         return Estimate(mean, *ends, count, groups)
     variance = groups / (groups - 1) * float((sums**2).sum()) / count**2
     if not bounded:
-        half = _student(groups - 1) * math.sqrt(variance)
+        half = math.nan if is_one_value else _student(groups - 1) * math.sqrt(variance)
         return Estimate(mean, mean - half, mean + half, count, groups)
     # Of independent 0-1 samples with this mean and variance; where all scores are equal the clusters are what is
     # counted. Scores between 0 and 1 vary less than those at the ends, and may be worth more samples than there are.
     binomial = mean * (1 - mean)
-    effective = binomial / variance if variance > 0 and binomial > 0 else groups
+    effective = groups if is_one_value or variance == 0 else binomial / variance
     if np.isin(values, (0, 1)).all():
         effective = min(effective, count)
     low, high = wilson(mean, effective, quantile=_student(groups - 1))

@@ -47,12 +47,12 @@ class Suite(Record):
     """What a run does. `headline` is the report's first table; `limits` says what the suite is too small to show."""
 
     schema_version: int = SCHEMA_VERSION
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     title: str
     limits: str = ""
     seed: int = Field(default=0, ge=0)
     reference_tokenizer: str = "smollm2-135m-instruct"
-    timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    timeout_s: float = Field(default=600.0, gt=0, le=604_800, allow_inf_nan=False)
     systems: tuple[AnySystem, ...]
     tasks: tuple[AnyTask, ...]
     headline: tuple[Headline, ...] = ()
@@ -73,6 +73,13 @@ class Suite(Record):
                 raise ValueError(f"{kind} {', '.join(map(repr, twice))} come twice; give each a label of its own")
         named_systems = [name for task in self.tasks for name in task.systems or ()]
         named_systems += [name for c in self.contrasts for name in (c.system, c.against or c.system)]
+        tested = [
+            json.dumps([c.task, c.cell, c.metric, sorted([c.system, c.against or c.system]), c.against_cell])
+            for c in self.contrasts
+        ]
+        if again := _twice(tested):
+            label = self.contrasts[tested.index(again[0])].label
+            raise ValueError(f"the contrast {label!r} is declared twice; a second family would undo Holm's correction")
         for contrast in self.contrasts:
             if contrast.against in (None, contrast.system) and contrast.against_cell in (None, contrast.cell):
                 raise ValueError(f"the contrast {contrast.label!r} compares {contrast.system} with itself")
@@ -81,6 +88,8 @@ class Suite(Record):
         by_name = {task.name: task for task in self.tasks}
         for asked in (*self.headline, *self.contrasts):
             known = by_name[asked.task].known_metrics()
+            if known == ():
+                raise ValueError(f"{asked.label!r} asks for {asked.task}, which is measured and not scored")
             if asked.metric is not None and known is not None and asked.metric not in known:
                 raise ValueError(f"{asked.label!r} asks for {asked.metric}; {asked.task} has {', '.join(known)}")
         if self.schema_version != SCHEMA_VERSION:
@@ -103,7 +112,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping; raises `YAMLError` for a key that came before."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         if twice := _twice(keys):
             raise yaml.YAMLError(f"the key {twice[0]!r} comes twice at line {node.start_mark.line + 1}")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
@@ -123,8 +133,8 @@ def load_suite(name_or_path: str) -> Suite:
         declared = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UsageError(f"the suite {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # of dates, numbers, keys, depth
+        raise UsageError(f"{path} is no YAML that can be read: {' '.join(str(error).split())}") from error
     return parse_suite(declared, name=str(path))
 
 

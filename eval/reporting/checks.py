@@ -30,7 +30,7 @@ _STUBS = {
     "chance": "what another question's answer is worth",
 }
 _CONTROLS = {
-    "none": "what the weights know, from training on the questions too",
+    "none": "what the weights know already",
     "random": "what any text does: no more than none",
     "oracle": "what reading is worth where search does not err",
 }

@@ -78,14 +78,13 @@ def headline(view: View) -> Table:
         if any(entry.text != NOTHING for entry in entries):
             unit = next(iter(found_costs.values()))[0]
             rows.append([Entry(f"{name}, {length:,} tokens"), Entry(unit), *entries, *blank])
-    verdict = (
-        "Bold: the model that declared contrasts show ahead"
-        if any(bold.values())
-        else "Nothing is bold: no declared contrast shows a model ahead"
-    )
+    verdict = ""
+    if view.suite.families:
+        bold_says = "Bold: the model that declared contrasts show ahead" if any(bold.values()) else "Nothing is bold"
+        verdict = f"{bold_says} (p < .05 after Holm)."
     note = (
-        "Means with 95 % intervals clustered by document, n answered; costs are medians with the range of the rounds. "
-        f"{verdict} (p < .05 after Holm)."
+        "Means with 95 % intervals clustered by document, n answered; costs are medians with the range of the rounds, "
+        f"peak memory is one measurement. {verdict}"
     )
     return Table(columns, rows, note=note, heads=2)
 

@@ -28,14 +28,15 @@ def verdicts(view: View) -> list[Verdict]:
         results = [result for result in view.analysis.contrasts if result.family == family.name]
         declared = {contrast.label: contrast for contrast in family.contrasts}
         found = [result for result in results if result.p_holm < _ALPHA]
-        tests = counted(sum(not math.isnan(result.p) for result in results), "test")
+        number_of_tests = sum(not math.isnan(result.p) for result in results)
+        tests = counted(number_of_tests, "test")
         shown = f"{len(found)} of {tests} {'shows' if len(found) == 1 else 'show'} a difference"
         made.append(
             Verdict(
                 family=family.name,
                 summary=f"{shown if found else 'No difference can be shown'} (p < .05 after Holm over {tests}).",
                 found=[_found(result, declared[result.label]) for result in found],
-                rest=[_open(result) for result in results if not result.p_holm < _ALPHA],
+                rest=[_open(result, number_of_tests) for result in results if not result.p_holm < _ALPHA],
             )
         )
     return made
@@ -89,18 +90,14 @@ def _found(result: ContrastResult, declared: Contrast) -> str:
     return f"{result.label}: {ahead} beats {behind} by {size}, {p_words(result.p_holm)}{_left_out(result)}."
 
 
-def _open(result: ContrastResult) -> str:
+def _open(result: ContrastResult, tests: int) -> str:
     """A contrast that shows nothing."""
     if math.isnan(result.p):
-        return f"{result.label} (not tested: no sample was answered on both sides)"
-    few = f", no p below {_least_p(result):.2g} is possible with {counted(result.clusters, 'cluster')}"
-    hopeless = few if _least_p(result) >= _ALPHA else ""
+        return f"{result.label} (not tested: no sample has this score on both sides)"
+    least = tests * 2.0 ** (1 - result.clusters)  # all clusters one way, and Holm's first factor
+    few = f", the least p that {counted(result.clusters, 'cluster')} and {counted(tests, 'test')} allow is {least:.2g}"
+    hopeless = few if least >= _ALPHA else ""
     return f"{result.label} ({mean_words(result)}, {p_words(result.p_holm)}{_left_out(result)}{hopeless})"
-
-
-def _least_p(result: ContrastResult) -> float:
-    """The least p of a permutation test of so many clusters: all of them one way, or all the other."""
-    return float(2.0 ** (1 - result.clusters))
 
 
 def _left_out(result: ContrastResult) -> str:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from stripedrag.errors import CorpusError, UsageError
 from stripedrag.eval.data_formats import DATA, CorpusQuestion, Place, file_sha256, read_lines
+from stripedrag.eval.places import holds
 from stripedrag.eval.resources import Resources, read_corpus
 from stripedrag.eval.schema import Passage, Record, Stretch
 from stripedrag.indexes.documents import Document
@@ -58,6 +59,7 @@ class CorpusFields(Record):
         index = self.index(resources)
         for question in drawn:
             _refuse_places_outside(question, index)
+            _refuse_gold_apart(question)
         return drawn
 
     def _documents(self, resources: Resources) -> Iterator[Document]:
@@ -82,6 +84,11 @@ def _refuse_places_outside(question: CorpusQuestion, index: Index) -> None:
                 f"question {question.id!r} has gold at {place.start}:{place.end} of document {place.doc_id!r}, which "
                 f"has {length} characters. Mend the question."
             )
+
+
+def _refuse_gold_apart(question: CorpusQuestion) -> None:
+    if question.gold_passages and not holds(question.gold_passages, question.gold_spans):
+        raise CorpusError(f"question {question.id!r} has gold_spans outside its gold_passages. Mend the question.")
 
 
 def stretches(places: Sequence[Place], doc_id: str = "") -> tuple[Stretch, ...]:

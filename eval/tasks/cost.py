@@ -57,6 +57,10 @@ class CostTask(HaystackFields, Task):
                     measures="seconds" if turn else "bytes",
                 )
 
+    def known_metrics(self) -> tuple[str, ...]:
+        """None: what is measured here is no score."""
+        return ()
+
     def score(self, sample: SampleRecord, output: Carried) -> dict[str, float]:
         """Nothing."""
         del sample, output

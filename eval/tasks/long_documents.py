@@ -1,12 +1,13 @@
 """Long documents: query-based summaries of stories (SQuALITY) and meetings (QMSum), from what a budget holds."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from stripedrag.errors import UsageError
+from stripedrag.errors import CorpusError, UsageError
 from stripedrag.eval.data_formats import DATA, LongDocument, LongTask, read_lines
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Passage, Question, Stretch, asked
@@ -67,6 +68,11 @@ class LongDocumentsTask(ReadingTask):
     def _drawn(self, resources: Resources) -> list[tuple[LongDocument, LongTask]]:
         """A task of each document in turn, until there are enough."""
         found = [d for d in read_lines(self.documents, LongDocument) if self.source in (None, d.source)]
+        for document in found:
+            _refuse_places_outside(document)
+        ids = Counter(task.id for document in found for task in document.tasks)
+        if again := [name for name, count in ids.items() if count > 1]:
+            raise CorpusError(f"{self.documents} has two tasks {again[0]!r}. Make the ids of tasks unique in the file.")
         turns: list[tuple[int, LongDocument, LongTask]] = []
         needs_evidence = any(name in _OF_EVIDENCE for name in self.contexts)
         for document in resources.rng(self.name).sample(found, len(found)):
@@ -108,3 +114,13 @@ class LongDocumentsTask(ReadingTask):
     def data(self) -> Mapping[str, str]:
         """The documents."""
         return {"documents": str(self.documents)}
+
+
+def _refuse_places_outside(document: LongDocument) -> None:
+    for task in document.tasks:
+        for place in task.evidence:
+            if place.doc_id not in ("", document.id) or place.end > len(document.document):
+                raise CorpusError(
+                    f"task {task.id!r} of document {document.id!r}, {len(document.document)} characters long, has "
+                    f"evidence at {place.start}:{place.end} of {place.doc_id or document.id!r}. Mend the task."
+                )

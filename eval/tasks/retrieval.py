@@ -51,6 +51,11 @@ class CorpusRetrievalTask(CorpusFields, RetrievalTask):
     budgets: tuple[Length, ...] = (2048, 4096, 8192)
     tops: tuple[Annotated[int, Field(ge=1)], ...] = ()
 
+    def known_metrics(self) -> tuple[str, ...]:
+        """nDCG, and recall in each of `tops` and at each of `budgets`."""
+        recalls = [*(f"recall_top_{k}" for k in self.tops), *(f"recall@{budget}" for budget in self.budgets)]
+        return (f"ndcg@{DEPTH}", *recalls)
+
     def samples(self, resources: Resources) -> Iterator[Search]:
         """A search for each question."""
         for asked in self.drawn(resources):

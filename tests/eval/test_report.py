@@ -440,8 +440,8 @@ def test_a_suite_without_a_headline_says_so_where_the_table_would_be(tmp_path):
 
 def test_contrasts_that_so_few_clusters_cannot_decide_say_so(tmp_path):
     texts = written(tmp_path / "run", kinds=("rag",), clusters=4)
-    assert "no p below 0.12 is possible with 4 clusters" in texts["report.md"]
-    assert "is possible with" not in written(tmp_path / "more", kinds=("rag",))["report.md"]
+    assert "the least p that 4 clusters and 1 test allow is 0.12" in texts["report.md"]
+    assert "the least p that" not in written(tmp_path / "more", kinds=("rag",))["report.md"]
 
 
 def test_sections_with_nothing_to_show_are_left_out(tmp_path):

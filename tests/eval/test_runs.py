@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from stripedrag.errors import UsageError
+from stripedrag.eval import runs
 from stripedrag.eval.analysis import analyse
 from stripedrag.eval.cli import app
 from stripedrag.eval.evidence import gaps
@@ -294,6 +295,11 @@ def test_an_unfinished_run_says_so_and_scores_of_fewer_predictions_are_refused(f
         ("manifest.json", lambda text: "{", r"manifest\.json cannot be read"),
         ("scores.jsonl", lambda text: text.replace("1.0", "NaN", 1), r"scores\.jsonl, line \d+ is no Score: scores\."),
         ("predictions.jsonl", lambda text: "{}\n", r"line 1 is no Prediction: key: Field required"),
+        (
+            "samples.jsonl",
+            lambda text: text.replace('"task": "needle"', '"task": "pin"', 1),
+            r"changed by hand: no task",
+        ),
     ],
 )
 def test_files_that_were_changed_by_hand_are_named_with_the_place(finished, tmp_path, file, change, message):
@@ -438,6 +444,24 @@ def test_columns_and_tests_over_what_there_is_not_are_refused_before_any_work(su
     with pytest.raises(UsageError, match=message):
         run(declared, tmp_path / "run")
     assert not (tmp_path / "run" / "predictions.jsonl").exists()
+
+
+def test_a_suite_that_was_refused_can_be_mended_in_its_folder(suite, tmp_path):
+    declared = small(suite, systems=("oracle",), tasks=("needle",))
+    with pytest.raises(UsageError, match="has no cell"):
+        run(
+            parse_suite(declared | {"headline": [{"label": "x", "task": "needle", "cell": {"a": 1}}]}, name="t"),
+            tmp_path,
+        )
+    assert score(run(parse_suite(declared, name="t"), tmp_path))
+
+
+def test_systems_take_turns_at_being_first_in_rounds_of_a_cost_task(finished):
+    cost = next(task for task in finished.suite().tasks if task.name == "cost")
+    sample = SampleRecord(id="c", task="cost", operation="cost", cell={}, cluster="", subject="", content_sha256="")
+    pair = [ModelSystem(ModelSpec(kind="model", name=name, model="m")) for name in ("a", "b")]
+    work = [(cost, sample.model_copy(update={"cell": {"round": turn}})) for turn in range(3)]
+    assert [system.name for _, _, system in runs.turns_of(work, pair)] == ["a", "b", "b", "a", "a", "b"]
 
 
 def test_a_task_that_no_system_can_do_is_refused(suite, tmp_path):

@@ -55,6 +55,15 @@ def test_intervals_cover_the_truth(share, alike):
     assert covered / trials > 0.92
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, 1 / 3, 0.37, 0.7, 0.8, 1.0])
+@pytest.mark.parametrize("count", [2, 3, 6, 7, 10, 12])
+def test_equal_scores_are_as_sure_as_their_clusters_are_many(value, count):
+    found = estimate([value] * count, range(count))
+    assert found.mean == value
+    assert found.high - found.low > 0.8 / count
+    assert math.isnan(estimate([value] * count, range(count), bounded=False).low)
+
+
 @pytest.mark.parametrize("mean", [0.15, 0.5])
 def test_intervals_of_fractions_cover_the_truth_and_are_as_narrow_as_they_vary(mean):
     rng, covered, widths = np.random.default_rng(0), 0, []

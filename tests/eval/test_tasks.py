@@ -1,6 +1,7 @@
 """Contract of every registered task: exact sizes, evidence where it is said to be, the same for the same seed."""
 
 import datetime
+import gzip
 import json
 import re
 from pathlib import Path
@@ -333,6 +334,14 @@ def test_a_bad_data_file_is_named_with_its_line(tmp_path):
     (tmp_path / "bad.xz").write_bytes(b"no xz")
     with pytest.raises(CorpusError, match=r"bad\.xz, line 1 cannot be read"):
         list(read_lines(tmp_path / "bad.xz", CorpusDocument))
+    whole = gzip.compress(b'{"id": "a", "text": "' + bytes(range(32, 34)) * 900 + b'"}')
+    (tmp_path / "bad.gz").write_bytes(whole[:20] + b"\xff\xff\xff\xff" + whole[24:])
+    with pytest.raises(CorpusError, match=r"bad\.gz, line 1 cannot be read"):
+        list(read_lines(tmp_path / "bad.gz", CorpusDocument))
+    for odd in ('{"id": "a", "text": "\\ud800"}', '{"id": "a", "text": "b", "more": ' + "[" * 9000 + "}"):
+        (tmp_path / "odd.jsonl").write_text(odd + "\n")
+        with pytest.raises(CorpusError, match=r"odd\.jsonl, line 1 "):
+            list(read_lines(tmp_path / "odd.jsonl", CorpusDocument))
     with pytest.raises(CorpusError, match=r"gone\.jsonl cannot be read: No such file"):
         list(read_lines(tmp_path / "gone.jsonl", CorpusDocument))
 
@@ -405,6 +414,18 @@ def test_a_suite_with_faults_is_refused_with_all_of_them():
         ({"seed": True}, "seed: Input should be a valid integer"),
         ({"timeout_s": float("inf")}, "timeout_s: Input should be a finite number"),
         ({"tasks": []}, "there are no tasks; name at least one"),
+        ({"name": ".."}, "name: String should match pattern"),
+        (
+            {"tasks": [{"kind": "cost", "name": "n", "lengths": [512]}], "headline": [{"label": "x", "task": "n"}]},
+            "'x' asks for n, which is measured and not scored",
+        ),
+        (
+            {
+                "tasks": [{"kind": "retrieval", "name": "n", "budgets": [512]}],
+                "headline": [{"label": "x", "task": "n", "metric": "recall@999"}],
+            },
+            "'x' asks for recall@999; n has ndcg@10, recall@512",
+        ),
         ({"schema_version": 9}, "schema_version is 9; this stripedrag reads 1"),
     ],
 )
@@ -417,6 +438,62 @@ def test_a_suite_that_contradicts_itself_is_refused(change, message):
     }
     with pytest.raises(UsageError, match=message):
         parse_suite(base | change, name="t")
+
+
+def test_a_contrast_in_two_families_is_refused():
+    stubs = [{"kind": "stub", "name": name} for name in ("oracle", "chance")]
+    sides = [{"system": "oracle", "against": "chance"}, {"system": "chance", "against": "oracle"}]
+    families = [{"name": s["system"], "contrasts": [{"label": "x", "task": "n"} | s]} for s in sides]
+    tasks = [{"kind": "needle", "name": "n", "lengths": [512]}]
+    with pytest.raises(UsageError, match="the contrast 'x' is declared twice; a second family would undo Holm's"):
+        parse_suite({"name": "t", "title": "t", "systems": stubs, "tasks": tasks, "families": families}, name="t")
+
+
+@pytest.mark.parametrize(
+    "text", ["limits: 2020-13-45", "? [a, b]\n: 3", "seed: !!int abc", f"seed: {'9' * 5000}", f"limits: {'[' * 3000}"]
+)
+def test_yaml_that_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.yaml is no YAML that can be read: "):
+        load_suite(str(tmp_path / "bad.yaml"))
+
+
+def test_yaml_may_merge_what_it_has_named(tmp_path):
+    (tmp_path / "merged.yaml").write_text(
+        "name: t\ntitle: t\nsystems: [{kind: stub, name: oracle}]\ntasks:\n"
+        "  - &first {kind: needle, name: a, lengths: [512]}\n  - {<<: *first, name: b}\n"
+    )
+    assert [task.name for task in load_suite(str(tmp_path / "merged.yaml")).tasks] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"evidence": [{"start": 0, "end": 99_999}]},
+            r"'s0-1' of document 's0', \d+ characters long, has evidence at 0:",
+        ),
+        ({"evidence": [{"doc_id": "s1", "start": 0, "end": 9}]}, r"has evidence at 0:9 of 's1'\. Mend the task"),
+        ({"id": "s1-1"}, r"has two tasks 's1-1'\. Make the ids of tasks unique"),
+    ],
+)
+def test_long_documents_whose_tasks_cannot_be_are_refused(samples, resources, files, tmp_path, change, message):
+    task, _ = samples["long"]
+    lines = [json.loads(line) for line in Path(files["documents"]).read_text().splitlines()]
+    lines[0]["tasks"][0] |= change
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(CorpusError, match=message):
+        list(task.model_copy(update={"documents": tmp_path / "odd.jsonl"}).samples(resources))
+
+
+def test_gold_outside_its_passages_is_refused(samples, resources, files, tmp_path):
+    task, _ = samples["answers"]
+    lines = [json.loads(line) for line in Path(files["questions"]).read_text().splitlines()]
+    for line in lines:
+        line["gold_passages"] = [{**line["gold_spans"][0], "end": line["gold_spans"][0]["end"] - 1}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(CorpusError, match=r"has gold_spans outside its gold_passages\. Mend the question"):
+        list(task.model_copy(update={"questions": tmp_path / "odd.jsonl"}).samples(resources))
 
 
 def test_a_suite_is_found_by_name_or_file_and_a_bad_file_is_named(tmp_path):

@@ -101,13 +101,13 @@ def _cells(rows: Sequence[Row]) -> Iterable[Cell]:
 
 
 def _headline(suite: Suite, by_task: Mapping[str, Sequence[Row]]) -> Iterable[HeadlineScore]:
-    for column in suite.headline:
-        rows = [row for row in by_task.get(column.task, ()) if agrees(row.sample.cell, column.cell)]
-        metric = column.metric or first_metric(rows) or ""
+    for line in suite.headline:
+        rows = [row for row in by_task.get(line.task, ()) if agrees(row.sample.cell, line.cell)]
+        metric = line.metric or first_metric(rows) or ""
         for system, found in by_system(rows).items():
             mean = mean_score(found, metric)
             yield HeadlineScore(
-                label=column.label,
+                label=line.label,
                 system=system,
                 metric=metric,
                 **interval_fields(mean),
@@ -142,9 +142,7 @@ def _contrast(family: str, contrast: Contrast, rows: Sequence[Row]) -> ContrastR
         metric=metric,
         first=f"{first} {words(contrast.cell)}" if across else first,
         second=f"{second} {words(second_cell)}" if across else second,
-        mean=result.mean,
-        low=result.low,
-        high=result.high,
+        **interval_fields(result),
         p=result.p,
         p_holm=math.nan,
         pairs=result.samples,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stripedrag.eval.schema import Failure, SampleRecord, Timing
-from stripedrag.eval.statistics import Estimate, estimate
+from stripedrag.eval.statistics import Difference, Estimate, estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ def failures_of(rows: Iterable[Row]) -> dict[str, int]:
     return dict(Counter(row.output.reason for row in rows if isinstance(row.output, Failure)))
 
 
-def interval_fields(mean: Estimate) -> dict[str, float]:
-    """The fields of a record that are an estimate and its interval."""
+def interval_fields(mean: Estimate | Difference) -> dict[str, float]:
+    """The fields of a record that are an estimate, or a difference, and its interval."""
     return {"mean": mean.mean, "low": mean.low, "high": mean.high}
 
 

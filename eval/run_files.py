@@ -83,7 +83,7 @@ def _refuse_strangers(
     for prediction in predictions:
         named = (prediction.system, prediction.sample_id)
         sample_of = samples.get(prediction.sample_id)
-        fits = sample_of and prediction.output.kind in (OUTPUT_KINDS[sample_of.operation], "failure")
+        fits = sample_of and prediction.output.kind in (OUTPUT_KINDS.get(sample_of.operation), "failure")
         if prediction.system not in known or not fits or named in seen:
             raise UsageError(
                 f"{folder} was changed by hand: {' on '.join(named)} is not of this run, or there twice. "

@@ -52,10 +52,10 @@ def run(
     folder holds another run or something else, and what tasks and systems raise for what is missing.
     """
     made = Run(folder)
-    _claim(made, suite)
     systems = [spec.open() for spec in suite.systems]
     resources = Resources(seed=suite.seed, reference_tokenizer=suite.reference_tokenizer, folder=folder, tell=tell)
     with _only_run_here(folder), closing(resources):
+        _claim(made, suite)
         manifest = _manifest(suite, systems)  # first, so that a model that is missing costs no embedding
         if (folder / "manifest.json").exists():  # a commit more is no reason to lose a night's work; all else is
             manifest = manifest.model_copy(update={"commit": made.manifest().commit})
@@ -104,8 +104,13 @@ def _refuse_idle(suite: Suite, work: Sequence[tuple[Any, Any]], turns: Sequence[
 
 @contextmanager
 def _only_run_here(folder: Path) -> Iterator[None]:
-    """Raises `UsageError` where another process runs in the folder."""
-    with (folder / ".lock").open("w") as lock:
+    """Raises `UsageError` where another process runs in the folder, or none can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{folder} cannot take a run: {error.strerror}. Choose another folder.") from error
+    with lock:
         try:
             import fcntl
 
@@ -118,12 +123,6 @@ def _only_run_here(folder: Path) -> Iterator[None]:
 
 
 def _claim(made: Run, suite: Suite) -> None:
-    try:
-        made.folder.mkdir(parents=True, exist_ok=True)
-        with (made.folder / ".lock").open("w"):
-            pass
-    except OSError as error:
-        raise UsageError(f"{made.folder} cannot take a run: {error.strerror}. Choose another folder.") from error
     strangers = sorted(entry.name for entry in made.folder.iterdir() if not entry.name.startswith("."))
     if strangers and "suite.json" not in strangers:
         raise UsageError(f"{made.folder} holds {strangers[0]!r} and no run. Choose an empty folder.")

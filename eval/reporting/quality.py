@@ -74,8 +74,8 @@ def _thesis_caption(task: str, cells: Sequence[Cell]) -> str:
     lead = f"At {budget:,} tokens: {'; '.join(said)}. " if said else ""
     return (
         f"{task}. {lead}Filling pays where the thick curve lies above the thin ones. The dashed curve is the "
-        "share of the evidence that is in the filled window. Bands "
-        "and whiskers are 95 % intervals; a hollow mark is the mean of what did not fail."
+        "share of the evidence that is in the filled window. Bands and whiskers are 95 % intervals; a hollow mark is "
+        "the mean of what did not fail."
     )
 
 

@@ -1,7 +1,8 @@
 """A corpus with questions, as several tasks use it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import Field
 
@@ -12,6 +13,8 @@ from stripedrag.eval.resources import Resources, read_corpus
 from stripedrag.eval.schema import Passage, Record, Stretch
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.index import Index
+
+Drawn = TypeVar("Drawn")
 
 
 class CorpusFields(Record):
@@ -53,9 +56,7 @@ class CorpusFields(Record):
         by_document: dict[str, list[CorpusQuestion]] = {}
         for question in resources.rng("questions").sample(found, len(found)):
             by_document.setdefault(question.gold_spans[0].doc_id, []).append(question)
-        turns = [(turn, question) for questions in by_document.values() for turn, question in enumerate(questions)]
-        turns.sort(key=lambda pair: pair[0])  # stable: documents keep the drawn order within a turn
-        drawn = [question for _, question in turns[: self.samples_per_cell]]
+        drawn = in_turn(by_document.values())[: self.samples_per_cell]
         index = self.index(resources)
         for question in drawn:
             _refuse_places_outside(question, index)
@@ -89,6 +90,12 @@ def _refuse_places_outside(question: CorpusQuestion, index: Index) -> None:
 def _refuse_gold_apart(question: CorpusQuestion) -> None:
     if question.gold_passages and not holds(question.gold_passages, question.gold_spans):
         raise CorpusError(f"question {question.id!r} has gold_spans outside its gold_passages. Mend the question.")
+
+
+def in_turn(groups: Iterable[Sequence[Drawn]]) -> list[Drawn]:
+    """The first of each group, then the second of each that has one, and so on."""
+    turns = [(turn, one) for group in groups for turn, one in enumerate(group)]
+    return [one for _, one in sorted(turns, key=lambda pair: pair[0])]  # stable: groups keep their order in a turn
 
 
 def stretches(places: Sequence[Place], doc_id: str = "") -> tuple[Stretch, ...]:

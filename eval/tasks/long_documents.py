@@ -12,7 +12,7 @@ from stripedrag.eval.data_formats import DATA, LongDocument, LongTask, read_line
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Passage, Question, Stretch, asked
 from stripedrag.eval.tasks.base import ReadingTask
-from stripedrag.eval.tasks.corpus import stretches
+from stripedrag.eval.tasks.corpus import in_turn, stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.eval.tasks.retrieved import Source
 from stripedrag.indexes.documents import Document
@@ -73,20 +73,20 @@ class LongDocumentsTask(ReadingTask):
         ids = Counter(task.id for document in found for task in document.tasks)
         if again := [name for name, count in ids.items() if count > 1]:
             raise CorpusError(f"{self.documents} has two tasks {again[0]!r}. Make the ids of tasks unique in the file.")
-        turns: list[tuple[int, LongDocument, LongTask]] = []
+        groups = []
         needs_evidence = any(name in _OF_EVIDENCE for name in self.contexts)
         for document in resources.rng(self.name).sample(found, len(found)):
             tasks = [task for task in document.tasks if task.evidence or not needs_evidence]
             tasks = resources.rng(self.name, document.id).sample(tasks, len(tasks))
-            turns += [(turn, document, task) for turn, task in enumerate(tasks)]
-        if len(turns) < self.samples_per_cell:
+            groups.append([(document, task) for task in tasks])
+        drawn = in_turn(groups)
+        if len(drawn) < self.samples_per_cell:
             kind = "tasks with evidence (oracle and reranked-5 need it)" if needs_evidence else "tasks"
             raise UsageError(
-                f"{self.documents} has {len(turns)} {kind} of source {self.source!r} and {self.name!r} wants "
+                f"{self.documents} has {len(drawn)} {kind} of source {self.source!r} and {self.name!r} wants "
                 f"{self.samples_per_cell}. Lower its samples."
             )
-        turns.sort(key=lambda turn: turn[0])
-        return [(document, task) for _, document, task in turns[: self.samples_per_cell]]
+        return drawn[: self.samples_per_cell]
 
     def _budgets(self, name: _Context) -> tuple[int | None, ...]:
         if name == "none":

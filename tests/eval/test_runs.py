@@ -469,6 +469,17 @@ def test_a_task_that_no_system_can_do_is_refused(suite, tmp_path):
         run(parse_suite(small(suite, systems=("oracle",)), name="small"), tmp_path / "run")
 
 
+def test_a_run_that_is_under_way_is_not_touched_by_another_suite(suite, tmp_path):
+    first = parse_suite(small(suite, systems=("oracle",), tasks=("needle",)), name="t")
+    other = parse_suite(small(suite, systems=("empty",), tasks=("needle",)), name="t")
+    run(first, tmp_path)
+    (tmp_path / "predictions.jsonl").unlink()  # as it is while samples are still being made
+    before = {name: (tmp_path / name).read_bytes() for name in ("suite.json", "manifest.json", "samples.jsonl")}
+    with runs._only_run_here(tmp_path), pytest.raises(UsageError, match="another process runs in"):
+        run(other, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
 def test_two_processes_cannot_run_in_one_folder(suite, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "run").mkdir()

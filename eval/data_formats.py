@@ -3,14 +3,10 @@
 Keys that a format does not name are ignored, so that a file may carry its sources and licences.
 """
 
-import gzip
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any, Self, TypeVar
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stripedrag.errors import CorpusError
 from stripedrag.weights import sha256
@@ -98,38 +94,5 @@ def file_sha256(path: Path) -> str:
     """A data file's hash. Raises `CorpusError` where it cannot be read."""
     try:
         return sha256(path.resolve())
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-Line = TypeVar("Line", bound=_Line)
-_OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
-
-
-def read_lines(path: Path, kind: type[Line]) -> Iterator[Line]:
-    """The lines of a data file. Raises `CorpusError` for a file that cannot be read, and names the line at fault."""
-    opener = _OPENERS.get(path.suffix, open)
-    number, seen = 0, set()
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                record = kind.model_validate_json(line)
-                identity = getattr(record, "id", None)
-                if identity in seen:
-                    raise CorpusError(f"{path}, line {number}: the id {identity!r} came before. Make ids unique.")
-                seen.add(identity)
-                yield record
-    except CorpusError:
-        raise
-    except ValidationError as error:
-        faults = error.errors()
-        if faults[0]["type"] == "json_invalid":
-            raise CorpusError(f"{path}, line {number} cannot be read: {faults[0]['msg']}") from error
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in faults)
-        raise CorpusError(f"{path}, line {number} is no {kind.__name__}: {problems}") from error
-    except (ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise CorpusError(f"{path}, line {number + 1} cannot be read: {error}") from error
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error

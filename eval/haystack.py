@@ -13,8 +13,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from stripedrag.errors import UsageError
-from stripedrag.eval.data_formats import Chapter, read_lines
+from stripedrag.eval.data_formats import Chapter
 from stripedrag.eval.schema import Passage, Stretch
+from stripedrag.jsonl import read_lines
 
 _SENTENCE = re.compile(r"\S.*?(?:[.!?][”\u2019\"')]*(?=\s)|\Z)\s*", re.DOTALL)
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
-from stripedrag.eval.data_formats import CorpusDocument, read_lines
+from stripedrag.eval.data_formats import CorpusDocument
 from stripedrag.eval.haystack import Haystack
 from stripedrag.eval.schema import Passage, digest
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.index import Index
 from stripedrag.indexes.store import FILE
+from stripedrag.jsonl import read_lines
 from stripedrag.rag.prompt import PromptFormat
 from stripedrag.rag.retriever import Span
 

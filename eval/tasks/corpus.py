@@ -7,12 +7,13 @@ from typing import TypeVar
 from pydantic import Field
 
 from stripedrag.errors import CorpusError, UsageError
-from stripedrag.eval.data_formats import DATA, CorpusQuestion, Place, file_sha256, read_lines
+from stripedrag.eval.data_formats import DATA, CorpusQuestion, Place, file_sha256
 from stripedrag.eval.places import holds
 from stripedrag.eval.resources import Resources, read_corpus
 from stripedrag.eval.schema import Passage, Record, Stretch
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.index import Index
+from stripedrag.jsonl import read_lines
 
 Drawn = TypeVar("Drawn")
 

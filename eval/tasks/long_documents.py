@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from stripedrag.errors import CorpusError, UsageError
-from stripedrag.eval.data_formats import DATA, LongDocument, LongTask, read_lines
+from stripedrag.eval.data_formats import DATA, LongDocument, LongTask
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Passage, Question, Stretch, asked
 from stripedrag.eval.tasks.base import ReadingTask
@@ -16,6 +16,7 @@ from stripedrag.eval.tasks.corpus import in_turn, stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.eval.tasks.retrieved import Source
 from stripedrag.indexes.documents import Document
+from stripedrag.jsonl import read_lines
 
 _Context = Literal["fill", "top-5", "top-20", "reranked-5", "oracle", "head", "none"]
 _OF_EVIDENCE: tuple[_Context, ...] = ("reranked-5", "oracle")

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from stripedrag.errors import CorpusError, UsageError
-from stripedrag.eval.data_formats import DATA, Claim, file_sha256, read_lines
+from stripedrag.eval.data_formats import DATA, Claim, file_sha256
 from stripedrag.eval.metrics import ndcg
 from stripedrag.eval.resources import Resources, read_corpus
 from stripedrag.eval.schema import Ranking, SampleRecord, Search
@@ -16,6 +16,7 @@ from stripedrag.eval.tasks.base import Task
 from stripedrag.eval.tasks.corpus import CorpusFields, stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.indexes.index import Index
+from stripedrag.jsonl import read_lines
 
 DEPTH = 10  # nDCG@10, BEIR's headline (Thakur et al. 2021)
 

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from stripedrag.errors import CorpusError, UsageError
-from stripedrag.eval.data_formats import DATA, Chapter, Claim, CorpusDocument, CorpusQuestion, LongDocument, read_lines
+from stripedrag.eval.data_formats import DATA, Chapter, Claim, CorpusDocument, CorpusQuestion, LongDocument
 from stripedrag.eval.places import holds, share_held
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import (
@@ -26,6 +26,7 @@ from stripedrag.eval.suite import load_suite, parse_suite
 from stripedrag.eval.tasks import AnyTask, ReadingTask
 from stripedrag.eval.tasks.no_overlap import LINKS
 from stripedrag.eval.tasks.vocabulary import NAMES, TOWNS
+from stripedrag.jsonl import read_lines
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+../../src/stripedrag/jsonl.py

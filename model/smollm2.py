@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from stripedrag.errors import SetupError
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import StripedHyenaForCausalLM
+from stripedrag.model.striping.families import striped_tensors
 from stripedrag.weights import SMOLLM2, cache_dir, fetch, sha256, unwritable
 
 STRIPED, BASELINE = "stripedhyena-smol-135m", "smollm2-135m-instruct"
@@ -75,32 +76,6 @@ def stripe(transformer: dict[str, Tensor]) -> StripedHyenaForCausalLM:
     model.tie_weights()
     model.to(torch.bfloat16).eval()
     return model
-
-
-def striped_tensors(transformer: dict[str, Tensor], config: StripedHyenaConfig) -> dict[str, Tensor]:
-    """A Llama's tensors under the names of a StripedHyena; its attention only where the StripedHyena has attention."""
-    embedding = transformer["model.embed_tokens.weight"]
-    tensors = {
-        "embedding_layer.weight": embedding,
-        "unembed.weight": embedding if config.tie_embeddings else transformer["lm_head.weight"],
-        "norm.scale": transformer["model.norm.weight"],
-    }
-    for i in range(config.num_layers):
-        source, block = f"model.layers.{i}.", f"blocks.{i}."
-        tensors |= {
-            block + "post_norm.scale": transformer[source + "post_attention_layernorm.weight"],
-            block + "mlp.l1.weight": transformer[source + "mlp.gate_proj.weight"],
-            block + "mlp.l2.weight": transformer[source + "mlp.up_proj.weight"],
-            block + "mlp.l3.weight": transformer[source + "mlp.down_proj.weight"],
-        }
-        if i in config.attn_layer_idxs:
-            qkv = [transformer[f"{source}self_attn.{part}_proj.weight"] for part in "qkv"]
-            tensors |= {
-                block + "pre_norm.scale": transformer[source + "input_layernorm.weight"],
-                block + "inner_mha_cls.Wqkv.weight": torch.cat(qkv),
-                block + "inner_mha_cls.out_proj.weight": transformer[source + "self_attn.o_proj.weight"],
-            }
-    return tensors
 
 
 def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+REPLY = "\nAnswer:"  # to a model without a chat template
+
+
 class ChatFormat:
     """A tokenizer's chat template around messages, and plain text beside it. Safe for several threads.
 
@@ -116,11 +119,11 @@ class PromptFormat:
         if self._format.has_template:
             self._head, self._tail = self._format.template_ids(["user"])
         else:
-            self._head, self._tail = self._format.first_ids, self._format.inner_ids("\nAnswer:")
+            self._head, self._tail = self._format.first_ids, self._format.inner_ids(REPLY)
 
     def render(self, span: Span) -> str:
         """A passage as the model reads it."""
-        return f"{span.title}\n{span.text.strip()}\n\n"
+        return passage_text(span.title, span.text)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of plain text, special tokens never among them: what a retriever counts with."""
@@ -138,7 +141,17 @@ class PromptFormat:
     def ids(self, question: str, spans: Sequence[Span]) -> list[int]:
         """The ids of the whole prompt."""
         passages = [i for span in spans for i in self.encode(self.render(span))]
-        return [*self._head, *passages, *self.encode(f"Question: {question.strip()}"), *self._tail]
+        return [*self._head, *passages, *self.encode(question_text(question)), *self._tail]
+
+
+def passage_text(title: str, text: str) -> str:
+    """A passage as a model reads it."""
+    return f"{title}\n{text.strip()}\n\n"
+
+
+def question_text(question: str) -> str:
+    """A question as a model reads it."""
+    return f"Question: {question.strip()}"
 
 
 def _unicode(text: str) -> str:

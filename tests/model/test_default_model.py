@@ -8,6 +8,7 @@ import torch
 from stripedrag.errors import SetupError
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, smollm2
 from stripedrag.model.loading import load_model
+from stripedrag.model.striping import families
 
 TEXT = (
     "Oxygen was discovered independently by Carl Wilhelm Scheele, in Uppsala, in 1773 or earlier, and Joseph "
@@ -40,7 +41,7 @@ def test_a_striped_model_with_every_attention_layer_kept_is_the_transformer(base
     config = StripedHyenaConfig(**fields)
     with torch.device("meta"):
         same = StripedHyenaForCausalLM(config)
-    tensors = smollm2.striped_tensors(model.state_dict(), config)
+    tensors = families.striped_tensors(model.state_dict(), config)
     same.backbone.load_state_dict(tensors, strict=True, assign=True)
     with torch.no_grad():
         difference = (same.eval()(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max()
@@ -51,7 +52,7 @@ def test_the_hyena_layers_are_those_in_the_package_and_the_rest_is_smollm2(strip
     from safetensors.torch import load_file
 
     own = load_file(smollm2.WEIGHTS / f"{smollm2.STRIPED}.safetensors")
-    expected = smollm2.striped_tensors(baseline[0].state_dict(), striped[0].config) | own
+    expected = families.striped_tensors(baseline[0].state_dict(), striped[0].config) | own
     actual = striped[0].backbone.state_dict()
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -1,0 +1,157 @@
+"""The training corpus of the default model, from what this package holds and Debian packages; the same bytes always.
+
+Nothing in it is of a document that an evaluation asks about: `rag_qa`'s documents without questions and those of its
+`train` part are taken, no other, and whatever shares thirteen words in a row with an evaluation's document is left out.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from random import Random
+
+from stripedrag.eval.corpus.packages import Package, packages, texts
+from stripedrag.eval.corpus.planted import plant
+from stripedrag.eval.corpus.questions import natural, title_of
+from stripedrag.eval.data_formats import DATA, Chapter, CorpusDocument, CorpusQuestion, LongDocument
+from stripedrag.jsonl import read_lines
+from stripedrag.model.striping.data import Asked, Text
+
+PLANTED = 3_000  # documents with planted facts
+PACKAGE_CHARS = 1_600_000  # of one package: no single voice speaks most
+HELD_OUT = 50  # one document in so many is kept to measure on
+_ARTICLE_CHARS = 4_000
+_HOST_CHARS = 2_500  # of a document with planted facts, at most
+_RAG_QA, _WIKIPEDIA = DATA / "rag_qa", "2wiki-distractor"
+
+
+def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[str, int]:
+    """Write texts and questions, and what is held out of both, as JSONL into `folder`; returns the lines of each file.
+
+    Raises what `packages.texts` raises.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tell("reading what evaluations ask about")
+    foreign = Overlap(evaluated())
+    tell("questions")
+    asked = [one for one in [*natural(), *_train_part()] if not foreign.shares(one.passage)]
+    documents = [*_distractors(), *_articles(asked)]
+    for package in packages():
+        tell(f"texts of {package.name}")
+        documents += _some(package)
+    documents = [document for document in documents if not foreign.shares(document.text)]
+    rng = Random(0)
+    short = [document for document in documents if len(document.text) <= _HOST_CHARS]
+    hosts = rng.sample(short, min(PLANTED, len(short)))
+    asked += [one for host in hosts for one in plant(host, rng)]
+    written = {}
+    for name, records in (("texts", documents), ("questions", asked)):
+        lines: dict[str, list[str]] = {name: [], f"held-out-{name}": []}
+        for record in records:
+            content = record.text if isinstance(record, Text) else record.passage
+            lines[f"held-out-{name}" if is_held_out(content) else name].append(record.model_dump_json() + "\n")
+        for file, kept in lines.items():
+            (folder / f"{file}.jsonl").write_text("".join(kept), encoding="utf-8")
+            written[file] = len(kept)
+    return written
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document or passage is one to measure on, by its hash, so that all its questions are on one side."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
+
+
+class Overlap:
+    """Runs of thirteen words of some texts, by hash."""
+
+    words = 13
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self._known = {run for text in known for run in self._runs(text)}
+
+    def shares(self, text: str) -> bool:
+        """Whether a text has such a run."""
+        return any(run in self._known for run in self._runs(text))
+
+    def _runs(self, text: str) -> Iterator[int]:
+        words = re.findall(r"[a-z0-9]+", text.lower())
+        for i in range(len(words) - self.words + 1):
+            yield hash(" ".join(words[i : i + self.words]))
+
+
+def evaluated() -> Iterator[str]:
+    """Every text that an evaluation reads or asks about, but for the articles of the `train` part."""
+    parts = _parts()
+    for document in read_lines(_RAG_QA / "corpus.jsonl.xz", _Sourced):
+        if document.source != _WIKIPEDIA and parts.get(document.id) != "train":
+            yield document.text
+    for long in read_lines(DATA / "long_documents" / "documents.jsonl.xz", LongDocument):
+        yield long.document
+    for chapter in read_lines(DATA / "haystack" / "novels.jsonl.xz", Chapter):
+        yield chapter.text
+
+
+class _Sourced(CorpusDocument):
+    source: str
+
+
+def _parts() -> dict[str, str]:
+    """The part of each document that the public questions are about; one without any is not there."""
+    questions = read_lines(_RAG_QA / "questions.jsonl.xz", CorpusQuestion)
+    return {span.doc_id: question.split for question in questions for span in question.gold_spans}
+
+
+def _distractors() -> Iterator[Text]:
+    for document in read_lines(_RAG_QA / "corpus.jsonl.xz", _Sourced):
+        if document.source == _WIKIPEDIA:
+            yield Text(id=document.id, title=document.title, text=document.text)
+
+
+def _train_part() -> Iterator[Asked]:
+    """The questions of the `train` part, each on the paragraph that answers it."""
+    documents = {d.id: d for d in read_lines(_RAG_QA / "corpus.jsonl.xz", _Sourced)}
+    for question in read_lines(_RAG_QA / "questions.jsonl.xz", CorpusQuestion):
+        if question.split == "train":
+            span = question.gold_spans[0]
+            document = documents[span.doc_id]
+            start = document.text.rfind("\n\n", 0, span.start) + 1
+            end = document.text.find("\n\n", span.end)
+            yield Asked(
+                id=question.id,
+                source="xquad_train",
+                title=document.title,
+                passage=document.text[start : None if end < 0 else end].strip(),
+                question=question.question,
+                answers=question.answers,
+            )
+
+
+def _articles(asked: Iterable[Asked]) -> Iterator[Text]:
+    """Passages that stand together, as documents of a few thousand characters."""
+    for source, ones in groupby(asked, key=lambda one: one.source):
+        for number, passages in enumerate(_gathered(dict.fromkeys(one.passage for one in ones))):
+            yield Text(id=f"{source}/{number}", title=title_of(passages[0]), text="\n".join(passages))
+
+
+def _gathered(passages: Iterable[str]) -> Iterator[list[str]]:
+    pending: list[str] = []
+    for passage in passages:
+        pending.append(passage)
+        if sum(map(len, pending)) > _ARTICLE_CHARS:
+            yield pending
+            pending = []
+    if pending:
+        yield pending
+
+
+def _some(package: Package) -> list[Text]:
+    """Documents of a package by chance, until they have so many characters as one may."""
+    found = list(texts(package))
+    Random(package.sha256).shuffle(found)
+    taken, chars = [], 0
+    for document in found:
+        if chars + len(document.text) <= PACKAGE_CHARS:
+            taken.append(document)
+            chars += len(document.text)
+    return taken

@@ -1,0 +1,26 @@
+"""Natural questions on passages, with answers, for training: `qa_train.jsonl.xz`, whose sources stand in SOURCES.md."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from stripedrag.jsonl import read_lines
+from stripedrag.model.striping.data import Asked
+
+FILE = Path(__file__).with_name("qa_train.jsonl.xz")
+# Chat in lower case, and questions that are a dialogue on one of 68 rules.
+_LEFT_OUT = frozenset(("molweni_test", "sharc_dev"))
+
+
+def natural() -> Iterator[Asked]:
+    """The questions in their file's order, in which those of one article stand together; each passage gets a title."""
+    for asked in read_lines(FILE, Asked):
+        if asked.source not in _LEFT_OUT:
+            yield asked.model_copy(update={"title": title_of(asked.passage)})
+
+
+def title_of(passage: str) -> str:
+    """What a passage seems to be about: the name that it says most often, longer ones first; "" where it has none."""
+    names = Counter(re.findall(r"(?<![.!?] )\b[A-Z][a-z]+(?: [A-Z][a-z]+)*", passage))
+    return max(names, key=lambda name: names[name] * len(name.split()) ** 0.5) if names else ""

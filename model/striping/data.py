@@ -1,0 +1,246 @@
+"""Training windows: token ids of one length, and for every token what is known of it.
+
+A window of questions is a conversation in the form in which a model is asked later: passages and a first question, its
+answer, then further questions on the same passages.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+from typing import NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+UNKNOWN, TEXT, ANSWER = 0, 1, 2  # kinds of a token: no loss, the teacher's distribution, a label
+REFUSAL = "not in the documents"
+
+
+class Text(BaseModel):
+    """A document to read. Other keys of its line are left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str
+    title: str = ""
+    text: str = Field(min_length=1)
+
+
+class Asked(BaseModel):
+    """A question on a passage, and its answers, the first of which is taught; none where the passage does not say."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str
+    source: str = ""
+    title: str = ""
+    passage: str = Field(min_length=1)
+    question: str = Field(min_length=1)
+    answers: tuple[str, ...] = ()
+    unanswerable: bool = False
+
+    @model_validator(mode="after")
+    def _has_an_answer_or_says_so(self) -> "Asked":
+        if not self.unanswerable and not any(answer.strip() for answer in self.answers):
+            raise ValueError("it has no answer; give one, or say unanswerable: true")
+        return self
+
+    @property
+    def taught(self) -> str:
+        """The answer that a model is to give."""
+        return REFUSAL if self.unanswerable else self.answers[0].strip()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts and questions to train on, and others to measure on."""
+
+    texts: Sequence[Text]
+    asked: Sequence[Asked]
+    held_texts: Sequence[Text]
+    held_asked: Sequence[Asked]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The form of a conversation in ids: `head` before the first passage, `reply` between a question and its answer,
+    `turn` from the end of an answer, which its first id marks, to the next question.
+    """
+
+    head: Sequence[int]
+    reply: Sequence[int]
+    turn: Sequence[int]
+    encode: Callable[[str], list[int]]
+    passage: Callable[[str, str], str]  # (title, text) → a passage as a model reads it
+    question: Callable[[str], str]
+
+
+class Windows(NamedTuple):
+    """`ids` (W, L) int32, and `kinds` (W, L) uint8 of each token: `UNKNOWN`, `TEXT` or `ANSWER`."""
+
+    ids: Tensor
+    kinds: Tensor
+
+
+class Piece(NamedTuple):
+    """Ids that follow one another, all of a kind."""
+
+    ids: Sequence[int]
+    kind: int
+
+
+def pack(windows: Iterable[list[Piece]], length: int, limit: int) -> Windows:
+    """At most `limit` windows as tensors, shorter ones filled up with id 0 of kind `UNKNOWN`."""
+    rows, kinds = [], []
+    for pieces in islice(windows, limit):
+        row = [i for piece in pieces for i in piece.ids]
+        kind = [piece.kind for piece in pieces for _ in piece.ids]
+        assert len(row) <= length, (len(row), length)
+        rows.append(row + [0] * (length - len(row)))
+        kinds.append(kind + [UNKNOWN] * (length - len(row)))
+    return Windows(
+        torch.tensor(rows, dtype=torch.int32).view(-1, length), torch.tensor(kinds, dtype=torch.uint8).view(-1, length)
+    )
+
+
+def text_windows(texts: Iterable[Text], framing: Framing, length: int) -> Iterator[list[Piece]]:
+    """Documents one after another, cut into windows of `length`; a window begins where the last one ended."""
+    pending: list[int] = []
+    for document in texts:
+        pending += framing.encode(framing.passage(document.title, document.text))
+        while len(pending) >= length:
+            yield [Piece(pending[:1], UNKNOWN), Piece(pending[1:length], TEXT)]
+            del pending[:length]
+
+
+class Conversations:
+    """Windows of questions over passages and, between these, documents that nothing is asked about.
+
+    Each passage comes once in a round. Half of the windows hold passages that stand side by side in `asked`, and so
+    look alike; the others hold passages from anywhere. `unanswerable` is the share of questions that are asked although
+    their passage is not there. After each passage comes a document with a chance of `filler`, and so on.
+    """
+
+    def __init__(
+        self,
+        asked: Iterable[Asked],
+        texts: Sequence[Text],
+        framing: Framing,
+        *,
+        unanswerable: float = 0.1,
+        filler: float = 0.0,
+    ) -> None:
+        grouped: dict[tuple[str, str], list[Asked]] = {}
+        for one in asked:
+            grouped.setdefault((one.title, one.passage), []).append(one)
+        self._passages = list(grouped.values())
+        self._texts = [text for text in texts if len(text.text) <= _FILLER_CHARS]
+        self._framing = framing
+        self._unanswerable, self._filler = unanswerable, filler
+        self._strays = [one for ones in self._passages for one in ones if _stands_alone(one)]
+
+    def windows(self, length: int, rng: Random) -> Iterator[list[Piece]]:
+        """Windows of at most `length` tokens, round after round; none where no passage fits into one."""
+        while True:
+            queue = self._arranged(rng)
+            made = 0
+            while queue:
+                window = self._window(queue, length, rng)
+                if window:
+                    made += 1
+                    yield window
+            if not made:
+                return
+
+    def _arranged(self, rng: Random) -> list[list[Asked]]:
+        runs = [self._passages[i : i + _RUN] for i in range(0, len(self._passages), _RUN)]
+        rng.shuffle(runs)
+        scattered = [ones for run in runs[len(runs) // 2 :] for ones in run]
+        rng.shuffle(scattered)
+        runs = runs[: len(runs) // 2] + [scattered[i : i + _RUN] for i in range(0, len(scattered), _RUN)]
+        rng.shuffle(runs)
+        return [ones for run in runs for ones in run]
+
+    def _window(self, queue: list[list[Asked]], length: int, rng: Random) -> list[Piece]:
+        """The next window; takes its passages from the end of `queue`."""
+        framing = self._framing
+        room = length - len(framing.head) - len(framing.turn)
+        passages: list[tuple[str, list[int]]] = []
+        turns: list[list[Piece]] = []
+        while (taken := self._next(queue, room)) is not None:
+            ones, text, ids = taken
+            passages.append((text, ids))
+            room -= len(ids)
+            for one in rng.sample(ones, min(len(ones), _QUESTIONS)):
+                turn = self._turn(one, one.taught)
+                if _size(turn) <= room:
+                    turns.append(turn)
+                    room -= _size(turn) + len(framing.turn) - 1
+            while self._texts and rng.random() < self._filler:
+                document = rng.choice(self._texts)
+                text = framing.passage(document.title, document.text)
+                ids = framing.encode(text)
+                if len(ids) > room:
+                    break
+                passages.append((text, ids))
+                room -= len(ids)
+        if not passages:
+            queue.pop()  # longer than a window
+            return []
+        rng.shuffle(passages)
+        rng.shuffle(turns)
+        self._add_strays(turns, "\n".join(text for text, _ in passages), room, rng)
+        pieces = [Piece(framing.head, UNKNOWN), *(Piece(ids, TEXT) for _, ids in passages)]
+        for number, turn in enumerate(turns):
+            pieces += [Piece(framing.turn[1:], UNKNOWN), *turn] if number else turn
+        return pieces
+
+    def _next(self, queue: list[list[Asked]], room: int) -> tuple[list[Asked], str, list[int]] | None:
+        """The next of the queue's coming passages that fits with a question, taken out of the queue, and its ids."""
+        for place in range(len(queue) - 1, max(-1, len(queue) - 1 - _RUN), -1):
+            ones = queue[place]
+            text = self._framing.passage(ones[0].title, ones[0].passage)
+            ids = self._framing.encode(text)
+            if len(ids) + max(_size(self._turn(one, one.taught)) for one in ones) <= room:
+                del queue[place]
+                return ones, text, ids
+        return None
+
+    def _add_strays(self, turns: list[list[Piece]], there: str, room: int, rng: Random) -> None:
+        """Put questions that the passages do not answer in the place of some turns, as long as there is room."""
+        there = there.lower()
+        for place, turn in enumerate(turns) if self._strays else ():
+            if rng.random() >= self._unanswerable:
+                continue
+            stray = rng.choice(self._strays)
+            if stray.passage.lower() in there or any(answer.lower() in there for answer in stray.answers):
+                continue
+            asked = self._turn(stray, REFUSAL)
+            if (longer := _size(asked) - _size(turn)) <= room:
+                turns[place] = asked
+                room -= longer
+
+    def _turn(self, asked: Asked, answer: str) -> list[Piece]:
+        framing = self._framing
+        return [
+            Piece(framing.encode(framing.question(asked.question)), TEXT),
+            Piece(framing.reply, UNKNOWN),
+            Piece([*framing.encode(answer), framing.turn[0]], ANSWER),
+        ]
+
+
+_RUN = 8  # passages that stay side by side
+_FILLER_CHARS = 4_000  # longer documents do not stand between passages
+_QUESTIONS = 6  # at most so many on a passage in one window
+
+
+def _size(pieces: list[Piece]) -> int:
+    return sum(len(piece.ids) for piece in pieces)
+
+
+def _stands_alone(asked: Asked) -> bool:
+    """Whether a question names what it is about, so that it makes sense where its passage is not."""
+    names = sum(word[0].isupper() or word[0].isdigit() for word in asked.question.split()[1:])
+    return names >= 1 and not asked.unanswerable and asked.answers[0].lower() not in {"yes", "no", "maybe"}

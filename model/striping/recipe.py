@@ -1,0 +1,80 @@
+"""What a striping run is to do, as it is read from a file and kept with the result."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stage(_Part):
+    """One stretch of training at one length.
+
+    `layers` trains each Hyena layer alone, on its teacher layer's inputs and outputs; `end-to-end` trains the whole
+    network on what the teacher says and on answers. A step takes `batch_tokens` tokens; rates fall to a tenth along a
+    cosine after `warmup_steps`. `questions` is the share of windows that hold questions, the others are text.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    kind: Literal["layers", "end-to-end"] = "end-to-end"
+    tokens: int = Field(ge=1)
+    length: int = Field(ge=64)
+    batch_tokens: int = Field(default=4096, ge=64)
+    hyena_rate: Positive
+    adapter_rate: Positive = 5e-4
+    warmup_steps: int = Field(default=20, ge=0)
+    questions: Share = 0.5
+    unanswerable: Share = 0.1
+    filler: Share = 0.0
+    answer_weight: Positive = 2.0
+
+    @property
+    def windows_a_step(self) -> int:
+        """How many windows a step takes."""
+        return max(1, self.batch_tokens // self.length)
+
+    @property
+    def steps(self) -> int:
+        """How many steps the stage has."""
+        return max(1, self.tokens // (self.windows_a_step * self.length))
+
+    @model_validator(mode="after")
+    def _holds_a_window(self) -> "Stage":
+        if self.tokens < self.length:
+            raise ValueError(f"its {self.tokens} tokens are less than one window of {self.length}")
+        return self
+
+
+class Recipe(_Part):
+    """A whole run. `hyena_layers` names the layers that become Hyena layers, or says how many the ranking is to choose.
+
+    `modes` and `taps` size the Hyena filters, `rank` the low-rank differences of all layers that stay (0: they stay as
+    they are). The defaults made `stripedhyena-smol-135m`.
+    """
+
+    seed: int = 0
+    hyena_layers: int | tuple[int, ...] = 15
+    modes: int = Field(default=8, ge=1)
+    taps: int = Field(default=3, ge=1)
+    rank: int = Field(default=32, ge=0)
+    stages: tuple[Stage, ...] = Field(
+        default=(
+            Stage(name="layers", kind="layers", tokens=400_000, length=512, batch_tokens=2048, hyena_rate=3e-3),
+            Stage(name="short", tokens=3_000_000, length=1024, hyena_rate=6e-4),
+            Stage(name="middle", tokens=1_000_000, length=4096, hyena_rate=3e-4, filler=0.3),
+            Stage(name="long", tokens=1_000_000, length=8192, batch_tokens=8192, hyena_rate=2e-4, filler=0.5),
+        ),
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _names_each_stage_once(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two stages share a name: {', '.join(names)}")
+        return self

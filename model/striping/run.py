@@ -1,0 +1,167 @@
+"""A striping run in a folder: windows, ranking, stages, each done once and found again after a kill."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from stripedrag.errors import UsageError
+from stripedrag.model.modeling import StripedHyenaForCausalLM
+from stripedrag.model.striping import distillation, layerwise
+from stripedrag.model.striping.data import (
+    Asked,
+    Conversations,
+    Corpus,
+    Framing,
+    Piece,
+    Text,
+    Windows,
+    pack,
+    text_windows,
+)
+from stripedrag.model.striping.recipe import Recipe, Stage
+from stripedrag.model.striping.student import make_trainable, stripe_layers
+from stripedrag.model.striping.teacher import Teacher
+from stripedrag.model.striping.training import Loop, Progress
+
+HELD_OUT_WINDOWS = 16
+CHECKS_A_STAGE = 10
+
+
+class Run:
+    """A run in `folder`, which is made or gone on with."""
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, teacher: PreTrainedModel, framing: Framing, corpus: Corpus
+    ) -> None:
+        self.folder, self.recipe, self.framing, self.corpus = folder, recipe, framing, corpus
+        folder.mkdir(parents=True, exist_ok=True)
+        _same_or_new(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.sayings = Teacher(teacher, folder / "teacher")
+
+    def train(self, layers: Sequence[int], progress: Progress) -> StripedHyenaForCausalLM:
+        """A student with these Hyena layers, trained through all stages."""
+        recipe = self.recipe
+        generator = torch.Generator().manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)  # of the adapters
+        student = stripe_layers(self.teacher, list(layers), modes=recipe.modes, taps=recipe.taps, generator=generator)
+        make_trainable(student, rank=recipe.rank)
+        student.train()
+        for number, stage in enumerate(recipe.stages):
+            if stage.kind == "layers" and not layers:
+                continue
+            loop = Loop(stage, _groups(student, stage), self.folder / "stages" / stage.name)
+            if loop.finished():
+                loop.load()
+                continue
+            self._take_stage(student, stage, number, loop, progress)
+        return student
+
+    def _take_stage(
+        self, student: StripedHyenaForCausalLM, stage: Stage, number: int, loop: Loop, progress: Progress
+    ) -> None:
+        windows = self.windows(stage, number)
+        held_out = self.held_out(stage.length)
+
+        def batch(step: int) -> Windows:
+            part = slice(step * stage.windows_a_step, (step + 1) * stage.windows_a_step)
+            return Windows(windows.ids[part], windows.kinds[part])
+
+        if stage.kind == "layers":
+            if not loop.checkpoint.exists():
+                layerwise.fit_scales(student, self.teacher, batch(0))
+            loop.run(
+                lambda step: layerwise.take_step(student, self.teacher, batch(step)),
+                check=lambda: layerwise.measure(student, self.teacher, held_out),
+                check_every=max(1, stage.steps // CHECKS_A_STAGE),
+                progress=progress,
+            )
+        else:
+            loop.run(
+                lambda step: distillation.take_step(student, self.sayings, stage, batch(step)),
+                check=lambda: distillation.measure(student, self.sayings, held_out),
+                check_every=max(1, stage.steps // CHECKS_A_STAGE),
+                progress=progress,
+            )
+
+    def windows(self, stage: Stage, number: int) -> Windows:
+        """The windows of a stage in their order, made once."""
+        path = self.folder / "windows" / f"{stage.name}.safetensors"
+        if not path.exists():
+            wanted = stage.steps * stage.windows_a_step
+            rng = Random(f"{self.recipe.seed} {number}")
+            made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, rng)
+            _keep(pack(made, stage.length, wanted), path)
+        windows = Windows(**load_file(path))
+        if len(windows.ids) < stage.steps * stage.windows_a_step:
+            raise UsageError(
+                f"the data give {len(windows.ids)} windows of {stage.length} tokens; the stage {stage.name!r} asks for "
+                f"{stage.steps * stage.windows_a_step}. Give more documents, longer windows, or fewer tokens."
+            )
+        return windows
+
+    def held_out(self, length: int) -> Windows:
+        """Windows to measure on, half of them text and half questions, made once for a length."""
+        path = self.folder / "windows" / f"held-out-{length}.safetensors"
+        if not path.exists():
+            stage = Stage(name="held-out", tokens=length, length=length, hyena_rate=1.0)
+            made = _mixed(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage, Random(0))
+            count = max(2, HELD_OUT_WINDOWS * 1024 // max(length, 1024))
+            _keep(pack(made, length, count), path)
+        return Windows(**load_file(path))
+
+
+def _mixed(
+    texts: Sequence[Text], asked: Sequence[Asked], framing: Framing, stage: Stage, rng: Random
+) -> Iterable[list[Piece]]:
+    """Windows of text and of questions in the stage's proportion; texts come again when all have been read."""
+    talks = Conversations(asked, texts, framing, unanswerable=stage.unanswerable, filler=stage.filler)
+    questions = talks.windows(stage.length, rng)
+
+    def rounds() -> Iterable[Text]:
+        order = list(texts)
+        while order:
+            rng.shuffle(order)
+            yield from order
+
+    reading = iter(text_windows(rounds(), framing, stage.length))
+    owed = 0.0
+    while True:
+        owed += stage.questions
+        source = questions if owed >= 1 or not texts else reading
+        owed -= source is questions
+        window = next(iter(source), None)
+        if window is None:
+            return
+        yield window
+
+
+def _groups(student: StripedHyenaForCausalLM, stage: Stage) -> list[tuple[dict[str, nn.Parameter], float]]:
+    hyena: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_hyena = any(part in name for part in (".projections.", ".filter.", ".out_filter_dense."))
+        (hyena if is_hyena else others)[name] = parameter
+    if stage.kind == "layers":
+        return [(hyena, stage.hyena_rate)]
+    return [(hyena, stage.hyena_rate), (others, stage.adapter_rate)]
+
+
+def _keep(windows: Windows, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(windows._asdict(), partial)
+    partial.replace(path)
+
+
+def _same_or_new(path: Path, content: str) -> None:
+    if path.exists() and path.read_text() != content:
+        raise UsageError(f"{path.parent} holds a run of another recipe; choose another folder, or remove it")
+    path.write_text(content)

@@ -1,0 +1,88 @@
+"""What a teacher says of windows: its likeliest next tokens at every position of text, kept on disk."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stripedrag.model.striping.data import ANSWER, TEXT, UNKNOWN, Windows
+from stripedrag.model.striping.loss import Targets
+
+LIKELIEST = 64  # tokens whose probability is kept; the others' is kept as a sum
+_ROWS = 128
+
+
+class Teacher:
+    """A frozen model and the folder of what it said, by the ids that it read.
+
+    A round of the same windows, or a rival trained on them, then costs no forward pass: 384 bytes a token.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        self.model, self._folder = model, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        config = model.config.to_json_string().encode()
+        sample = next(iter(model.parameters())).detach().flatten()[:4096].float().sum().item()
+        self._key = hashlib.sha256(config + repr(sample).encode()).digest()
+
+    def targets(self, windows: Windows, *, answer_weight: float) -> Targets:
+        """What each predicted position of `windows` is to be, in the order of `predicted`.
+
+        Text has the teacher's distribution and weight 1, an answer its label and `answer_weight`.
+        """
+        ids, kinds = windows.ids.long(), windows.kinds
+        wanted = kinds[:, 1:][predicted(windows)]
+        is_text = wanted == TEXT
+        tokens = torch.zeros(len(wanted), LIKELIEST, dtype=torch.int64)
+        probabilities = torch.zeros(len(wanted), LIKELIEST)
+        if is_text.any():
+            tokens[is_text], probabilities[is_text] = self._said(windows)
+        labels = ids[:, 1:][predicted(windows)]
+        tokens[~is_text, 0] = labels[~is_text]
+        probabilities[~is_text, 0] = 1.0
+        weights = torch.where(is_text, 1.0, answer_weight)
+        return Targets(tokens, probabilities, weights)
+
+    def _said(self, windows: Windows) -> tuple[Tensor, Tensor]:
+        content = windows.ids.numpy().tobytes() + windows.kinds.numpy().tobytes()
+        path = self._folder / f"{hashlib.sha256(self._key + content).hexdigest()[:24]}.safetensors"
+        if not path.exists():
+            ids, probabilities = self._ask(windows)
+            partial = path.with_suffix(".partial")
+            save_file({"ids": ids.to(torch.int32), "probabilities": probabilities.half()}, partial)
+            partial.replace(path)
+        known = load_file(path)
+        return known["ids"].long(), known["probabilities"].float()
+
+    @torch.no_grad()
+    def _ask(self, windows: Windows) -> tuple[Tensor, Tensor]:
+        device = self.model.device
+        hidden = self.model.base_model(windows.ids.long().to(device), use_cache=False).last_hidden_state
+        rows = hidden[:, :-1][(windows.kinds[:, 1:] == TEXT).to(device)]
+        unembedding = self.model.get_output_embeddings().weight
+        said = [likeliest(part @ unembedding.T, LIKELIEST) for part in rows.split(_ROWS)]
+        return torch.cat([ids for ids, _ in said]).cpu(), torch.cat([p for _, p in said]).cpu()
+
+
+def predicted(windows: Windows) -> Tensor:
+    """(W, L - 1) bool: the positions whose next token counts."""
+    return windows.kinds[:, 1:] != UNKNOWN
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens of each row of logits (R, V), and their probabilities, (R, count) float32.
+
+    A vocabulary of fewer tokens is filled up with token 0 of probability 0.
+    """
+    kept = logits.float().softmax(-1).topk(min(count, logits.shape[1]), dim=-1)
+    missing = (0, count - kept.values.shape[1])
+    return F.pad(kept.indices, missing), F.pad(kept.values, missing)
+
+
+def answers_in(windows: Windows) -> int:
+    """Tokens of answers in windows."""
+    return int((windows.kinds == ANSWER).sum())

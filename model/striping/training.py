@@ -1,0 +1,148 @@
+"""The loop of a stage: rates, steps, a log, and checkpoints from which a killed run goes on with the same numbers."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stripedrag.model.striping.recipe import Stage
+
+CHECKPOINT_SECONDS = 300.0
+
+
+class Progress(Protocol):
+    """Hears of every step: its number, the number of steps, and what was measured."""
+
+    def __call__(self, stage: str, step: int, steps: int, measured: Mapping[str, float]) -> None:
+        """Called after every step."""
+
+
+class Loop:
+    """Steps of a stage over named parameters, in `folder`.
+
+    A run that goes on from a checkpoint does what the whole run did: nothing is random but the order of windows, which
+    is on disk.
+    """
+
+    def __init__(self, stage: Stage, groups: Iterable[tuple[dict[str, nn.Parameter], float]], folder: Path) -> None:
+        self.stage, self.folder = stage, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        named = [(parameters, rate) for parameters, rate in groups if parameters]
+        self._parameters = {name: p for parameters, _ in named for name, p in parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(parameters.values()), "lr": rate} for parameters, rate in named],
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            fused=True,
+        )
+        self._rates = [rate for _, rate in named]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file of the last checkpoint."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object a step."""
+        return self.folder / "log.jsonl"
+
+    def run(
+        self,
+        take: Callable[[int], dict[str, float]],
+        *,
+        check: Callable[[], dict[str, float]],
+        check_every: int,
+        progress: Progress,
+        writes: bool = True,
+    ) -> None:
+        """Go to the end of the stage, from the last checkpoint if there is one.
+
+        `take` computes the gradients of a step and returns what it measured; `check` measures on held-out windows,
+        every `check_every` steps and at the end. Of several processes one `writes`.
+        """
+        done = self._resume(writes=writes)
+        saved = time.monotonic()
+        for step in range(done, self.stage.steps):
+            began = time.perf_counter()
+            factor = self._factor(step)
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * factor
+            self.optimizer.zero_grad(set_to_none=True)
+            measured = take(step)
+            self.optimizer.step()
+            measured["seconds"] = time.perf_counter() - began
+            is_last = step + 1 == self.stage.steps
+            if is_last or (step + 1) % check_every == 0:
+                measured |= check()
+            if writes:
+                with self.log.open("a") as log:
+                    log.write(json.dumps({"step": step + 1} | measured) + "\n")
+                if is_last or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._save(step + 1)
+                    saved = time.monotonic()
+            progress(self.stage.name, step + 1, self.stage.steps, measured)
+
+    def finished(self) -> bool:
+        """Whether the stage's last checkpoint is its end."""
+        return self.checkpoint.exists() and _step_of(self.checkpoint) >= self.stage.steps
+
+    def load(self) -> None:
+        """Take the parameters of the last checkpoint."""
+        self._resume(writes=False)
+
+    def _factor(self, step: int) -> float:
+        if step < self.stage.warmup_steps:
+            return (step + 1) / self.stage.warmup_steps
+        whole = max(1, self.stage.steps - self.stage.warmup_steps)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - self.stage.warmup_steps) / whole))
+
+    def _save(self, step: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            tensors[f"parameter:{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}:{name}"] = torch.as_tensor(value)
+        partial = self.checkpoint.with_suffix(".partial")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata={"step": str(step)})
+        partial.replace(self.checkpoint)
+
+    def _resume(self, *, writes: bool) -> int:
+        if not self.checkpoint.exists():
+            if writes:
+                self.log.unlink(missing_ok=True)
+            return 0
+        tensors, step = load_file(self.checkpoint), _step_of(self.checkpoint)
+        state: dict[Tensor, dict[str, Any]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(":")
+            parameter = self._parameters[name]
+            if kind == "parameter":
+                parameter.data.copy_(tensor)
+            else:
+                state.setdefault(parameter, {})[kind] = tensor
+        self.optimizer.state.update(state)
+        if writes and self.log.exists():
+            kept = [line for line in self.log.read_text().splitlines() if _is_before(line, step)]
+            self.log.write_text("".join(line + "\n" for line in kept))
+        return step
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except ValueError:  # the last line of a process that was killed
+        return False
+
+
+def _step_of(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])

@@ -1,0 +1,66 @@
+"""Striping as it is asked for: files of texts and questions, which the model reads in the form in which it is asked."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from stripedrag.errors import CorpusError, UsageError
+from stripedrag.jsonl import read_lines
+from stripedrag.model.baselines import template_options
+from stripedrag.model.striping.data import Asked, Corpus, Framing, Text
+from stripedrag.rag.prompt import REPLY, ChatFormat, passage_text, question_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def framing(tokenizer: "PreTrainedTokenizerBase", name: str) -> Framing:
+    """The pipeline's way to ask the model `name`, as ids. Raises `UsageError` for a tokenizer without an end token."""
+    chat = ChatFormat(tokenizer, template_options(name))
+    if chat.has_template:
+        head, reply, turn, _ = chat.template_ids(["user", "assistant", "user"])
+    elif tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {name!r} has neither a chat template nor an end token to teach")
+    else:
+        head, reply = chat.first_ids, chat.inner_ids(REPLY)
+        turn = [tokenizer.eos_token_id, *chat.inner_ids("\n\n")]
+    return Framing(head, reply, turn, encode=chat.inner_ids, passage=passage_text, question=question_text)
+
+
+def read_corpus(data: Iterable[Path], held_out: Iterable[Path]) -> Corpus:
+    """Files of texts and of questions, told apart by the first line's keys; `held_out` are those to measure on.
+
+    Raises `CorpusError` for a file that cannot be read, or where texts or questions to measure on are lacking.
+    """
+    texts, asked = _read(data)
+    held_texts, held_asked = _read(held_out)
+    if not texts or not held_texts:
+        raise CorpusError("striping needs texts to train on and others to measure on; give files whose lines have text")
+    if not asked or not held_asked:
+        raise CorpusError(
+            "striping needs questions to train on and others to measure on; give files whose lines have passage, "
+            "question and answers"
+        )
+    return Corpus(texts, asked, held_texts, held_asked)
+
+
+class _Either(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    question: str | None = None
+
+
+def _read(files: Iterable[Path]) -> tuple[list[Text], list[Asked]]:
+    texts: list[Text] = []
+    asked: list[Asked] = []
+    for path in files:
+        first = next(iter(read_lines(path, _Either)), None)
+        if first is None:
+            raise CorpusError(f"{path} is empty")
+        if first.question is None:
+            texts += read_lines(path, Text)
+        else:
+            asked += read_lines(path, Asked)
+    return texts, asked

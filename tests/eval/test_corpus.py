@@ -1,0 +1,133 @@
+"""The training corpus: facts that are found where they were planted, and nothing that an evaluation asks about."""
+
+import io
+import lzma
+import tarfile
+from random import Random
+
+import pytest
+
+from stripedrag.errors import SetupError
+from stripedrag.eval.corpus import build, packages, planted
+from stripedrag.eval.corpus.build import Overlap, is_held_out
+from stripedrag.eval.corpus.packages import Package, paragraphs, texts
+from stripedrag.eval.corpus.questions import natural, title_of
+from stripedrag.eval.tasks import no_overlap, vocabulary
+from stripedrag.jsonl import read_lines
+from stripedrag.model.striping.data import Asked, Text
+
+HOST = Text(id="1", title="Oaks", text="Oaks grow slowly. They live long! Do they sleep? Nobody knows.")
+
+
+def test_planted_facts_stand_in_the_passage_and_answer_their_question():
+    rng = Random(0)
+    several = 0
+    for _ in range(300):
+        asked = planted.plant(HOST, rng)
+        for one in asked:
+            assert all(sentence in one.passage for sentence in HOST.text.split(". ")[:1])
+            for value in one.answers[0].split(" and "):
+                assert value in one.passage or value.capitalize() in one.passage, (value, one.passage)
+        several += any(" and " in one.answers[0] for one in asked)
+        assert len({one.question for one in asked}) == len(asked)
+    assert several > 30
+
+
+def test_training_plants_no_name_and_no_thing_that_an_evaluation_plants():
+    ours = {*planted.FIRST, *planted.LAST, *planted.CITIES, *planted.THINGS, *planted.COLOURS}
+    theirs = {*vocabulary.NAMES, *vocabulary.TOWNS, *vocabulary.ADJECTIVES, *vocabulary.NOUNS}
+    assert not ours & theirs
+    sentences = " ".join(sentence for kind in planted.KINDS for sentence in (*kind.sentences, *kind.questions))
+    assert "registry" not in sentences
+    assert not any(said in sentences or question in sentences for said, question in no_overlap.LINKS)
+
+
+def test_a_run_of_thirteen_words_is_an_overlap_and_twelve_are_not():
+    known = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    overlap = Overlap([known])
+    assert overlap.shares("So: One, two three four five six seven eight nine ten eleven twelve THIRTEEN!")
+    assert not overlap.shares("one two three four five six seven eight nine ten eleven twelve and so on")
+
+
+def test_no_natural_question_is_on_a_passage_of_an_evaluation():
+    foreign = Overlap(build.evaluated())
+    assert [one.id for one in natural() if foreign.shares(one.passage)] == []
+
+
+def test_prose_is_kept_and_menus_and_listings_are_not():
+    prose = "A paragraph of prose is longer than a heading, and it ends as sentences end, with a full stop or the like."
+    assert paragraphs(f"Home\n\nNext page\n\n{prose}\n\n  x = 1\n  y = 2\n\n{prose}") == f"{prose}\n{prose}"
+
+
+def test_a_passage_is_called_by_the_name_that_it_says_most():
+    assert title_of("The Rhine flows. At Basel the Rhine turns, and the Rhine is wide in Mainz.") == "Rhine"
+    assert title_of("nothing here has a name") == ""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A Debian package of two pages in the cache."""
+    monkeypatch.setenv("STRIPEDRAG_CACHE", str(tmp_path))
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, sentence in (("b.html", "Bees dance. "), ("a.html", "Ants carry. "), ("skip.txt", "No. ")):
+            content = f"<html><title>{name}</title><p>{sentence * 200}</p></html>".encode()
+            info = tarfile.TarInfo(f"./usr/share/doc/x/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    data = lzma.compress(archive.getvalue())
+    members = (("debian-binary", b"2.0\n"), ("data.tar.xz", data))
+    ar = b"!<arch>\n" + b"".join(
+        f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content + b"\n" * (len(content) % 2)
+        for name, content in members
+    )
+    path = tmp_path / "corpus" / "x_1_all.deb"
+    path.parent.mkdir()
+    path.write_bytes(ar)
+    import hashlib
+
+    return Package(
+        name="x",
+        path="pool/main/x/x_1_all.deb",
+        sha256=hashlib.sha256(ar).hexdigest(),
+        licence="CC0",
+        kind="documentation",
+        files="./usr/share/doc/x/*.html",
+        format="html",
+    )
+
+
+def test_the_pages_of_a_package_are_read_in_their_order(package):
+    found = list(texts(package))
+    assert [(text.id, text.title) for text in found] == [("x/a", "a.html"), ("x/b", "b.html")]
+    assert found[0].text == ("Ants carry. " * 200).strip()
+
+
+def test_a_package_that_is_another_file_is_refused(package):
+    with pytest.raises(SetupError, match=r"has sha256 [0-9a-f]{64}; it should have 00. Remove it and run this again"):
+        list(texts(package.model_copy(update={"sha256": "00"})))
+
+
+def test_a_package_that_cannot_be_had_says_where_it_goes(package, monkeypatch):
+    monkeypatch.setattr(packages, "_POOL", "http://127.0.0.1:9/")
+    gone = package.model_copy(update={"path": "pool/gone.deb"})
+    with pytest.raises(
+        SetupError, match=r"pool/gone\.deb cannot be downloaded: .* Put gone\.deb, sha256 .* into .*corpus"
+    ):
+        list(texts(gone))
+
+
+def test_the_corpus_is_the_same_every_time_and_holds_out_whole_passages(tmp_path, package, monkeypatch):
+    monkeypatch.setattr(build, "packages", lambda: [package])
+    monkeypatch.setattr(build, "evaluated", lambda: iter([""]))
+    monkeypatch.setattr(build, "natural", lambda: (one for _, one in zip(range(800), natural(), strict=False)))
+    first, second = build.build(tmp_path / "1"), build.build(tmp_path / "2")
+    assert first == second
+    for name, lines in first.items():
+        content = (tmp_path / "1" / f"{name}.jsonl").read_bytes()
+        assert content == (tmp_path / "2" / f"{name}.jsonl").read_bytes()
+        assert content.count(b"\n") == lines > 0
+    for name in ("questions", "held-out-questions"):
+        found = list(read_lines(tmp_path / "1" / f"{name}.jsonl", Asked))
+        assert all(is_held_out(one.passage) == name.startswith("held-out") for one in found)
+        assert {one.source for one in found} >= {"boolq_dev", "planted"}

@@ -1,0 +1,329 @@
+"""Striping: the loss, how a student begins, what it may change, the windows, and a stage that was killed."""
+
+import json
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from stripedrag.errors import CheckpointError, UsageError
+from stripedrag.model.striping import layerwise
+from stripedrag.model.striping.data import (
+    ANSWER,
+    REFUSAL,
+    TEXT,
+    UNKNOWN,
+    Asked,
+    Conversations,
+    Corpus,
+    Framing,
+    Text,
+    Windows,
+    pack,
+    text_windows,
+)
+from stripedrag.model.striping.distillation import measure
+from stripedrag.model.striping.families import striped_config
+from stripedrag.model.striping.loss import Targets, divergence
+from stripedrag.model.striping.ranking import LayerCost, choose, rank_layers
+from stripedrag.model.striping.recipe import Recipe, Stage
+from stripedrag.model.striping.run import Run
+from stripedrag.model.striping.student import StablePoles, make_trainable, merge, stripe_layers
+from stripedrag.model.striping.teacher import Teacher, likeliest
+
+SIZES = dict(
+    vocab_size=128,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=256,
+)
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama-biased": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+}
+
+
+def letters(text):
+    return [2 + ord(letter) % 120 for letter in text]
+
+
+FRAMING = Framing(
+    head=[1],
+    reply=[122, 123],
+    turn=[124, 125],
+    encode=letters,
+    passage=lambda title, text: f"{title}\n{text}\n",
+    question=lambda question: f"Q {question}",
+)
+TEXTS = [Text(id=str(i), title=f"T{i}", text=f"Number {i} is here. " * 5) for i in range(12)]
+ASKED = [
+    Asked(
+        id=str(i),
+        passage=f"The cat {i} of Rome eats {i} mice.",
+        question=f"How many does cat {i} eat?",
+        answers=[str(i)],
+    )
+    for i in range(12)
+]
+CORPUS = Corpus(TEXTS, ASKED, TEXTS[:2], ASKED[:2])
+
+
+def teacher_of(name="llama"):
+    kind, config = FAMILIES[name]
+    torch.manual_seed(0)
+    return kind(config).eval()
+
+
+def student_of(teacher, layers, *, rank=0):
+    student = stripe_layers(teacher, layers, modes=4, taps=3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    make_trainable(student, rank=rank)
+    return student
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 120, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+def test_the_loss_is_the_divergence_over_known_tokens_and_one_class_of_others():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 16, generator=generator, requires_grad=True)
+    unembedding = torch.randn(50, 16, generator=generator)
+    known, probabilities = likeliest(torch.randn(7, 50, generator=generator), 5)
+    known[0], probabilities[0] = 0, 0
+    known[0, 0], probabilities[0, 0] = 3, 1  # a label, padded by tokens without mass
+    weights = torch.rand(7, generator=generator)
+    loss = divergence(hidden, unembedding, Targets(known, probabilities, weights), rows=3)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+
+    expected = torch.zeros(())
+    for row in range(7):
+        p, q, i = (hidden[row] @ unembedding.T).softmax(-1), probabilities[row], known[row]
+        i, q = i[q > 0], q[q > 0]
+        expected = expected + weights[row] * (q * (q / p[i]).log()).sum()
+        if (rest := 1 - q.sum()) > 1e-6:
+            expected = expected + weights[row] * rest * (rest / (1 - p[i].sum())).log()
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_zero_where_the_student_says_what_the_teacher_says():
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    targets = Targets(*likeliest(logits, 8), torch.ones(6))
+    hidden = logits.clone().requires_grad_()
+    loss = divergence(hidden, torch.eye(40), targets)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert abs(loss.item()) < 1e-5 and gradient.abs().max() < 1e-5
+
+
+@given(st.floats(0.001, 0.9999), st.floats(-3, 3))
+def test_any_stable_pole_comes_back_from_its_free_parameters(radius, angle):
+    pole = torch.tensor([[[[radius, 0.0]]]]) * 1.0
+    pole[..., 1] = pole[..., 0] * torch.tensor(angle).sin()
+    pole[..., 0] = pole[..., 0] * torch.tensor(angle).cos()
+    stable = StablePoles()
+    torch.testing.assert_close(stable(stable.right_inverse(pole)), pole, rtol=1e-4, atol=1e-5)
+
+
+def test_no_free_parameter_makes_an_unstable_pole():
+    free = torch.randn(100, 4, 1, 2, generator=torch.Generator().manual_seed(0)) * 5
+    assert (torch.linalg.vector_norm(StablePoles()(free), dim=-1) <= 1).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_teacher_without_a_replaced_layer_keeps_its_logits(name, ids):
+    teacher = teacher_of(name)
+    student = student_of(teacher, [], rank=4)
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_striped_teacher_learns_layer_by_layer_and_leaves_the_teacher_alone(name, ids):
+    teacher = teacher_of(name)
+    before = {key: tensor.clone() for key, tensor in teacher.state_dict().items()}
+    student = student_of(teacher, [1, 3])
+    windows = Windows(ids.int(), torch.full(ids.shape, TEXT, dtype=torch.uint8))
+    untouched = layerwise.measure(student, teacher, windows)["error"]
+    layerwise.fit_scales(student, teacher, windows)
+    fitted = layerwise.measure(student, teacher, windows)["error"]
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        layerwise.take_step(student, teacher, windows)
+        optimizer.step()
+    learnt = layerwise.measure(student, teacher, windows)
+    assert learnt["error"] < 0.7 * fitted < untouched
+    assert set(learnt) == {"error", "error_1", "error_3"}
+    merge(student)
+    assert all(torch.equal(before[key], tensor) for key, tensor in teacher.state_dict().items())
+
+
+def test_a_merged_student_is_a_plain_model_with_the_same_logits(ids, tmp_path):
+    student = student_of(teacher_of(), [2], rank=4)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        trained = student(ids).logits
+        merge(student)
+        merged = student(ids).logits
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
+    student.save_pretrained(tmp_path / "model")
+    loaded = type(student).from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, merged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model_type="gpt2"), "a gpt2 model cannot be striped; those of the families llama, mistral, qwen2 can"),
+        (dict(head_dim=16), "4 heads are 16 wide, which is not its width of 32 together"),
+        (dict(hidden_act="gelu"), "has the activation 'gelu'"),
+        (
+            dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            "scales its rotary positions",
+        ),
+        (dict(sliding_window=64), "sees a sliding window of 64 tokens"),
+    ],
+)
+def test_a_network_that_no_stripedhyena_can_stand_for_is_refused(change, message):
+    config = LlamaConfig(**SIZES)
+    for key, value in change.items():
+        if key == "model_type":
+            config.__class__ = type("Other", (LlamaConfig,), {"model_type": value})
+        else:
+            setattr(config, key, value)
+    with pytest.raises(CheckpointError, match=message):
+        striped_config(config, [], [1], modes=4, taps=3)
+
+
+def test_mlp_biases_and_layers_that_are_not_there_are_refused():
+    config = LlamaConfig(**SIZES)
+    with pytest.raises(CheckpointError, match="MLP has biases"):
+        striped_config(config, ["model.layers.0.mlp.gate_proj.bias"], [1], modes=4, taps=3)
+    with pytest.raises(CheckpointError, match="has no layer 4; its layers are 0 to 3"):
+        striped_config(config, [], [1, 4], modes=4, taps=3)
+
+
+def test_text_windows_hold_every_token_once_and_in_order():
+    whole = [i for text in TEXTS for i in letters(FRAMING.passage(text.title, text.text))]
+    windows = pack(text_windows(TEXTS, FRAMING, 64), 64, 1000)
+    assert windows.ids.flatten().tolist() == whole[: len(whole) // 64 * 64]
+    assert (windows.kinds[:, 0] == UNKNOWN).all() and (windows.kinds[:, 1:] == TEXT).all()
+
+
+@given(st.integers(120, 400), st.integers(0, 1000))
+def test_conversations_never_exceed_their_length_and_ask_about_what_is_there(length, seed):
+    talks = Conversations(ASKED, TEXTS, FRAMING, unanswerable=0.3, filler=0.3)
+    windows = talks.windows(length, Random(seed))
+    for _ in range(5):
+        pieces = next(windows)
+        assert sum(len(piece.ids) for piece in pieces) <= length
+        text = "".join(chr(0)) + "".join(map(chr, (i for piece in pieces if piece.kind == TEXT for i in piece.ids)))
+        answers = [piece.ids for piece in pieces if piece.kind == ANSWER]
+        asked = [piece.ids for piece in pieces if piece.kind == TEXT and piece.ids[:2] == letters("Q ")]
+        assert len(answers) == len(asked) >= 1
+        for question, answer in zip(asked, answers, strict=True):
+            about = next(one for one in ASKED if letters(FRAMING.question(one.question)) == question)
+            is_there = "".join(map(chr, letters(about.passage))) in text
+            expected = about.answers[0] if is_there else REFUSAL
+            assert answer == [*letters(expected), FRAMING.turn[0]]
+
+
+def test_a_question_without_an_answer_says_so():
+    with pytest.raises(ValidationError, match="it has no answer; give one, or say unanswerable: true"):
+        Asked(id="1", passage="p", question="q")
+    assert Asked(id="1", passage="p", question="q", unanswerable=True).taught == REFUSAL
+
+
+def test_layers_are_ranked_on_text_and_on_recall_together():
+    costs = [
+        LayerCost(layer=i, kl=kl, answer_nats=nats) for i, (kl, nats) in enumerate([(9, 9), (1, 1), (1, 50), (2, 0)])
+    ]
+    assert choose(costs, 2) == [1, 3]
+    with pytest.raises(UsageError, match="4 Hyena layers of 4; choose 1 to 3"):
+        choose(costs, 4)
+
+
+def test_skipping_a_layer_costs_what_measuring_without_it_says(tmp_path, ids):
+    teacher = teacher_of()
+    kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
+    kinds[:, -5:] = ANSWER
+    windows = Windows(ids.int(), kinds)
+    sayings = Teacher(teacher, tmp_path)
+    costs = rank_layers(teacher, sayings, windows, lambda done, layers: None)
+    whole = measure(teacher, sayings, windows)
+    assert abs(whole["kl"]) < 1e-5
+    teacher.model.layers[2].self_attn.o_proj.weight.data.zero_()
+    without = measure(teacher, Teacher(teacher_of(), tmp_path), windows)
+    assert costs[2].kl == pytest.approx(without["kl"], abs=1e-5)
+    assert costs[2].answer_nats == pytest.approx(without["answer_nats"] - whole["answer_nats"], abs=1e-5)
+
+
+def recipe():
+    stages = (
+        Stage(name="layers", kind="layers", tokens=1280, length=128, batch_tokens=128, hyena_rate=1e-2, warmup_steps=2),
+        Stage(name="whole", tokens=1280, length=128, batch_tokens=256, hyena_rate=1e-2, warmup_steps=0),
+    )
+    return Recipe(hyena_layers=(1, 3), modes=4, rank=2, stages=stages)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("stage", "step"), [("layers", 4), ("whole", 2)])
+def test_a_run_that_was_killed_ends_with_the_numbers_of_a_whole_one(tmp_path, monkeypatch, stage, step):
+    monkeypatch.setattr("stripedrag.model.striping.training.CHECKPOINT_SECONDS", -1)
+
+    def run(folder, heard):
+        torch.manual_seed(5)
+        return Run(folder, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], heard)
+
+    def kill(name, at, steps, measured):
+        if (name, at) == (stage, step):
+            raise KilledError
+
+    whole = run(tmp_path / "whole", lambda *heard: None)
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", kill)
+    resumed = run(tmp_path / "killed", lambda *heard: None)
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    logs = [
+        [
+            {key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in (tmp_path / folder / "stages" / stage / "log.jsonl").read_text().splitlines()
+        ]
+        for folder in ("whole", "killed")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == recipe().stages[stage == "whole"].steps
+
+
+def test_another_recipe_is_refused_in_the_folder_of_a_run(tmp_path):
+    Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
+    with pytest.raises(UsageError, match="holds a run of another recipe; choose another folder, or remove it"):
+        Run(tmp_path, recipe().model_copy(update={"seed": 1}), teacher_of(), FRAMING, CORPUS)
+
+
+def test_a_recipe_that_cannot_be_is_refused():
+    with pytest.raises(ValidationError, match="its 100 tokens are less than one window of 128"):
+        Stage(name="a", tokens=100, length=128, hyena_rate=1.0)
+    stage = Stage(name="a", tokens=128, length=128, hyena_rate=1.0)
+    with pytest.raises(ValidationError, match="two stages share a name: a, a"):
+        Recipe(stages=(stage, stage))
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Recipe(laters=3)

@@ -36,7 +36,7 @@ def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[st
     foreign = Overlap(evaluated())
     tell("questions")
     asked = [one for one in [*natural(), *_train_part()] if not foreign.shares(one.passage)]
-    documents = [*_distractors(), *_articles(asked)]
+    documents = [*_distractors(), *_articles(one for one in asked if not is_held_out(one.passage))]
     for package in packages():
         tell(f"texts of {package.name}")
         documents += _some(package)
@@ -44,7 +44,10 @@ def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[st
     rng = Random(0)
     short = [document for document in documents if len(document.text) <= _HOST_CHARS]
     hosts = rng.sample(short, min(PLANTED, len(short)))
-    asked += [one for host in hosts for one in plant(host, rng)]
+    planted = {host.text: plant(host, rng) for host in hosts}
+    asked += [one for ones in planted.values() for one in ones]
+    hidden = {text for text, ones in planted.items() if is_held_out(ones[0].passage)}
+    documents = [document for document in documents if document.text not in hidden]
     written = {}
     for name, records in (("texts", documents), ("questions", asked)):
         lines: dict[str, list[str]] = {name: [], f"held-out-{name}": []}
@@ -81,7 +84,8 @@ class Overlap:
 
 
 def evaluated() -> Iterator[str]:
-    """Every text that an evaluation reads or asks about, but for the articles of the `train` part."""
+    """Every text that a model reads in an evaluation, but for the `train` part's articles and Wikipedia's passages, of
+    which nothing is asked. SciFact is only searched."""
     parts = _parts()
     for document in read_lines(_RAG_QA / "corpus.jsonl.xz", _Sourced):
         if document.source != _WIKIPEDIA and parts.get(document.id) != "train":

@@ -2,12 +2,12 @@
 `packages.json`."""
 
 import fnmatch
+import http.client
 import io
 import lzma
 import re
 import tarfile
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from stripedrag.errors import SetupError
 from stripedrag.indexes.html_text import title_and_text
 from stripedrag.model.striping.data import Text
-from stripedrag.weights import cache_dir, sha256
+from stripedrag.weights import cache_dir, sha256, unwritable
 
 _POOL = "http://deb.debian.org/debian/"  # no secret passes, and the hash says whether it is the right file
 
@@ -73,23 +73,30 @@ def fetch(package: Package) -> Path:
     """The package's file, from the cache or from Debian."""
     path = cache_dir() / "corpus" / PurePosixPath(package.path).name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with (
-                urllib.request.urlopen(_POOL + package.path, timeout=60) as answer,
-                tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial,
-            ):
-                while part := answer.read(1 << 20):
-                    partial.write(part)
-            Path(partial.name).replace(path)
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise SetupError(
-                f"{_POOL + package.path} cannot be downloaded: {error}. Put {path.name}, sha256 {package.sha256}, into "
-                f"{path.parent} yourself; old packages stay at snapshot.debian.org."
-            ) from error
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                partial = Path(scratch) / path.name
+                _download(package, partial)
+                partial.replace(path)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
     if (digest := sha256(path)) != package.sha256:
         raise SetupError(f"{path} has sha256 {digest}; it should have {package.sha256}. Remove it and run this again.")
     return path
+
+
+def _download(package: Package, to: Path) -> None:
+    try:
+        with urllib.request.urlopen(_POOL + package.path, timeout=60) as answer:
+            content = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        home = cache_dir() / "corpus"
+        raise SetupError(
+            f"{_POOL + package.path} cannot be downloaded: {error}. Put {to.name}, sha256 {package.sha256}, into "
+            f"{home} yourself; old packages stay at snapshot.debian.org."
+        ) from error
+    to.write_bytes(content)
 
 
 def _data(path: Path) -> tarfile.TarFile:

@@ -10,7 +10,7 @@ from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping.data import ANSWER, TEXT, Windows
 from stripedrag.model.striping.loss import Targets, divergence
 from stripedrag.model.striping.recipe import Stage
-from stripedrag.model.striping.teacher import Teacher, predicted
+from stripedrag.model.striping.teacher import Teacher, predicted, unembedding
 
 MICRO_TOKENS = 4096  # activations of so many tokens live at once
 
@@ -81,12 +81,6 @@ def _hidden(model: PreTrainedModel, windows: Windows) -> Tensor:
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
     kept: Tensor = hidden[:, :-1][predicted(windows).to(ids.device)]
     return kept
-
-
-def unembedding(model: PreTrainedModel) -> Tensor:
-    """The model's (V, H) matrix from states to logits."""
-    weight: Tensor = model.get_output_embeddings().weight
-    return weight
 
 
 def _labels(ids: Tensor) -> Targets:

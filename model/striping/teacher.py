@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stripedrag.model.striping.data import ANSWER, TEXT, UNKNOWN, Windows
+from stripedrag.model.striping.data import TEXT, UNKNOWN, Windows
 from stripedrag.model.striping.loss import Targets
 
 LIKELIEST = 64  # tokens whose probability is kept; the others' is kept as a sum
@@ -25,9 +25,10 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         self.model, self._folder = model, folder
         folder.mkdir(parents=True, exist_ok=True)
-        config = model.config.to_json_string().encode()
-        sample = next(iter(model.parameters())).detach().flatten()[:4096].float().sum().item()
-        self._key = hashlib.sha256(config + repr(sample).encode()).digest()
+        key = hashlib.sha256(model.config.to_json_string().encode())
+        for parameter in model.parameters():
+            key.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        self._key = key.digest()
 
     def targets(self, windows: Windows, *, answer_weight: float) -> Targets:
         """What each predicted position of `windows` is to be, in the order of `predicted`.
@@ -63,14 +64,19 @@ class Teacher:
         device = self.model.device
         hidden = self.model.base_model(windows.ids.long().to(device), use_cache=False).last_hidden_state
         rows = hidden[:, :-1][(windows.kinds[:, 1:] == TEXT).to(device)]
-        unembedding = self.model.get_output_embeddings().weight
-        said = [likeliest(part @ unembedding.T, LIKELIEST) for part in rows.split(_ROWS)]
+        said = [likeliest(part @ unembedding(self.model).T, LIKELIEST) for part in rows.split(_ROWS)]
         return torch.cat([ids for ids, _ in said]).cpu(), torch.cat([p for _, p in said]).cpu()
 
 
 def predicted(windows: Windows) -> Tensor:
     """(W, L - 1) bool: the positions whose next token counts."""
     return windows.kinds[:, 1:] != UNKNOWN
+
+
+def unembedding(model: PreTrainedModel) -> Tensor:
+    """The model's (V, H) matrix from states to logits."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -81,8 +87,3 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     kept = logits.float().softmax(-1).topk(min(count, logits.shape[1]), dim=-1)
     missing = (0, count - kept.values.shape[1])
     return F.pad(kept.indices, missing), F.pad(kept.values, missing)
-
-
-def answers_in(windows: Windows) -> int:
-    """Tokens of answers in windows."""
-    return int((windows.kinds == ANSWER).sum())

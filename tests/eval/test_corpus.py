@@ -1,6 +1,7 @@
 """The training corpus: facts that are found where they were planted, and nothing that an evaluation asks about."""
 
 import io
+import json
 import lzma
 import tarfile
 from random import Random
@@ -131,3 +132,9 @@ def test_the_corpus_is_the_same_every_time_and_holds_out_whole_passages(tmp_path
         found = list(read_lines(tmp_path / "1" / f"{name}.jsonl", Asked))
         assert all(is_held_out(one.passage) == name.startswith("held-out") for one in found)
         assert {one.source for one in found} >= {"boolq_dev", "planted"}
+    trained = (tmp_path / "1" / "texts.jsonl").read_text()
+    planted_apart = [one for one in found if one.source == "planted"]
+    for one in found:  # of what is held out
+        assert one in planted_apart or json.dumps(one.passage, ensure_ascii=False)[1:-1] not in trained
+    read = {text.id for text in read_lines(tmp_path / "1" / "texts.jsonl", Text)}
+    assert planted_apart and not read & {one.id.split(":")[1] for one in planted_apart}

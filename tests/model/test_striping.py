@@ -95,6 +95,28 @@ def ids():
     return torch.randint(2, 120, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.parametrize("vocabulary", [200, 40])
+def test_a_share_of_what_a_teacher_says_goes_to_the_token_that_comes(vocabulary, tmp_path):
+    torch.manual_seed(0)
+    teacher = Teacher(LlamaForCausalLM(LlamaConfig(**(SIZES | {"vocab_size": vocabulary}))).eval(), tmp_path)
+    ids = torch.randint(0, vocabulary, (2, 30), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    ids[0, 1] = 0
+    windows = Windows(ids, torch.full((2, 30), TEXT, dtype=torch.uint8))
+
+    def whole(targets):
+        dense = torch.zeros(len(targets.ids), vocabulary)
+        return dense.scatter_add_(1, targets.ids, targets.probabilities)
+
+    said = whole(teacher.targets(windows, answer_weight=1.0))
+    mixed = teacher.targets(windows, answer_weight=1.0, text_labels=0.25)
+    labels = torch.nn.functional.one_hot(ids[:, 1:].reshape(-1).long(), vocabulary)
+    wrong = (whole(mixed) - (0.75 * said + 0.25 * labels)).abs()
+    # A label that was not among the likeliest takes the place of the last of them.
+    assert ((wrong > 1e-6).sum(1) <= (vocabulary > 64)).all() and wrong.max() < 0.02
+    known = torch.where(mixed.probabilities > 0, mixed.ids, -1).sort(1).values
+    assert not ((known[:, 1:] == known[:, :-1]) & (known[:, 1:] >= 0)).any()  # each token once
+
+
 def test_the_loss_is_the_divergence_over_known_tokens_and_one_class_of_others():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 16, generator=generator, requires_grad=True)

@@ -65,7 +65,7 @@ def texts(package: Package) -> Iterator[Text]:
             title, text = title_and_text(content)
         prose = lines(text) if package.format == "book" else paragraphs(text)
         if len(prose) >= 1000:
-            yield Text(id=f"{package.name}/{PurePosixPath(name).stem}", title=title.strip(), text=prose)
+            yield Text(id=f"{package.name}/{PurePosixPath(name).with_suffix('')}", title=title.strip(), text=prose)
 
 
 def paragraphs(text: str) -> str:

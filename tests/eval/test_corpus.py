@@ -100,7 +100,7 @@ def package(tmp_path, monkeypatch):
 
 def test_the_pages_of_a_package_are_read_in_their_order(package):
     found = list(texts(package))
-    assert [(text.id, text.title) for text in found] == [("x/a", "a.html"), ("x/b", "b.html")]
+    assert [(text.id, text.title) for text in found] == [("x/usr/share/doc/x/a", "a.html"), ("x/usr/share/doc/x/b", "b.html")]
     assert found[0].text == ("Ants carry. " * 200).strip()
 
 
@@ -136,7 +136,7 @@ def test_the_corpus_is_the_same_every_time_and_holds_out_whole_passages(tmp_path
     planted_apart = [one for one in found if one.source == "planted"]
     for one in found:  # of what is held out
         assert one in planted_apart or json.dumps(one.passage, ensure_ascii=False)[1:-1] not in trained
-    read = {text.id for text in read_lines(tmp_path / "1" / "texts.jsonl", Text)}
+    read = {text.id for text in read_lines(tmp_path / "1" / "texts.jsonl", Text)}  # refuses an id that comes twice
     assert planted_apart and not read & {one.id.split(":")[1] for one in planted_apart}
 
 

@@ -4,6 +4,7 @@ A window of questions is a conversation in the form in which a model is asked la
 answer, then further questions on the same passages.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -61,6 +62,15 @@ class Corpus:
     asked: Sequence[Asked]
     held_texts: Sequence[Text]
     held_asked: Sequence[Asked]
+
+    def fingerprint(self) -> str:
+        """The sha256 of all its lines."""
+        digest = hashlib.sha256()
+        for part in (self.texts, self.asked, self.held_texts, self.held_asked):
+            for line in part:
+                digest.update(line.model_dump_json().encode() + b"\n")
+            digest.update(b"\n")
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping.data import ANSWER, TEXT, Windows
 from stripedrag.model.striping.loss import Targets, divergence
+from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.recipe import Stage
 from stripedrag.model.striping.teacher import Teacher, predicted, unembedding
 
@@ -16,56 +17,56 @@ MICRO_TOKENS = 4096  # activations of so many tokens live at once
 
 
 def take_step(
-    student: StripedHyenaForCausalLM, teacher: Teacher, stage: Stage, windows: Windows, *, rank: int = 0, ranks: int = 1
+    student: StripedHyenaForCausalLM, teacher: Teacher, stage: Stage, windows: Windows, processes: Processes
 ) -> dict[str, float]:
     """Leave in the student the gradient of the mean loss over a step's windows; returns that loss.
 
-    Of several processes each takes every `ranks`-th window; gradients are then averaged between them, so that a share
-    counts `ranks` times.
+    Of several processes each computes it for its share of the windows; the mean over the processes is the whole's.
     """
-    positions = int(predicted(windows).sum())
+    positions = int(predicted(windows).sum()) / processes.count
     total = torch.zeros(())
-    for part in _micro(Windows(windows.ids[rank::ranks], windows.kinds[rank::ranks])):
+    for part in _micro(processes.share(windows)):
         wanted = teacher.targets(part, answer_weight=stage.answer_weight, text_labels=stage.text_labels)
         loss = _loss(student, part, wanted)
-        (loss * (ranks / max(positions, 1))).backward()
+        (loss / max(positions, 1)).backward()
         total += loss.detach().cpu()
-    clip_(student)
     return {"loss": float(total) / max(positions, 1)}
-
-
-def clip_(student: nn.Module, norm: float = 1.0) -> None:
-    """Scale the gradient down to a norm of at most `norm`."""
-    nn.utils.clip_grad_norm_([p for p in student.parameters() if p.grad is not None], norm)
 
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, teacher: Teacher, windows: Windows) -> dict[str, float]:
-    """On held-out windows: `kl` from the teacher on text, `nats` a token of text and `answer_nats` of answers."""
+    """On held-out windows: `kl` from the teacher on text, `nats` a token of text, `answer_nats` a token of answers, and
+    `exact`, the share of answers of which every token is the likeliest after those before it: greedy decoding gives
+    exactly these.
+    """
     weight = unembedding(model)
-    sums = {"kl": 0.0, "nats": 0.0, "answer_nats": 0.0}
-    counts = {"text": 0, "answer": 0}
+    sums = dict.fromkeys(("kl", "nats", "answer_nats", "exact"), 0.0)
+    counts = {TEXT: 0, ANSWER: 0, "answers": 0}
     for part in _micro(windows):
         hidden = _hidden(model, part)
         targets = teacher.targets(part, answer_weight=1.0)
         labels = part.ids[:, 1:][predicted(part)].long()
         kinds = part.kinds[:, 1:][predicted(part)]
-        for kind, name in ((TEXT, "text"), (ANSWER, "answer")):
+        for kind in (TEXT, ANSWER):
             of_kind = kinds == kind
             if not of_kind.any():
                 continue
-            counts[name] += int(of_kind.sum())
-            said = Targets(*(t[of_kind] for t in targets))
-            label = _labels(labels[of_kind])
-            nats = float(divergence(hidden[of_kind], weight, label))
+            counts[kind] += int(of_kind.sum())
+            nats = float(divergence(hidden[of_kind], weight, _labels(labels[of_kind])))
+            sums["nats" if kind == TEXT else "answer_nats"] += nats
             if kind == TEXT:
+                said = Targets(*(t[of_kind] for t in targets))
                 sums["kl"] += float(divergence(hidden[of_kind], weight, said))
-                sums["nats"] += nats
             else:
-                sums["answer_nats"] += nats
-    text, answer = counts["text"], counts["answer"]
-    measured = {"kl": sums["kl"] / text, "nats": sums["nats"] / text} if text else {}
-    return measured | ({"answer_nats": sums["answer_nats"] / answer} if answer else {})
+                right = _likeliest(hidden[of_kind], weight) == labels[of_kind].to(hidden.device)
+                answer = _answer_numbers(part)[of_kind]
+                missed = torch.bincount(answer, weights=(~right.cpu()).double())
+                sums["exact"] += int((missed == 0).sum())
+                counts["answers"] += len(missed)
+    measured = {"kl": sums["kl"] / counts[TEXT], "nats": sums["nats"] / counts[TEXT]} if counts[TEXT] else {}
+    if counts[ANSWER]:
+        measured |= {"answer_nats": sums["answer_nats"] / counts[ANSWER], "exact": sums["exact"] / counts["answers"]}
+    return measured
 
 
 def _loss(student: StripedHyenaForCausalLM, windows: Windows, targets: Targets) -> Tensor:
@@ -82,6 +83,19 @@ def _hidden(model: PreTrainedModel, windows: Windows) -> Tensor:
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
     kept: Tensor = hidden[:, :-1][predicted(windows).to(ids.device)]
     return kept
+
+
+def _likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat([(rows.to(weight.dtype) @ weight.T).argmax(-1) for rows in hidden.split(128)])
+
+
+def _answer_numbers(windows: Windows) -> Tensor:
+    """For each predicted position, the number from 0 of the answer that its next token is in or comes after."""
+    is_answer = windows.kinds == ANSWER
+    begins = is_answer.clone()
+    begins[:, 1:] &= ~is_answer[:, :-1]
+    number = (begins.flatten().cumsum(0) - 1).view(begins.shape)
+    return number[:, 1:][predicted(windows)]
 
 
 def _labels(ids: Tensor) -> Targets:

@@ -31,7 +31,6 @@ def take_step(student: StripedHyenaForCausalLM, teacher: PreTrainedModel, window
         with torch.enable_grad(), _autocast(x):
             loss = relative_error(mixer(block, x), wanted)
         loss.backward()
-        nn.utils.clip_grad_norm_([p for p in block.parameters() if p.grad is not None], 1.0)
         losses.append(loss.detach())
 
     _watch(student, teacher, windows, learn)

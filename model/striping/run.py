@@ -24,9 +24,10 @@ from stripedrag.model.striping.data import (
     pack,
     text_windows,
 )
+from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.ranking import LayerCost, choose, rank_layers
 from stripedrag.model.striping.recipe import Recipe, Stage
-from stripedrag.model.striping.student import make_trainable, stripe_layers
+from stripedrag.model.striping.student import blocks, make_trainable, stripe_layers
 from stripedrag.model.striping.teacher import Teacher
 from stripedrag.model.striping.training import Loop, Progress
 
@@ -45,9 +46,12 @@ class Run:
         self, folder: Path, recipe: Recipe, teacher: PreTrainedModel, framing: Framing, corpus: Corpus
     ) -> None:
         self.folder, self.recipe, self.framing, self.corpus = folder, recipe, framing, corpus
-        folder.mkdir(parents=True, exist_ok=True)
-        _same_or_new(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.processes = Processes()
+        with self.processes.first_alone():
+            folder.mkdir(parents=True, exist_ok=True)
+            _same_or_new(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n", "recipe")
+            _same_or_new(folder / "data.sha256", corpus.fingerprint() + "\n", "corpus")
+        self.teacher = teacher.to(self.processes.device).eval().requires_grad_(False)
         self.sayings = Teacher(teacher, folder / "teacher")
 
     def hyena_layers(self, progress: Progress) -> list[int]:
@@ -59,7 +63,8 @@ class Run:
         if not path.exists():
             windows = self.held_out(RANKING_LENGTH)
             costs = rank_layers(self.teacher, self.sayings, windows, lambda i, n: progress("ranking", i, n, {}))
-            _write(path, _COSTS.dump_json(costs, indent=1))
+            with self.processes.first_alone():
+                _write(path, _COSTS.dump_json(costs, indent=1))
         return choose(_COSTS.validate_json(path.read_bytes()), wanted)
 
     def train(self, layers: Sequence[int], progress: Progress) -> StripedHyenaForCausalLM:
@@ -73,7 +78,16 @@ class Run:
         for number, stage in enumerate(recipe.stages):
             if stage.kind == "layers" and not layers:
                 continue
-            loop = Loop(stage, _groups(student, stage), self.folder / "stages" / stage.name)
+            groups = _groups(student, stage)
+            together = [parameter for parameters, _ in groups for parameter in parameters.values()]
+            each = [list(block.parameters()) for block in blocks(student) if not block.is_attention]
+            loop = Loop(
+                stage,
+                groups,
+                self.folder / "stages" / stage.name,
+                clipped=each if stage.kind == "layers" else [together],
+                processes=self.processes,
+            )
             if loop.finished():
                 loop.load()
                 continue
@@ -94,14 +108,14 @@ class Run:
             if not loop.checkpoint.exists():
                 layerwise.fit_scales(student, self.teacher, batch(0))
             loop.run(
-                lambda step: layerwise.take_step(student, self.teacher, batch(step)),
+                lambda step: layerwise.take_step(student, self.teacher, self.processes.share(batch(step))),
                 check=lambda: layerwise.measure(student, self.teacher, held_out),
                 check_every=max(1, stage.steps // CHECKS_A_STAGE),
                 progress=progress,
             )
         else:
             loop.run(
-                lambda step: distillation.take_step(student, self.sayings, stage, batch(step)),
+                lambda step: distillation.take_step(student, self.sayings, stage, batch(step), self.processes),
                 check=lambda: distillation.measure(student, self.sayings, held_out),
                 check_every=max(1, stage.steps // CHECKS_A_STAGE),
                 progress=progress,
@@ -110,11 +124,12 @@ class Run:
     def windows(self, stage: Stage, number: int) -> Windows:
         """The windows of a stage in their order, made once."""
         path = self.folder / "windows" / f"{stage.name}.safetensors"
-        if not path.exists():
-            wanted = stage.steps * stage.windows_a_step
-            rng = Random(f"{self.recipe.seed} {number}")
-            made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, rng)
-            _keep(pack(made, stage.length, wanted), path)
+        with self.processes.first_alone():
+            if not path.exists():
+                wanted = stage.steps * stage.windows_a_step
+                rng = Random(f"{self.recipe.seed} {number}")
+                made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, rng)
+                _keep(pack(made, stage.length, wanted), path)
         windows = Windows(**load_file(path))
         if len(windows.ids) < stage.steps * stage.windows_a_step:
             raise UsageError(
@@ -126,11 +141,12 @@ class Run:
     def held_out(self, length: int) -> Windows:
         """Windows to measure on, half of them text and half questions, made once for a length."""
         path = self.folder / "windows" / f"held-out-{length}.safetensors"
-        if not path.exists():
-            stage = Stage(name="held-out", tokens=length, length=length, hyena_rate=1.0)
-            made = _mixed(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage, Random(0))
-            count = max(2, HELD_OUT_WINDOWS * 1024 // max(length, 1024))
-            _keep(pack(made, length, count), path)
+        with self.processes.first_alone():
+            if not path.exists():
+                stage = Stage(name="held-out", tokens=length, length=length, hyena_rate=1.0)
+                made = _mixed(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage, Random(0))
+                count = max(2, HELD_OUT_WINDOWS * 1024 // max(length, 1024))
+                _keep(pack(made, length, count), path)
         return Windows(**load_file(path))
 
 
@@ -185,7 +201,8 @@ def _write(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def _same_or_new(path: Path, content: str) -> None:
+def _same_or_new(path: Path, content: str, kind: str) -> None:
     if path.exists() and path.read_text() != content:
-        raise UsageError(f"{path.parent} holds a run of another recipe; choose another folder, or remove it")
-    path.write_text(content)
+        raise UsageError(f"{path.parent} holds a run of another {kind}; choose another folder, or remove it")
+    if not path.exists():
+        _write(path, content.encode())

@@ -1,6 +1,7 @@
 """What a teacher says of windows: its likeliest next tokens at every position of text, kept on disk."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -52,15 +53,24 @@ class Teacher:
         return Targets(tokens, probabilities, weights)
 
     def _said(self, windows: Windows) -> tuple[Tensor, Tensor]:
-        content = windows.ids.numpy().tobytes() + windows.kinds.numpy().tobytes()
-        path = self._folder / f"{hashlib.sha256(self._key + content).hexdigest()[:24]}.safetensors"
-        if not path.exists():
-            ids, probabilities = self._ask(windows)
-            partial = path.with_suffix(".partial")
-            save_file({"ids": ids.to(torch.int32), "probabilities": probabilities.half()}, partial)
-            partial.replace(path)
-        known = load_file(path)
-        return known["ids"].long(), known["probabilities"].float()
+        rows = list(zip(windows.ids, windows.kinds, strict=True))
+        paths = [self._path(ids, kinds) for ids, kinds in rows]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        if missing:
+            asked = Windows(windows.ids[missing], windows.kinds[missing])
+            counts = (asked.kinds[:, 1:] == TEXT).sum(1).tolist()
+            parts = zip(*(said.split(counts) for said in self._ask(asked)), strict=True)
+            for i, (ids, probabilities) in zip(missing, parts, strict=True):
+                partial = paths[i].with_suffix(f".{os.getpid()}")
+                save_file({"ids": ids.int().contiguous(), "probabilities": probabilities.half().contiguous()}, partial)
+                partial.replace(paths[i])
+        known = [load_file(path) for path in paths]
+        ids, probabilities = (torch.cat([one[name] for one in known]) for name in ("ids", "probabilities"))
+        return ids.long(), probabilities.float()
+
+    def _path(self, ids: Tensor, kinds: Tensor) -> Path:
+        content = self._key + ids.numpy().tobytes() + kinds.numpy().tobytes()
+        return self._folder / f"{hashlib.sha256(content).hexdigest()[:24]}.safetensors"
 
     @torch.no_grad()
     def _ask(self, windows: Windows) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stripedrag.errors import UsageError
+from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.recipe import Stage
 
 CHECKPOINT_SECONDS = 300.0
@@ -30,8 +32,17 @@ class Loop:
     is on disk.
     """
 
-    def __init__(self, stage: Stage, groups: Iterable[tuple[dict[str, nn.Parameter], float]], folder: Path) -> None:
-        self.stage, self.folder = stage, folder
+    def __init__(
+        self,
+        stage: Stage,
+        groups: Iterable[tuple[dict[str, nn.Parameter], float]],
+        folder: Path,
+        *,
+        clipped: Sequence[Sequence[nn.Parameter]],
+        processes: Processes,
+    ) -> None:
+        """`groups` are named parameters and a rate; the gradients of each part of `clipped` get a norm of at most 1."""
+        self.stage, self.folder, self._clipped, self._processes = stage, folder, clipped, processes
         folder.mkdir(parents=True, exist_ok=True)
         named = [(parameters, rate) for parameters, rate in groups if parameters]
         self._parameters = {name: p for parameters, _ in named for name, p in parameters.items()}
@@ -60,14 +71,18 @@ class Loop:
         check: Callable[[], dict[str, float]],
         check_every: int,
         progress: Progress,
-        writes: bool = True,
     ) -> None:
         """Go to the end of the stage, from the last checkpoint if there is one.
 
         `take` computes the gradients of a step and returns what it measured; `check` measures on held-out windows,
-        every `check_every` steps and at the end. Of several processes one `writes`.
+        every `check_every` steps and at the end.
+
+        Raises `UsageError` for a checkpoint of another network.
         """
-        done = self._resume(writes=writes)
+        with self._processes.first_alone():
+            done = self._resume()
+            if self._processes.is_first:
+                self._cut_log(done)
         saved = time.monotonic()
         for step in range(done, self.stage.steps):
             began = time.perf_counter()
@@ -75,13 +90,16 @@ class Loop:
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
             self.optimizer.zero_grad(set_to_none=True)
-            measured = take(step)
+            measured = self._processes.average(take(step))
+            self._processes.average_gradients(self._parameters.values())
+            for parameters in self._clipped:
+                nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
             self.optimizer.step()
             measured["seconds"] = time.perf_counter() - began
             is_last = step + 1 == self.stage.steps
             if is_last or (step + 1) % check_every == 0:
                 measured |= check()
-            if writes:
+            if self._processes.is_first:
                 with self.log.open("a") as log:
                     log.write(json.dumps({"step": step + 1} | measured) + "\n")
                 if is_last or time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -95,7 +113,7 @@ class Loop:
 
     def load(self) -> None:
         """Take the parameters of the last checkpoint."""
-        self._resume(writes=False)
+        self._resume()
 
     def _factor(self, step: int) -> float:
         if step < self.stage.warmup_steps:
@@ -113,12 +131,13 @@ class Loop:
         save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata={"step": str(step)})
         partial.replace(self.checkpoint)
 
-    def _resume(self, *, writes: bool) -> int:
+    def _resume(self) -> int:
         if not self.checkpoint.exists():
-            if writes:
-                self.log.unlink(missing_ok=True)
             return 0
         tensors, step = load_file(self.checkpoint), _step_of(self.checkpoint)
+        shapes = {key.removeprefix("parameter:"): t.shape for key, t in tensors.items() if key.startswith("parameter:")}
+        if shapes != {name: parameter.shape for name, parameter in self._parameters.items()}:
+            raise UsageError(f"{self.checkpoint} is of a network of other layers or sizes; choose another folder")
         state: dict[Tensor, dict[str, Any]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(":")
@@ -128,10 +147,13 @@ class Loop:
             else:
                 state.setdefault(parameter, {})[kind] = tensor
         self.optimizer.state.update(state)
-        if writes and self.log.exists():
+        return step
+
+    def _cut_log(self, step: int) -> None:
+        """Leave in the log only what the checkpoint of a step knows of."""
+        if self.log.exists():
             kept = [line for line in self.log.read_text().splitlines() if _is_before(line, step)]
             self.log.write_text("".join(line + "\n" for line in kept))
-        return step
 
 
 def _is_before(line: str, step: int) -> bool:

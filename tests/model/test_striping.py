@@ -295,6 +295,20 @@ def test_skipping_a_layer_costs_what_measuring_without_it_says(tmp_path, ids):
     assert costs[2].answer_nats == pytest.approx(without["answer_nats"] - whole["answer_nats"], abs=1e-5)
 
 
+def test_an_answer_is_exact_where_greedy_decoding_gives_all_of_it(tmp_path):
+    teacher = teacher_of()
+    start = torch.randint(2, 120, (3, 20), generator=torch.Generator().manual_seed(0))
+    greedy = teacher.generate(start, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    greedy[1, -1] = (greedy[1, -1] + 1) % 128  # one of three goes wrong at its last token
+    ids = torch.cat([greedy, start[:, :2], greedy[:, -4:]], dim=1)  # and what they say of a second answer is chance
+    kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
+    kinds[:, 20:24] = ANSWER
+    measured = measure(teacher, Teacher(teacher, tmp_path), Windows(ids.int(), kinds))
+    assert measured["exact"] == pytest.approx(2 / 3)
+    kinds[:, -4:] = ANSWER
+    assert measure(teacher, Teacher(teacher, tmp_path), Windows(ids.int(), kinds))["exact"] <= 0.5
+
+
 def recipe():
     stages = (
         Stage(name="layers", kind="layers", tokens=1280, length=128, batch_tokens=128, hyena_rate=1e-2, warmup_steps=2),
@@ -339,6 +353,14 @@ def test_another_recipe_is_refused_in_the_folder_of_a_run(tmp_path):
     Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
     with pytest.raises(UsageError, match="holds a run of another recipe; choose another folder, or remove it"):
         Run(tmp_path, recipe().model_copy(update={"seed": 1}), teacher_of(), FRAMING, CORPUS)
+
+
+def test_another_corpus_and_another_network_are_refused_in_the_folder_of_a_run(tmp_path):
+    Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+    with pytest.raises(UsageError, match="holds a run of another corpus"):
+        Run(tmp_path, recipe(), teacher_of(), FRAMING, Corpus(TEXTS[1:], ASKED, TEXTS[:2], ASKED[:2]))
+    with pytest.raises(UsageError, match="is of a network of other layers or sizes"):
+        Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 2], lambda *heard: None)
 
 
 def test_a_recipe_that_cannot_be_is_refused():

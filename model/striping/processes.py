@@ -1,0 +1,59 @@
+"""The processes that share a run, as Accelerate has started them: one, unless it was asked for more."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from stripedrag.errors import UsageError
+from stripedrag.model.striping.data import Windows
+
+
+class Processes:
+    """`rank` of `count` processes, each on its `device` with the same weights and a share of every step's windows.
+
+    `accelerate launch --num_processes N -m stripedrag.eval.cli stripe …` starts N; gradients are averaged, so that
+    every process takes the same step, and the first one writes.
+    """
+
+    def __init__(self) -> None:
+        self._accelerator = Accelerator()
+        self.rank: int = self._accelerator.process_index
+        self.count: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def first_alone(self) -> AbstractContextManager[None]:
+        """What is done in here the first process does before the others, which then find its files."""
+        context: AbstractContextManager[None] = self._accelerator.main_process_first()
+        return context
+
+    def share(self, windows: Windows) -> Windows:
+        """This process's windows of a step's. Raises `UsageError` where they cannot be shared evenly."""
+        if len(windows.ids) % self.count:
+            raise UsageError(
+                f"a step of {len(windows.ids)} windows cannot be shared by {self.count} processes; set the stage's "
+                f"batch_tokens to a multiple of {self.count} windows of {windows.ids.shape[1]} tokens"
+            )
+        return Windows(windows.ids[self.rank :: self.count], windows.kinds[self.rank :: self.count])
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put the mean over the processes in place of each gradient."""
+        if self.count > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad = self._accelerator.reduce(parameter.grad, "mean")
+
+    def average(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """The means over the processes of what each measured."""
+        if self.count == 1 or not measured:
+            return dict(measured)
+        values = torch.tensor(list(measured.values()), dtype=torch.float32, device=self.device)
+        means = self._accelerator.reduce(values, "mean").tolist()
+        return dict(zip(measured, means, strict=True))

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from stripedrag.errors import SetupError
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import StripedHyenaForCausalLM
-from stripedrag.model.striping.families import striped_tensors
+from stripedrag.model.striping.changes import striped_model
 from stripedrag.weights import SMOLLM2, cache_dir, fetch, sha256, unwritable
 
 STRIPED, BASELINE = "stripedhyena-smol-135m", "smollm2-135m-instruct"
@@ -67,15 +67,9 @@ def prepare(tell: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
 
 
 def stripe(transformer: dict[str, Tensor]) -> StripedHyenaForCausalLM:
-    """The default model from the transformer's tensors (Llama names) and the Hyena layers in `weights/`."""
+    """The default model from the transformer's tensors (Llama names) and the changes in `weights/`."""
     config = StripedHyenaConfig(**json.loads((WEIGHTS / f"{STRIPED}.json").read_text()))
-    tensors = striped_tensors(transformer, config) | load_file(WEIGHTS / f"{STRIPED}.safetensors")
-    with torch.device("meta"):
-        model = StripedHyenaForCausalLM(config)
-    model.backbone.load_state_dict(tensors, strict=True, assign=True)
-    model.tie_weights()
-    model.to(torch.bfloat16).eval()
-    return model
+    return striped_model(transformer, config, load_file(WEIGHTS / f"{STRIPED}.safetensors"))
 
 
 def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:

@@ -1,7 +1,7 @@
 """The network that learns: a StripedHyena whose Hyena layers begin as their attention layers' averages over time.
 
 What is trained stands in float32; what is frozen stands in the dtype of the products. A frozen linear layer learns a
-low-rank difference (LoRA, Hu et al. 2021), which `merge` adds to its weights.
+low-rank difference (LoRA, Hu et al. 2021), which `changes.striped_model` adds to its weights.
 """
 
 import math
@@ -18,6 +18,7 @@ from stripedrag.model.modeling import HyenaFilter, StripedHyenaBlock, StripedHye
 from stripedrag.model.striping.families import striped_config, striped_tensors
 
 FASTEST_TOKENS, SLOWEST_TOKENS = 1.5, 1000.0  # time constants at the start, log-spaced
+LORA_SCALE = 2.0
 
 
 class StablePoles(nn.Module):
@@ -40,9 +41,7 @@ class StablePoles(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and a difference of low rank: W x + (alpha / r) B A x, with alpha = 2r."""
-
-    scale = 2.0
+    """A frozen linear layer and a difference of low rank: W x + (alpha / r) B A x, with alpha / r = `LORA_SCALE`."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -54,15 +53,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, out) for x (…, in)."""
         y: Tensor = self.linear(x)
-        return y + F.linear(F.linear(x, self.down), self.up * self.scale)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The linear layer with the difference added to a copy of its weight, which a teacher may share."""
-        weight = self.linear.weight
-        added = weight.float() + self.scale * self.up.float() @ self.down.float()
-        self.linear.weight = nn.Parameter(added.to(weight.dtype), requires_grad=False)
-        return self.linear
+        return y + F.linear(F.linear(x, self.down), self.up * LORA_SCALE)
 
 
 def stripe_layers(
@@ -164,18 +155,6 @@ def make_trainable(model: StripedHyenaForCausalLM, *, rank: int) -> None:
     norm = model.backbone.norm
     norm.scale.data = norm.scale.data.float()
     norm.scale.requires_grad_(True)
-
-
-@torch.no_grad()
-def merge(model: StripedHyenaForCausalLM) -> None:
-    """Make `model` a plain StripedHyena again: poles as they are stored, low-rank differences in their weights."""
-    for block in blocks(model):
-        if not block.is_attention and parametrize.is_parametrized(block.filter):
-            parametrize.remove_parametrizations(block.filter, "poles")
-        for parent in [block.mlp, *([block.inner_mha_cls] if block.is_attention else [])]:
-            for name, module in list(parent.named_children()):
-                if isinstance(module, LoRALinear):
-                    setattr(parent, name, module.merged())
 
 
 def blocks(model: StripedHyenaForCausalLM) -> list[StripedHyenaBlock]:

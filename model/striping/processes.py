@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from stripedrag.errors import UsageError
@@ -19,6 +18,8 @@ class Processes:
     """
 
     def __init__(self) -> None:
+        from accelerate import Accelerator  # a second that loading a model need not take
+
         self._accelerator = Accelerator()
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes

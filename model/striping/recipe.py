@@ -33,7 +33,7 @@ class Stage(_Part):
     unanswerable: Share = 0.1
     filler: Share = 0.0
     answer_weight: Positive = 2.0
-    text_labels: Share = 0.0
+    text_labels: Share = 0.25
 
     @property
     def windows_a_step(self) -> int:
@@ -67,9 +67,17 @@ class Recipe(_Part):
     stages: tuple[Stage, ...] = Field(
         default=(
             Stage(name="layers", kind="layers", tokens=400_000, length=512, batch_tokens=2048, hyena_rate=3e-3),
-            Stage(name="short", tokens=3_000_000, length=1024, hyena_rate=6e-4),
-            Stage(name="middle", tokens=1_000_000, length=4096, hyena_rate=3e-4, filler=0.3),
-            Stage(name="long", tokens=1_000_000, length=8192, batch_tokens=8192, hyena_rate=2e-4, filler=0.5),
+            Stage(name="short", tokens=2_000_000, length=1024, hyena_rate=6e-4),
+            Stage(name="middle", tokens=600_000, length=4096, hyena_rate=3e-4, adapter_rate=3e-4, filler=0.3),
+            Stage(
+                name="long",
+                tokens=600_000,
+                length=8192,
+                batch_tokens=8192,
+                hyena_rate=2e-4,
+                adapter_rate=2e-4,
+                filler=0.5,
+            ),
         ),
         min_length=1,
     )

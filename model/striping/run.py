@@ -1,18 +1,19 @@
 """A striping run in a folder: windows, ranking, stages, each done once and found again after a kill."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stripedrag.errors import UsageError
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping import distillation, layerwise
+from stripedrag.model.striping.changes import changes, striped_model
 from stripedrag.model.striping.data import (
     Asked,
     Conversations,
@@ -24,6 +25,7 @@ from stripedrag.model.striping.data import (
     pack,
     text_windows,
 )
+from stripedrag.model.striping.evaluation import Evaluation, evaluate
 from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.ranking import LayerCost, choose, rank_layers
 from stripedrag.model.striping.recipe import Recipe, Stage
@@ -121,6 +123,19 @@ class Run:
                 progress=progress,
             )
 
+    def finish(self, student: StripedHyenaForCausalLM, to: Path) -> Evaluation:
+        """Write the trained model into the folder `to`, as `save_pretrained` does, and `changes.safetensors` with what
+        training changed, see `changes`; returns what the model that was written does on held-out windows.
+        """
+        changed = changes(student)
+        _save_whole(changed, to / "changes.safetensors")
+        model = striped_model(self.teacher.state_dict(), student.config, changed)
+        model.generation_config = self.teacher.generation_config
+        model.save_pretrained(to)
+        lengths = sorted({stage.length for stage in self.recipe.stages if stage.kind != "layers"})
+        windows = {length: self.held_out(length) for length in lengths or [RANKING_LENGTH]}
+        return evaluate({"teacher": self.teacher, "striped": model}, self.sayings, windows)
+
     def windows(self, stage: Stage, number: int) -> Windows:
         """The windows of a stage in their order, made once."""
         path = self.folder / "windows" / f"{stage.name}.safetensors"
@@ -129,7 +144,7 @@ class Run:
                 wanted = stage.steps * stage.windows_a_step
                 rng = Random(f"{self.recipe.seed} {number}")
                 made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, rng)
-                _keep(pack(made, stage.length, wanted), path)
+                _save_whole(pack(made, stage.length, wanted)._asdict(), path)
         windows = Windows(**load_file(path))
         if len(windows.ids) < stage.steps * stage.windows_a_step:
             raise UsageError(
@@ -146,7 +161,7 @@ class Run:
                 stage = Stage(name="held-out", tokens=length, length=length, hyena_rate=1.0)
                 made = _mixed(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage, Random(0))
                 count = max(2, HELD_OUT_WINDOWS * 1024 // max(length, 1024))
-                _keep(pack(made, length, count), path)
+                _save_whole(pack(made, length, count)._asdict(), path)
         return Windows(**load_file(path))
 
 
@@ -188,10 +203,11 @@ def _groups(student: StripedHyenaForCausalLM, stage: Stage) -> list[tuple[dict[s
     return [(hyena, stage.hyena_rate), (others, stage.adapter_rate)]
 
 
-def _keep(windows: Windows, path: Path) -> None:
+def _save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(windows._asdict(), partial)
+    save_file(dict(tensors), partial)
     partial.replace(path)
 
 

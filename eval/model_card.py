@@ -1,0 +1,196 @@
+"""The card of a striped model: what it is, how it was made, what was measured, with the curves of its training."""
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from stripedrag.model.striping import Corpus, Evaluation, Recipe
+from stripedrag.model.striping.ranking import LayerCost
+
+SAMPLES = 20
+_SHOWN_CHARS = 240
+_CURVES = (
+    ("error", "relative error"),
+    ("kl", "KL to the teacher"),
+    ("answer_nats", "nats a token of answers"),
+    ("exact", "answers exact"),
+)
+
+
+def write_card(
+    folder: Path, run: Path, *, name: str, teacher: str, layers: Sequence[int], evaluation: Evaluation, corpus: Corpus
+) -> Path:
+    """Write README.md, evaluation.json, recipe.json and, with matplotlib, curves.svg into a model's `folder`."""
+    recipe = Recipe.model_validate_json((run / "recipe.json").read_bytes())
+    logs = {stage.name: list(_log(run / "stages" / stage.name / "log.jsonl")) for stage in recipe.stages}
+    _write(folder / "evaluation.json", evaluation.model_dump_json(indent=1) + "\n")
+    _write(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
+    curves = find_spec("matplotlib") is not None
+    if curves:
+        _write(folder / "curves.svg", draw_curves(recipe, logs, evaluation))
+    parts = [
+        f"# {name}",
+        f"`{teacher}` striped: layers {', '.join(map(str, layers))} are Hyena layers that were distilled from its "
+        f"attention; the others are its own{f', with differences of rank {recipe.rank}' if recipe.rank else ''}. "
+        "`changes.safetensors` holds all that changed.",
+        "## Measured on held-out data",
+        _lengths(evaluation),
+        _stretches(evaluation),
+        "![what was measured while it was trained](curves.svg)" if curves else "",
+        "## Made by",
+        _stages(recipe, logs),
+        _ranking(run / "ranking.json", layers),
+        "## Trained on",
+        _data(corpus),
+        f"## {SAMPLES} questions of the training data, by chance",
+        _samples(corpus, recipe.seed),
+    ]
+    _write(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    return folder / "README.md"
+
+
+def draw_curves(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]], evaluation: Evaluation) -> str:
+    """An SVG: what was measured on held-out data against tokens of training, and nats by position at the end."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "stripedrag", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
+    ):
+        figure = Figure(figsize=(11.4, 5.6), layout="constrained")
+        axes = figure.subplots(2, 3).flatten()
+        for (key, label), panel in zip(_CURVES, axes, strict=False):
+            before = 0
+            for stage in recipe.stages:
+                tokens = stage.windows_a_step * stage.length
+                points = [(before + line["step"] * tokens, line[key]) for line in logs[stage.name] if key in line]
+                if points:
+                    panel.plot(
+                        *zip(*points, strict=True), marker="o", markersize=3, label=f"{stage.name}, {stage.length}"
+                    )
+                before += stage.steps * tokens
+            panel.set(title=label, xlabel="tokens of training")
+            panel.legend(frameon=False)
+        for name in evaluation.stretches[0].nats if evaluation.stretches else ():
+            places = [stretch.end for stretch in evaluation.stretches]
+            axes[4].plot(places, [stretch.nats[name] for stretch in evaluation.stretches], marker="o", label=name)
+        axes[4].set(title="nats a token of text by position", xlabel="position", xscale="log")
+        axes[4].legend(frameon=False)
+        axes[5].set_axis_off()
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
+
+
+def _lengths(evaluation: Evaluation) -> str:
+    rows = [
+        [
+            f"{length:,}",
+            name,
+            _number(m.kl),
+            _number(None if m.nats is None else math.exp(m.nats)),
+            _number(m.answer_nats),
+            _number(m.exact),
+        ]
+        for length, models in evaluation.lengths.items()
+        for name, m in models.items()
+    ]
+    return _table(
+        ["window", "model", "KL to the teacher", "perplexity", "nats a token of answers", "answers exact"], rows
+    )
+
+
+def _stretches(evaluation: Evaluation) -> str:
+    if not evaluation.stretches:
+        return ""
+    names = list(evaluation.stretches[0].nats)
+    rows = [
+        [f"{s.start:,} to {s.end:,}", f"{s.tokens:,}", *(_number(s.nats[name]) for name in names)]
+        for s in evaluation.stretches
+    ]
+    return _table(["positions", "tokens", *(f"nats, {name}" for name in names)], rows)
+
+
+def _stages(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]]) -> str:
+    rows = []
+    for stage in recipe.stages:
+        tokens = stage.windows_a_step * stage.length
+        seconds = sum(line["seconds"] for line in logs[stage.name])
+        rate = f"{stage.steps * tokens / seconds:,.0f}" if seconds else ""
+        rates = f"{stage.hyena_rate:g}" + (f", {stage.adapter_rate:g}" if stage.kind != "layers" else "")
+        rows.append(
+            [stage.name, stage.kind, f"{stage.length:,}", f"{stage.steps * tokens:,}", f"{tokens:,}", rates, rate]
+        )
+    head = ["stage", "kind", "window", "tokens", "tokens a step", "rates (Hyena, others)", "tokens/s"]
+    return (
+        f"Seed {recipe.seed}; {recipe.modes} modes, {recipe.taps} taps. The whole recipe: `recipe.json`; "
+        "`stripedrag stripe --recipe recipe.json` makes the model again.\n\n" + _table(head, rows)
+    )
+
+
+def _ranking(path: Path, layers: Sequence[int]) -> str:
+    if not path.exists():
+        return ""
+    costs = TypeAdapter(list[LayerCost]).validate_json(path.read_bytes())
+    rows = [
+        [str(c.layer), _number(c.kl), _number(c.answer_nats), "Hyena" if c.layer in layers else "attention"]
+        for c in costs
+    ]
+    return "What skipping a layer's attention costs the teacher:\n\n" + _table(
+        ["layer", "KL on text", "nats a token of answers", "became"], rows
+    )
+
+
+def _data(corpus: Corpus) -> str:
+    questions = Counter(one.source or "(no source)" for one in corpus.asked)
+    texts = Counter(one.id.split("/")[0] if "/" in one.id else "(others)" for one in corpus.texts)
+    chars = sum(len(one.text) for one in corpus.texts)
+    rows = [["texts", source, f"{count:,}"] for source, count in texts.most_common()]
+    rows += [["questions", source, f"{count:,}"] for source, count in questions.most_common()]
+    return (
+        f"{len(corpus.texts):,} texts of {chars / 1e6:.1f} million characters and {len(corpus.asked):,} questions "
+        f"on {len({one.passage for one in corpus.asked}):,} passages, {sum(one.unanswerable for one in corpus.asked):,} "
+        f"of them without an answer. Held out: {len(corpus.held_texts):,} texts, {len(corpus.held_asked):,} questions. "
+        f"sha256 of all lines: `{corpus.fingerprint()}`.\n\n" + _table(["kind", "source", "count"], rows)
+    )
+
+
+def _samples(corpus: Corpus, seed: int) -> str:
+    chosen = Random(seed).sample(corpus.asked, k=min(SAMPLES, len(corpus.asked)))
+    return "\n".join(
+        f"{number}. {_line(one.question)} → **{_line(one.taught)}** ({one.source}; passage: {_line(one.passage)})"
+        for number, one in enumerate(chosen, start=1)
+    )
+
+
+def _line(text: str) -> str:
+    joined = " ".join(text.split())
+    return (joined if len(joined) <= _SHOWN_CHARS else joined[: _SHOWN_CHARS - 1] + "…").replace("|", "\\|")
+
+
+def _log(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -155,11 +155,13 @@ def _data(corpus: Corpus) -> str:
     chars = sum(len(one.text) for one in corpus.texts)
     rows = [["texts", source, f"{count:,}"] for source, count in texts.most_common()]
     rows += [["questions", source, f"{count:,}"] for source, count in questions.most_common()]
+    passages = {one.passage for one in corpus.asked}
+    unanswerable = sum(one.unanswerable for one in corpus.asked)
     return (
-        f"{len(corpus.texts):,} texts of {chars / 1e6:.1f} million characters and {len(corpus.asked):,} questions "
-        f"on {len({one.passage for one in corpus.asked}):,} passages, {sum(one.unanswerable for one in corpus.asked):,} "
-        f"of them without an answer. Held out: {len(corpus.held_texts):,} texts, {len(corpus.held_asked):,} questions. "
-        f"sha256 of all lines: `{corpus.fingerprint()}`.\n\n" + _table(["kind", "source", "count"], rows)
+        f"{len(corpus.texts):,} texts of {chars / 1e6:.1f} million characters; {len(corpus.asked):,} questions on "
+        f"{len(passages):,} passages, {unanswerable:,} of them without an answer. Held out: {len(corpus.held_texts):,} "
+        f"texts, {len(corpus.held_asked):,} questions. sha256 of all lines: `{corpus.fingerprint()}`.\n\n"
+        + _table(["kind", "source", "count"], rows)
     )
 
 

@@ -84,7 +84,7 @@ def measure(model: PreTrainedModel, teacher: Teacher, windows: Windows) -> dict[
         if of_answers.any():
             answer = _answer_numbers(part.windows)[of_answers]
             exact.append(torch.bincount(answer, weights=(~part.is_top[of_answers]).double()) == 0)
-    measured = {}
+    measured: dict[str, float] = {}
     if len(text := torch.cat(nats[TEXT])):
         measured |= {"kl": kl / len(text), "nats": float(text.mean())}
     if len(answers := torch.cat(nats[ANSWER])):

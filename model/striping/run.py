@@ -51,8 +51,14 @@ class Run:
         self.processes = Processes()
         with self.processes.first_alone():
             folder.mkdir(parents=True, exist_ok=True)
-            _same_or_new(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n", "recipe")
-            _same_or_new(folder / "data.sha256", corpus.fingerprint() + "\n", "corpus")
+            kept = folder / "recipe.json"
+            if kept.exists() and Recipe.model_validate_json(kept.read_bytes()) != recipe:
+                raise UsageError(f"{folder} holds a run of another recipe; choose another folder, or remove it")
+            _write(kept, (recipe.model_dump_json(indent=1) + "\n").encode())
+            kept = folder / "data.sha256"
+            if kept.exists() and kept.read_text().strip() != corpus.fingerprint():
+                raise UsageError(f"{folder} holds a run on other data; choose another folder, or remove it")
+            _write(kept, (corpus.fingerprint() + "\n").encode())
         self.teacher = teacher.to(self.processes.device).eval().requires_grad_(False)
         self.sayings = Teacher(teacher, folder / "teacher")
 
@@ -215,10 +221,3 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)
     partial.replace(path)
-
-
-def _same_or_new(path: Path, content: str, kind: str) -> None:
-    if path.exists() and path.read_text() != content:
-        raise UsageError(f"{path.parent} holds a run of another {kind}; choose another folder, or remove it")
-    if not path.exists():
-        _write(path, content.encode())

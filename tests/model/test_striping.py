@@ -376,7 +376,7 @@ def test_another_recipe_is_refused_in_the_folder_of_a_run(tmp_path):
 
 def test_another_corpus_and_another_network_are_refused_in_the_folder_of_a_run(tmp_path):
     Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
-    with pytest.raises(UsageError, match="holds a run of another corpus"):
+    with pytest.raises(UsageError, match="holds a run on other data"):
         Run(tmp_path, recipe(), teacher_of(), FRAMING, Corpus(TEXTS[1:], ASKED, TEXTS[:2], ASKED[:2]))
     with pytest.raises(UsageError, match="is of a network of other layers or sizes"):
         Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 2], lambda *heard: None)

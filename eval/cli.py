@@ -264,3 +264,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int
             bar.update(shown, description=task, completed=done, total=total)
 
         yield (lambda text: err.print(text, markup=False, soft_wrap=True)), progress
+
+
+if __name__ == "__main__":  # `accelerate launch -m stripedrag.eval.cli`
+    main()

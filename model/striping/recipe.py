@@ -56,7 +56,7 @@ class Recipe(_Part):
     """A whole run. `hyena_layers` names the layers that become Hyena layers, or says how many the ranking is to choose.
 
     `modes` and `taps` size the Hyena filters, `rank` the low-rank differences of all layers that stay (0: they stay as
-    they are). The defaults made `stripedhyena-smol-135m`.
+    they are). A kill costs the steps of the last `checkpoint_seconds`. The defaults made `stripedhyena-smol-135m`.
     """
 
     seed: int = 0
@@ -64,6 +64,7 @@ class Recipe(_Part):
     modes: int = Field(default=8, ge=1)
     taps: int = Field(default=3, ge=1)
     rank: int = Field(default=32, ge=0)
+    checkpoint_seconds: float = Field(default=300, ge=0)
     stages: tuple[Stage, ...] = Field(
         default=(
             Stage(name="layers", kind="layers", tokens=400_000, length=512, batch_tokens=2048, hyena_rate=3e-3),

@@ -95,6 +95,7 @@ class Run:
                 self.folder / "stages" / stage.name,
                 clipped=each if stage.kind == "layers" else [together],
                 processes=self.processes,
+                checkpoint_seconds=recipe.checkpoint_seconds,
             )
             if loop.finished():
                 loop.load()

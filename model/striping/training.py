@@ -15,8 +15,6 @@ from stripedrag.errors import UsageError
 from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.recipe import Stage
 
-CHECKPOINT_SECONDS = 300.0
-
 
 class Progress(Protocol):
     """Hears of every step: its number, the number of steps, and what was measured."""
@@ -40,9 +38,11 @@ class Loop:
         *,
         clipped: Sequence[Sequence[nn.Parameter]],
         processes: Processes,
+        checkpoint_seconds: float,
     ) -> None:
         """`groups` are named parameters and a rate; the gradients of each part of `clipped` get a norm of at most 1."""
         self.stage, self.folder, self._clipped, self._processes = stage, folder, clipped, processes
+        self._checkpoint_seconds = checkpoint_seconds
         folder.mkdir(parents=True, exist_ok=True)
         named = [(parameters, rate) for parameters, rate in groups if parameters]
         self._parameters = {name: p for parameters, _ in named for name, p in parameters.items()}
@@ -102,7 +102,7 @@ class Loop:
             if self._processes.is_first:
                 with self.log.open("a") as log:
                     log.write(json.dumps({"step": step + 1} | measured) + "\n")
-                if is_last or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if is_last or time.monotonic() - saved > self._checkpoint_seconds:
                     self._save(step + 1)
                     saved = time.monotonic()
             progress(self.stage.name, step + 1, self.stage.steps, measured)

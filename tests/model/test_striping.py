@@ -333,7 +333,7 @@ def recipe():
         Stage(name="layers", kind="layers", tokens=1280, length=128, batch_tokens=128, hyena_rate=1e-2, warmup_steps=2),
         Stage(name="whole", tokens=1280, length=128, batch_tokens=256, hyena_rate=1e-2, warmup_steps=0),
     )
-    return Recipe(hyena_layers=(1, 3), modes=4, rank=2, stages=stages)
+    return Recipe(hyena_layers=(1, 3), modes=4, rank=2, checkpoint_seconds=0, stages=stages)
 
 
 class KilledError(Exception):
@@ -341,9 +341,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize(("stage", "step"), [("layers", 4), ("whole", 2)])
-def test_a_run_that_was_killed_ends_with_the_numbers_of_a_whole_one(tmp_path, monkeypatch, stage, step):
-    monkeypatch.setattr("stripedrag.model.striping.training.CHECKPOINT_SECONDS", -1)
-
+def test_a_run_that_was_killed_ends_with_the_numbers_of_a_whole_one(tmp_path, stage, step):
     def run(folder, heard):
         torch.manual_seed(5)
         return Run(folder, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], heard)

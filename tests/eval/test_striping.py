@@ -1,0 +1,195 @@
+"""Striping as a command: a model, its card and what changed; killed and gone on with; in two processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from stripedrag.errors import UsageError
+from stripedrag.eval.striping import corpus_files
+from stripedrag.model.loading import load_model
+from stripedrag.model.smollm2 import STRIPED, prepared_dir
+
+SCRIPT = Path(sys.executable).with_name("stripedrag")
+RECIPE = {
+    "hyena_layers": 1,
+    "modes": 4,
+    "rank": 2,
+    "checkpoint_seconds": 0,
+    "stages": [
+        {"name": "layers", "kind": "layers", "tokens": 1280, "length": 128, "batch_tokens": 256, "hyena_rate": 0.01},
+        {"name": "whole", "tokens": 5120, "length": 128, "batch_tokens": 256, "hyena_rate": 0.001, "warmup_steps": 2},
+    ],
+}
+TOWNS = ("Oslo", "Bergen", "Turku", "Visby", "Lund", "Kiel", "Bremen", "Ghent")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A tiny random Llama in float32 under the default model's tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = AutoTokenizer.from_pretrained(prepared_dir(STRIPED))
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        intermediate_size=48,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Texts and questions, and some of either held out."""
+    folder = tmp_path_factory.mktemp("data")
+    for prefix, towns in (("", TOWNS * 5), ("held-out-", TOWNS[:3])):
+        texts = [
+            {"id": f"t/{i}", "text": f"{town} lies by the water. It is old. " * 12} for i, town in enumerate(towns)
+        ]
+        asked = [
+            {
+                "id": str(i),
+                "source": "towns",
+                "passage": f"Ship {i} sails from {town} in May.",
+                "question": f"Where does ship {i} sail from?",
+                "answers": [town],
+            }
+            for i, town in enumerate(towns)
+        ]
+        for name, lines in (("texts", texts), ("questions", asked)):
+            (folder / f"{prefix}{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(RECIPE))
+    return path
+
+
+def command(teacher, data, recipe, to):
+    return ["stripe", str(teacher), "--data", str(data), "--recipe", str(recipe), "--to", str(to)]
+
+
+def run(arguments, program=(SCRIPT,), **options):
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=600, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def striped(tmp_path_factory, teacher, data):
+    """A finished run."""
+    scratch = tmp_path_factory.mktemp("striped")
+    recipe = scratch / "recipe.json"
+    recipe.write_text(json.dumps(RECIPE))
+    done = run([*command(teacher, data, recipe, scratch / "ferry-135"), "--json"])
+    return scratch / "ferry-135", done
+
+
+def test_a_striped_model_is_a_folder_that_loads_with_card_curves_and_changes(striped, teacher):
+    folder, done = striped
+    assert json.loads(done.stdout) == {
+        "model": str(folder),
+        "card": str(folder / "README.md"),
+        "changes": str(folder / "changes.safetensors"),
+    }
+    assert "whole, step 20 of 20: kl " in done.stderr
+    model, tokenizer = load_model(folder, dtype=torch.float32)
+    assert len(model.config.attn_layer_idxs) == 2
+    out = model.generate(**tokenizer("Ship 1 sails", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > 3
+    card = (folder / "README.md").read_text()
+    assert "# ferry-135" in card
+    for part in ("perplexity", "answers exact", "| whole | end-to-end | 128 | 5,120 |", "| questions | towns | 40 |"):
+        assert part in card, part
+    assert card.count("passage: Ship") == 20
+    assert "<svg" in (folder / "curves.svg").read_text()
+    measured = json.loads((folder / "evaluation.json").read_text())
+    assert set(measured["lengths"]["128"]) == {"teacher", "striped"}
+    assert measured["lengths"]["128"]["teacher"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert measured["stretches"][0]["start"] == 0
+    assert len(json.loads((folder / "run" / "ranking.json").read_text())) == 3
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_tensors(striped, teacher, data, recipe, tmp_path):
+    folder = tmp_path / "killed"
+    seen = 0
+    while seen < 2:
+        process = subprocess.Popen([SCRIPT, *command(teacher, data, recipe, folder)], stderr=subprocess.DEVNULL)
+        while not (started := list(folder.glob("run/stages/*/checkpoint.safetensors"))[seen:]):
+            assert process.poll() is None
+            time.sleep(0.02)
+        seen = seen + len(started)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(command(teacher, data, recipe, folder))
+    whole, resumed = (load_file(path / "changes.safetensors") for path in (striped[0], folder))
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_two_processes_take_the_steps_of_one(striped, teacher, data, recipe, tmp_path):
+    layers = json.loads((striped[0] / "config.json").read_text())["attn_layer_idxs"]
+    wanted = json.loads(recipe.read_text())
+    wanted["hyena_layers"] = sorted({0, 1, 2} - set(layers))
+    wanted["stages"] = wanted["stages"][1:]
+    recipe.write_text(json.dumps(wanted))
+    launch = (
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    )
+    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
+    run(command(teacher, data, recipe, tmp_path / "one"))
+    done = run(command(teacher, data, recipe, tmp_path / "two"), (*launch, "-m", "stripedrag.eval.cli"))
+    assert done.stdout.count("model: ") == 1
+    one, two = (load_file(tmp_path / name / "changes.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0.02, atol=2e-4, msg=name)
+
+
+def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, tmp_path):
+    def refused(*arguments):
+        done = subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        return " ".join(done.stderr.split())
+
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    assert "holds something that is no striping run; give a new folder" in refused(
+        *command(teacher, data, recipe, full)
+    )
+    recipe.write_text('{"stages": [{"name": "a", "tokens": 128, "length": 128, "hyena_rate": -1}]}')
+    told = refused(*command(teacher, data, recipe, tmp_path / "new"))
+    assert "is no recipe: stages.0.hyena_rate: Input should be greater than 0" in told
+    assert not (tmp_path / "new").exists()
+    assert "cannot be read: No such file" in refused(*command(teacher, data, tmp_path / "none", tmp_path / "new"))
+
+
+def test_a_folder_stands_for_its_files(data, tmp_path):
+    files, apart = corpus_files([data], [])
+    assert [file.name for file in files] == ["questions.jsonl", "texts.jsonl"]
+    assert [file.name for file in apart] == ["held-out-questions.jsonl", "held-out-texts.jsonl"]
+    with pytest.raises(UsageError, match=r"holds no \.jsonl file"):
+        corpus_files([tmp_path], [])

@@ -18,9 +18,10 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The ids of a prompt, how many tokens of its passages were cut, and whether their evidence survived that."""
+    """The ids of a prompt, its passages, how many tokens of them were cut, and whether their evidence survived that."""
 
     ids: list[int]
+    passages: tuple[Passage, ...]
     cut_tokens: int
     gold_survived: bool | None
 
@@ -46,7 +47,7 @@ def read(
         passages = kept
         ids = prompt.ids(question.asked, [span_of(passage) for passage in passages])
     survived = holds(passages, question.evidence) if question.evidence_in_context else None
-    return Prompt(ids, cut, survived)
+    return Prompt(ids, passages, cut, survived)
 
 
 def _tokens(prompt: "PromptFormat", passages: Sequence[Passage]) -> int:

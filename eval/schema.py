@@ -57,7 +57,8 @@ class Question(_Sample):
 
     `instruction` says how to answer and is read after the question. `evidence` is what an answer needs, in whatever
     document it stands; where it lies in the passages is known from `passages`. References are empty only for tasks
-    that score something else than words.
+    that score something else than words. Of neighbouring questions with the same `passages` that say `shared`, a
+    system reads these once.
     """
 
     operation: Literal["answer"] = "answer"
@@ -67,6 +68,7 @@ class Question(_Sample):
     references: tuple[str, ...] = ()
     evidence: tuple[Stretch, ...] = ()
     answerable: bool = True
+    shared: bool = False
 
     @property
     def asked(self) -> str:

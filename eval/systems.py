@@ -5,7 +5,7 @@ A stub proves the harness: `oracle` scores 1 everywhere and `empty` 0, `echo` wh
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ from stripedrag.errors import UsageError
 from stripedrag.eval.meter import Meter
 from stripedrag.eval.places import holds
 from stripedrag.eval.reading import DoesNotFitError, read
+from stripedrag.eval.resources import span_of
 from stripedrag.eval.schema import (
     Answered,
     Carried,
@@ -22,6 +23,7 @@ from stripedrag.eval.schema import (
     LMResponses,
     Load,
     Losses,
+    Passage,
     Question,
     Ranking,
     Record,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stripedrag.eval.resources import Resources
+    from stripedrag.model.generation import Prefix
     from stripedrag.rag.prompt import PromptFormat
 
 _Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")]
@@ -123,6 +126,7 @@ class ModelSystem:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.name, self._spec = spec.name, spec
+        self._prefix: Prefix | None = None
 
     @cached_property
     def _loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -201,7 +205,8 @@ class ModelSystem:
             window_tokens=self.window_tokens,
             overflow=task.overflow,
         )
-        completion = Completion(model, tokenizer, prompt.ids, max_new_tokens=task.answer_tokens)
+        prefix = self._prefix_of(prompt.passages) if question.shared else None
+        completion = Completion(model, tokenizer, prompt.ids, max_new_tokens=task.answer_tokens, prefix=prefix)
         for _ in completion:
             pass
         meter.prefill_s, meter.decode_s = completion.prefill_s, completion.decode_s
@@ -214,6 +219,16 @@ class ModelSystem:
             gold_survived=prompt.gold_survived,
             cache_bytes=completion.cache_bytes,
         )
+
+    def _prefix_of(self, passages: Sequence[Passage]) -> "Prefix":
+        """The prompts' common beginning, read unless it was the last one asked for."""
+        from stripedrag.model.generation import Prefix
+
+        ids = tuple(self._prompt.prefix_ids([span_of(passage) for passage in passages]))
+        if self._prefix is None or self._prefix.ids != ids:
+            self._prefix = None  # its memory is needed
+            self._prefix = Prefix(self._loaded[0], ids)
+        return self._prefix
 
     def _losses(self, text: Text) -> Losses:
         from stripedrag.eval.losses import losses, prefix_token_id

@@ -4,8 +4,9 @@ Knows ids only. transformers' own `generate` works on the same models; this loop
 prompt fed in pieces of bounded memory, tokens handed out as they come, and no thread whose exception can get lost.
 """
 
+import copy
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from stripedrag.errors import UsageError
+from stripedrag.model.cache import new_cache
 
 SEGMENT_TOKENS = 2048  # activations of so many tokens live at once
 
@@ -45,6 +47,19 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> T
         logits = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     last: Tensor = logits[:, -1]
     return last
+
+
+class Prefix:
+    """The beginning of several prompts, read once: its `ids`, and a `fork` of its cache for each that goes on."""
+
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
+        self.ids = tuple(ids)
+        self._cache = new_cache(model.config)
+        prefill(model, torch.tensor([self.ids], device=model.device), self._cache)
+
+    def fork(self) -> DynamicCache:
+        """A cache that holds the prefix and is the caller's own."""
+        return copy.deepcopy(self._cache)
 
 
 @torch.no_grad()

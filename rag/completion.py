@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from stripedrag.model.cache import cache_bytes, new_cache
-from stripedrag.model.generation import Sampling, decode, prefill, stop_ids
+from stripedrag.model.generation import Prefix, Sampling, decode, prefill, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,13 @@ class Completion:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        prefix: Prefix | None = None,
     ) -> None:
+        """`prefix`, with which the prompt begins and does not end, is not read again."""
+        known = () if prefix is None else prefix.ids
+        if len(known) >= len(prompt_ids) or known != tuple(prompt_ids[: len(known)]):
+            raise ValueError("the prompt does not begin with the prefix, or has nothing after it")
+        self._prefix = prefix
         self.text = ""
         self.token_ids: list[int] = []
         self.finish: Literal["stop", "length"] | None = None
@@ -46,9 +52,10 @@ class Completion:
         return self._pieces
 
     def _run(self) -> Iterator[str]:
-        cache = new_cache(self._model.config)
         started = time.perf_counter()
-        logits = prefill(self._model, torch.tensor([self._prompt_ids], device=self._model.device), cache)
+        known = 0 if self._prefix is None else len(self._prefix.ids)
+        cache = new_cache(self._model.config) if self._prefix is None else self._prefix.fork()
+        logits = prefill(self._model, torch.tensor([self._prompt_ids[known:]], device=self._model.device), cache)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         mark = time.perf_counter()

@@ -140,8 +140,11 @@ class PromptFormat:
 
     def ids(self, question: str, spans: Sequence[Span]) -> list[int]:
         """The ids of the whole prompt."""
-        passages = [i for span in spans for i in self.encode(self.render(span))]
-        return [*self._head, *passages, *self.encode(question_text(question)), *self._tail]
+        return [*self.prefix_ids(spans), *self.encode(question_text(question)), *self._tail]
+
+    def prefix_ids(self, spans: Sequence[Span]) -> list[int]:
+        """What the prompts of all questions on these passages begin with."""
+        return [*self._head, *(i for span in spans for i in self.encode(self.render(span)))]
 
 
 def passage_text(title: str, text: str) -> str:

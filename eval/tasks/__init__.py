@@ -13,7 +13,9 @@ from stripedrag.eval.tasks.needle import NeedleTask
 from stripedrag.eval.tasks.no_overlap import NoOverlapTask
 from stripedrag.eval.tasks.perplexity import PerplexityTask
 from stripedrag.eval.tasks.rag import RagTask
+from stripedrag.eval.tasks.recall import RecallTask
 from stripedrag.eval.tasks.retrieval import CorpusRetrievalTask, JudgedRetrievalTask
+from stripedrag.eval.tasks.shared import SharedContextTask
 from stripedrag.eval.tasks.tracking import TrackingTask
 from stripedrag.eval.tasks.unanswerable import UnanswerableTask
 from stripedrag.eval.tasks.words import WordsTask
@@ -24,7 +26,9 @@ AnyTask = Annotated[
     | TrackingTask
     | WordsTask
     | MultiHopTask
+    | RecallTask
     | RagTask
+    | SharedContextTask
     | UnanswerableTask
     | LongDocumentsTask
     | CorpusRetrievalTask

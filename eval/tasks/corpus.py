@@ -48,21 +48,27 @@ class CorpusFields(Record):
 
         Tasks over one file ask the same ones. Raises `UsageError` where there are fewer.
         """
-        found = [q for q in read_lines(self.questions, CorpusQuestion) if self.split in (None, q.split)]
-        if len(found) < self.samples_per_cell:
+        found = list(self.by_document(resources).values())
+        if (count := sum(map(len, found))) < self.samples_per_cell:
             raise UsageError(
-                f"{self.questions} has {len(found)} questions of split {self.split!r} and the task wants "
+                f"{self.questions} has {count} questions of split {self.split!r} and the task wants "
                 f"{self.samples_per_cell}. Lower its samples."
             )
+        return in_turn(found)[: self.samples_per_cell]
+
+    def by_document(self, resources: Resources) -> dict[str, list[CorpusQuestion]]:
+        """The questions of the split by the document that answers them, both in an order drawn by the run's seed.
+
+        Raises `CorpusError` for a question whose gold is not in its document.
+        """
+        found = [q for q in read_lines(self.questions, CorpusQuestion) if self.split in (None, q.split)]
+        index = self.index(resources)
         by_document: dict[str, list[CorpusQuestion]] = {}
         for question in resources.rng("questions").sample(found, len(found)):
-            by_document.setdefault(question.gold_spans[0].doc_id, []).append(question)
-        drawn = in_turn(by_document.values())[: self.samples_per_cell]
-        index = self.index(resources)
-        for question in drawn:
             _refuse_places_outside(question, index)
             _refuse_gold_apart(question)
-        return drawn
+            by_document.setdefault(question.gold_spans[0].doc_id, []).append(question)
+        return by_document
 
     def _documents(self, resources: Resources) -> Iterator[Document]:
         asked = {s.doc_id for q in read_lines(self.questions, CorpusQuestion) for s in q.gold_spans}

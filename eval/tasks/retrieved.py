@@ -7,6 +7,7 @@ from typing import Literal
 from stripedrag.errors import UsageError
 from stripedrag.eval.resources import Resources, passage_of
 from stripedrag.eval.schema import Passage, Stretch
+from stripedrag.eval.tasks.corpus import in_turn
 from stripedrag.indexes.documents import Chunk, Document, Scored
 from stripedrag.indexes.index import Index
 from stripedrag.rag.retriever import Context, Policy, Retriever
@@ -64,6 +65,12 @@ class Source:
             render=self._prompt.render,
         )
         return _passages(context)
+
+    def filled_for(self, questions: Sequence[str], budget: int) -> tuple[Passage, ...]:
+        """One context for several questions: the best chunk of each, then the second of each, as many as fit."""
+        found = [self._index.search(question, k=_CANDIDATES) for question in questions]
+        candidates = {scored.chunk.id: scored for scored in in_turn(found)}
+        return self.filled(candidates.values(), budget)
 
     def without(self, question: str, doc_ids: frozenset[str], budget: int) -> tuple[Passage, ...]:
         """The best chunks that fit, none of them from `doc_ids`."""

@@ -96,6 +96,15 @@ def tasks(files):
             "contexts": ["fill", "top-5", "top-20", "reranked-5", "oracle", "random", "none"],
             "budgets": [256, 512],
         },
+        {"kind": "recall", "name": "recall", **hay, "lengths": [384, 448], "samples": 2, "facts": 3},
+        {
+            "kind": "shared_context",
+            "name": "shared",
+            **corpus,
+            "samples": 4,
+            "together": 1,
+            "budgets": [256, 512],
+        },
         {"kind": "unanswerable", "name": "unanswerable", **corpus, "samples": 2, "budget_tokens": 256},
         {
             "kind": "long_documents",

@@ -15,7 +15,7 @@ from stripedrag.eval.corpus import build, packages, planted
 from stripedrag.eval.corpus.build import Overlap, is_held_out
 from stripedrag.eval.corpus.packages import Package, paragraphs, texts
 from stripedrag.eval.corpus.questions import natural, title_of
-from stripedrag.eval.tasks import no_overlap, vocabulary
+from stripedrag.eval.tasks import no_overlap, recall, vocabulary
 from stripedrag.jsonl import read_lines
 from stripedrag.model.striping.data import Asked, Text
 
@@ -42,6 +42,9 @@ def test_training_plants_no_name_and_no_thing_that_an_evaluation_plants():
     assert not ours & theirs
     sentences = " ".join(sentence for kind in planted.KINDS for sentence in (*kind.sentences, *kind.questions))
     assert "registry" not in sentences
+    assert not ours & {*recall.MATERIALS}
+    stated = {said.replace("{0}", "").replace("{1}", "").strip(" .") for said, _, _ in recall.KINDS}
+    assert not any(part in sentences for part in stated)
     assert not any(said in sentences or question in sentences for said, question in no_overlap.LINKS)
 
 

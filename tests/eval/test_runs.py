@@ -607,3 +607,25 @@ def test_the_default_model_and_its_baseline_give_the_same_bytes_again_after_kill
     assert _kill_and_resume(declared, tmp_path / "killed", tmp_path, 4) == 4
     for name in ("manifest.json", "samples.jsonl", "predictions.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+def test_neighbours_that_share_their_passages_read_them_once(suite, finished, tmp_path, monkeypatch):
+    from stripedrag.eval.resources import Resources
+    from stripedrag.model import generation
+
+    read = []
+
+    class Counted(generation.Prefix):
+        def __init__(self, model, ids):
+            read.append(len(ids))
+            super().__init__(model, ids)
+
+    monkeypatch.setattr(generation, "Prefix", Counted)
+    system = next(spec for spec in suite.systems if spec.name == "tiny").open()
+    resources = Resources(seed=0, reference_tokenizer=suite.reference_tokenizer, folder=tmp_path)
+    task = next(task for task in suite.tasks if task.name == "recall")
+    asked = list(task.samples(resources))
+    together = [system.perform(sample, task, resources, Meter()) for sample in asked]
+    assert len(read) == len({(sample.cluster, sample.cell["length_tokens"]) for sample in asked}) == 4
+    alone = [system.perform(s.model_copy(update={"shared": False}), task, resources, Meter()) for s in asked]
+    assert together == alone and len(read) == 4

@@ -25,6 +25,7 @@ from stripedrag.eval.schema import (
 from stripedrag.eval.suite import load_suite, parse_suite
 from stripedrag.eval.tasks import AnyTask, ReadingTask
 from stripedrag.eval.tasks.no_overlap import LINKS
+from stripedrag.eval.tasks.recall import KINDS
 from stripedrag.eval.tasks.vocabulary import NAMES, TOWNS
 from stripedrag.jsonl import read_lines
 
@@ -111,6 +112,39 @@ def test_a_window_keeps_its_riddle_over_lengths_and_depths(samples):
         by_window.setdefault(sample.cluster, set()).add((sample.question, sample.references))
     assert len(by_window) == 2
     assert all(len(asked) == 1 for asked in by_window.values())
+
+
+def test_facts_to_recall_share_a_window_and_none_is_told_by_its_form(samples):
+    found = samples["recall"][1]
+    assert len(found) == 2 * 2 * 3  # lengths, windows, facts
+    for one in found:
+        text = one.passages[0].text
+        sentence = text[one.evidence[0].start : one.evidence[0].end]
+        assert one.references[0] in sentence and sentence.endswith(".") and one.shared
+        together = [other for other in found if other.cell == one.cell and other.cluster == one.cluster]
+        assert {other.passages for other in together} == {one.passages} and len(together) == 3
+        depths = sorted(other.evidence_position for other in together)
+        assert depths[0] < 0.4 < depths[1] < 0.75 < depths[2]
+        pattern = next(said for said, asks, _ in KINDS if _says(asks, one.question))
+        assert len([s for s in re.split(r"(?<=[.!?])\s+", text) if _says(pattern, s)]) == 2
+    short, long = (
+        {(o.subject, o.question, o.references) for o in found if o.cell["length_tokens"] == length}
+        for length in (384, 448)
+    )
+    assert short == long
+
+
+def _says(pattern, sentence):
+    return re.fullmatch(re.escape(pattern).replace(r"\{0\}", ".+").replace(r"\{1\}", ".+"), sentence) is not None
+
+
+def test_questions_that_share_a_context_are_grouped_by_document(resources, suite):
+    task = next(task for task in suite.tasks if task.name == "shared")
+    found = list(task.samples(resources))
+    assert len(found) == 2 * 4 and all(one.shared for one in found)
+    assert len({one.cluster for one in found}) == 4
+    with pytest.raises(UsageError, match="has 0 groups of 2 questions on one document in split 'dev', and"):
+        list(task.model_copy(update={"together": 2}).samples(resources))
 
 
 def test_multi_key_needles_stand_beside_others_and_multi_value_asks_for_all(samples):

@@ -1,8 +1,10 @@
 """Text comes in whole characters, whatever tokens it is made of."""
 
+import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from stripedrag.rag.completion import _Pieces
+from stripedrag.model.generation import Prefix
+from stripedrag.rag.completion import Completion, _Pieces
 
 
 def byte_tokenizer(*words):
@@ -34,3 +36,17 @@ def test_pieces_of_the_default_tokenizer_are_its_text(tokenizer):
     text = "Grüße aus Łódź: 3 € für 🍎🍏, naïve façade."
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert "".join(pieces(tokenizer.backend_tokenizer, ids)) == text
+
+
+def test_a_prompt_that_goes_on_from_a_prefix_is_answered_as_if_it_was_read_whole(tiny_model, tokenizer):
+    common = tokenizer("Oxygen was found twice, and named once. " * 20).input_ids
+    prefix = Prefix(tiny_model, common)
+    for question in ("Who found it?", "When?", "Who found it?"):
+        prompt = [*common, *tokenizer(question).input_ids]
+        whole = Completion(tiny_model, tokenizer, prompt, max_new_tokens=8)
+        forked = Completion(tiny_model, tokenizer, prompt, max_new_tokens=8, prefix=prefix)
+        assert list(forked) == list(whole) and forked.token_ids == whole.token_ids
+        assert forked.cache_bytes == whole.cache_bytes
+    for prompt in (common, [5, *common], common[:3]):
+        with pytest.raises(ValueError, match="does not begin with the prefix, or has nothing after it"):
+            Completion(tiny_model, tokenizer, prompt, max_new_tokens=8, prefix=prefix)

@@ -62,7 +62,8 @@ class System(Protocol):
 
 
 class ModelSpec(Record):
-    """A language model, as `load_model` names it, in the product's pipeline. `window_tokens` can only be lowered.
+    """A language model, as `load_model` names it, in the product's pipeline. `window_tokens` lowers the
+    window, or stretches it by YaRN.
 
     `baseline` names the entry of `BASELINES` whose window and template a model has that is given as a folder.
     """
@@ -137,7 +138,9 @@ class ModelSystem:
         if (self._spec.device or "").startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(f"system {self.name!r} asks for {self._spec.device}; there is no CUDA device here")
         dtype = None if self._spec.dtype is None else getattr(torch, self._spec.dtype)
-        model, tokenizer = load_model(self._spec.model, dtype=dtype, device=self._spec.device)
+        model, tokenizer = load_model(
+            self._spec.model, dtype=dtype, device=self._spec.device, window_tokens=self._spec.window_tokens
+        )
         with torch.no_grad():  # weights that are mapped from a file are read by their first use: no part of a sample
             model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
         return model, tokenizer

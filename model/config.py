@@ -41,6 +41,9 @@ class StripedHyenaConfig(PreTrainedConfig):
     means `m * ceil(int(8 * hidden_size / 3) / m)` with m = `inner_size_multiple_of`. `hyena_layer_idxs` is optional and
     must be what attention leaves over; the published 7B configs name a layer past the end, which is ignored.
 
+    One key is ours: `rotary_emb_yarn_factor` s reads up to `max_seqlen` tokens with a model that was trained on
+    `max_seqlen` / s, by YaRN (Peng et al. 2023, section 3.4).
+
     Raises `CheckpointError` for an unknown key and for values that no StripedHyena has, each named.
     """
 
@@ -76,6 +79,7 @@ class StripedHyenaConfig(PreTrainedConfig):
     rotary_emb_base: float | int = 10000
     use_interpolated_rotary_pos_emb: bool = False
     rotary_emb_scaling_factor: float | int = 1
+    rotary_emb_yarn_factor: float | int = 1
     max_seqlen: int = 32768
     tie_embeddings: bool = False
     initializer_range: float = 0.02
@@ -136,13 +140,20 @@ class StripedHyenaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(f"{name} is {value!r}; it is a whole number of at least 1")
-        for name in ("eps", "rotary_emb_base", "rotary_emb_scaling_factor"):
+        for name in ("eps", "rotary_emb_base", "rotary_emb_scaling_factor", "rotary_emb_yarn_factor"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise CheckpointError(f"{name} is {value!r}; it is a number above 0")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise CheckpointError(f"{name} is {getattr(self, name)!r}; it is true or false")
+        if self.rotary_emb_yarn_factor < 1 or (
+            self.rotary_emb_yarn_factor > 1 and self.use_interpolated_rotary_pos_emb
+        ):
+            raise CheckpointError(
+                f"rotary_emb_yarn_factor is {self.rotary_emb_yarn_factor}; it is at least 1, and 1 where "
+                "use_interpolated_rotary_pos_emb scales positions already"
+            )
         if self.mlp_activation not in ("silu", "gelu"):
             raise CheckpointError(f"mlp_activation is {self.mlp_activation!r}; it is 'silu' or 'gelu'")
         layers, attention = range(self.num_layers), set(self.attn_layer_idxs)

@@ -1,16 +1,25 @@
 """One way to any model: a prepared name, a baseline's name, a folder, or a hub id."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from stripedrag.errors import SetupError, StripedragError, UsageError
 from stripedrag.hardware import fast_dtype
 from stripedrag.model.baselines import BASELINES, hub_id, snapshot
+from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
 
 DEFAULT_MODEL = STRIPED
@@ -21,6 +30,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    window_tokens: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, and its tokenizer.
 
@@ -30,11 +40,13 @@ def load_model(
             can touch the network.
         dtype: None takes bfloat16 where the device multiplies it natively, else float32.
         device: None takes a CUDA device where there is one, else the CPU.
+        window_tokens: a longer window than the model was trained on, which it then reads by YaRN (Peng et al. 2023),
+            with a warning; a shorter one changes nothing.
 
     Raises:
         SetupError: a prepared model that is not on this machine yet, or a baseline that the hub did not give.
         CheckpointError: a StripedHyena folder whose tensors and config do not belong together.
-        UsageError: no such model, or one without a tokenizer.
+        UsageError: no such model, one without a tokenizer, or one whose positions cannot be stretched.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or fast_dtype(device)
@@ -43,7 +55,10 @@ def load_model(
     if is_folder and not (Path(source) / "config.json").is_file():
         raise UsageError(f"{source} has no config.json, so it is not a model folder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+        config = AutoConfig.from_pretrained(source)
+        if window_tokens is not None and window_tokens > config.max_position_embeddings:
+            _stretch(config, window_tokens, str(name_or_path))
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype).to(device).eval()
     except StripedragError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -88,6 +103,25 @@ def model_folder(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     """
     source = _source(name_or_path)
     return Path(source) if Path(source).is_dir() else snapshot(str(source))
+
+
+def _stretch(config: PreTrainedConfig, window_tokens: int, name: str) -> None:
+    """Make a config read `window_tokens` by YaRN."""
+    trained = config.max_position_embeddings
+    factor = window_tokens / trained
+    if isinstance(config, StripedHyenaConfig) and not config.use_interpolated_rotary_pos_emb:
+        config.rotary_emb_yarn_factor *= factor
+        config.max_seqlen = window_tokens
+    elif (rotary := getattr(config, "rope_parameters", None)) and rotary.get("rope_type") == "default":
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
+        config.rope_parameters = rotary | yarn
+        config.max_position_embeddings = window_tokens
+    else:
+        raise UsageError(f"{name} has a window of {trained} tokens and scales its positions already; ask for no more")
+    warnings.warn(
+        f"{name} was trained on {trained} tokens at a time; its window of {window_tokens} is stretched by YaRN",
+        stacklevel=3,
+    )
 
 
 def _source(name_or_path: str | os.PathLike[str]) -> Any:

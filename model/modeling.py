@@ -4,6 +4,7 @@ Module names are those of the published tensors, so that a checkpoint loads as i
 text. B batch, L length, H width, K taps, N modes.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -331,11 +332,32 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         config = self.config
         exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
         frequency = 1.0 / config.rotary_emb_base**exponent
+        temperature = 1.0
+        if config.rotary_emb_yarn_factor > 1:
+            frequency, temperature = _yarn(frequency, config)
         positions = position_ids.float()
         if config.use_interpolated_rotary_pos_emb:
             positions = positions / config.rotary_emb_scaling_factor
         angle = (positions.unsqueeze(-1) * frequency).unsqueeze(1)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return (angle.cos() * temperature).to(dtype), (angle.sin() * temperature).to(dtype)
+
+
+def _yarn(frequency: Tensor, config: StripedHyenaConfig) -> tuple[Tensor, float]:
+    """Frequencies (D/2,) for a longer window, and the factor of cosines and sines (YaRN, Peng et al. 2023).
+
+    Pairs that turn more than 32 times in the trained window keep their frequency, those that turn less than once have
+    it divided, with a linear passage between, counted in pairs as published models do.
+    """
+    factor, base = config.rotary_emb_yarn_factor, config.rotary_emb_base
+    trained = config.max_seqlen / factor
+
+    def pair_that_turns(times: float) -> float:
+        return config.head_dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), config.head_dim - 1)
+    pairs = torch.arange(len(frequency), device=frequency.device)
+    divided = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequency * (divided / factor + 1 - divided), 0.1 * math.log(factor) + 1
 
 
 class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):

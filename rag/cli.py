@@ -150,6 +150,9 @@ def ask(
     model: Annotated[
         str, typer.Option(help="A prepared model, a folder or a hub id; see `stripedrag doctor`.")
     ] = MODEL,
+    window_tokens: Annotated[
+        int | None, typer.Option(help="Stretch the model's window to so many tokens; quality falls past its own.")
+    ] = None,
     policy: PolicyName = POLICY,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
@@ -165,7 +168,7 @@ def ask(
         from stripedrag.rag.pipeline import Pipeline
 
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        pipeline = Pipeline.open(opened, model=model, policy=policy)
+        pipeline = Pipeline.open(opened, model=model, policy=policy, window_tokens=window_tokens)
         opened.embedder.embed_query("warm")  # loading it is no part of retrieval
         tell("retrieving and reading")
         answer = pipeline.ask(question, context_tokens, answer_tokens=answer_tokens, sampling=sampling)

@@ -52,17 +52,19 @@ class Pipeline:
         policy: Policy = POLICY,
         dtype: "torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
+        window_tokens: int | None = None,
     ) -> "Pipeline":
         """A pipeline over an index (a path or an open one) with a model, as `load_model` names it; None is the default.
 
-        Raises what `Index.open` and `load_model` raise.
+        `window_tokens` asks for a longer window than the model was trained on, see `load_model`. Raises what
+        `Index.open` and `load_model` raise.
         """
         from stripedrag.model.loading import DEFAULT_MODEL, load_model
 
         with ExitStack() as unless_well:
             opened = index if isinstance(index, Index) else unless_well.enter_context(Index.open(index))
             name = DEFAULT_MODEL if model is None else model
-            loaded, tokenizer = load_model(name, dtype=dtype, device=device)
+            loaded, tokenizer = load_model(name, dtype=dtype, device=device, window_tokens=window_tokens)
             pipeline = cls(opened, loaded, tokenizer, model_name=str(name), policy=policy)
             pipeline._owns_index = opened is not index
             unless_well.pop_all()
@@ -151,7 +153,8 @@ class Pipeline:
             raise BudgetError(f"answer_tokens is {answer_tokens}; an answer has at least 1")
         if context_tokens > self.window_tokens:
             raise BudgetError(
-                f"context_tokens is {context_tokens}; {self.model_name} has a window of {self.window_tokens}. Lower it."
+                f"context_tokens is {context_tokens}; {self.model_name} has a window of {self.window_tokens}. "
+                "Lower it, or open the pipeline with window_tokens (`--window-tokens`) to stretch the window."
             )
         overhead = self.prompt.overhead_tokens(question)
         budget = context_tokens - answer_tokens - overhead

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from stripedrag.errors import CheckpointError
+from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
+from stripedrag.model.loading import load_model
+from stripedrag.model.smollm2 import STRIPED, prepared_dir
 
 
 def test_auto_classes_know_the_model(golden, tmp_path):
@@ -180,6 +183,53 @@ def test_the_cache_of_a_hyena_layer_does_not_grow(model, golden):
 
     states = 2 * 4 * 64 * (3 * 2 + model.config.state_size * 2) * (4 - len(model.config.attn_layer_idxs))
     assert held(10) == held(60) == states
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0, 7.5])
+def test_a_stretched_window_turns_positions_as_transformers_does(factor):
+    window = int(512 * factor)
+    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 512, "rope_theta": 1e5}
+    sizes = dict(hidden_size=128, num_attention_heads=2, max_position_embeddings=window)
+    positions = torch.arange(0, window, 37)[None]
+    cos, sin = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=yarn))(torch.zeros(1), positions)
+    config = StripedHyenaConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        num_layers=2,
+        attn_layer_idxs=[1],
+        max_seqlen=window,
+        rotary_emb_base=1e5,
+        rotary_emb_yarn_factor=window / 512,
+    )
+    found = StripedHyenaForCausalLM(config).backbone._rotary(positions, torch.float32)
+    torch.testing.assert_close(found[0][:, 0], cos[..., :32], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1][:, 0], sin[..., :32], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["striped", "llama"])
+def test_a_model_is_loaded_with_a_longer_window_and_says_so(golden, tmp_path, family):
+    tokenizer = AutoTokenizer.from_pretrained(prepared_dir(STRIPED))
+    sizes = dict(hidden_size=32, num_attention_heads=2, vocab_size=len(tokenizer), max_position_embeddings=256)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, intermediate_size=32))
+    else:
+        model = StripedHyenaForCausalLM(StripedHyenaConfig(**sizes, num_layers=2, attn_layer_idxs=[1]))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.arange(5, 25)[None]
+    as_it_is, _ = load_model(tmp_path, dtype=torch.float32, window_tokens=100)
+    with pytest.warns(
+        UserWarning, match="was trained on 256 tokens at a time; its window of 1024 is stretched by YaRN"
+    ):
+        stretched, _ = load_model(tmp_path, dtype=torch.float32, window_tokens=1024)
+    assert stretched.config.max_position_embeddings == 1024
+    with torch.no_grad():
+        assert torch.equal(as_it_is(ids).logits, model.eval()(ids).logits)
+        assert not torch.allclose(stretched(ids).logits, as_it_is(ids).logits, atol=1e-6)
+    stretched.save_pretrained(tmp_path)
+    if family == "llama":
+        with pytest.raises(UsageError, match="has a window of 1024 tokens and scales its positions already"):
+            load_model(tmp_path, window_tokens=2048)
 
 
 def test_bad_calls_are_named(model, golden):

@@ -5,4 +5,5 @@ BENCHES = {
     "filter": "stripedrag.eval.bench.filter",
     "generate": "stripedrag.eval.bench.generate",
     "layer": "stripedrag.eval.bench.layer",
+    "stripe": "stripedrag.eval.bench.stripe",
 }

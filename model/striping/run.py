@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stripedrag.errors import UsageError
+from stripedrag.hardware import keep_freed_memory
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping import distillation, layerwise
 from stripedrag.model.striping.changes import changes, striped_model
@@ -77,6 +78,7 @@ class Run:
 
     def train(self, layers: Sequence[int], progress: Progress) -> StripedHyenaForCausalLM:
         """A student with these Hyena layers, trained through all stages."""
+        keep_freed_memory()
         recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)  # of the adapters

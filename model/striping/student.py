@@ -53,7 +53,10 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, out) for x (…, in)."""
         y: Tensor = self.linear(x)
-        return y + F.linear(F.linear(x, self.down), self.up * LORA_SCALE)
+        inner = F.linear(x, self.down)
+        up = (self.up * LORA_SCALE).T
+        added = torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), up.to(y.dtype))  # no pass of its own for the sum
+        return added.view(y.shape)
 
 
 def stripe_layers(

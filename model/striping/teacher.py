@@ -59,7 +59,7 @@ class Teacher:
         if missing:
             asked = Windows(windows.ids[missing], windows.kinds[missing])
             counts = (asked.kinds[:, 1:] == TEXT).sum(1).tolist()
-            parts = zip(*(said.split(counts) for said in self._ask(asked)), strict=True)
+            parts = zip(*(said.split(counts) for said in self.ask(asked)), strict=True)
             for i, (ids, probabilities) in zip(missing, parts, strict=True):
                 partial = paths[i].with_suffix(f".{os.getpid()}")
                 save_file({"ids": ids.int().contiguous(), "probabilities": probabilities.half().contiguous()}, partial)
@@ -73,7 +73,8 @@ class Teacher:
         return self._folder / f"{hashlib.sha256(content).hexdigest()[:24]}.safetensors"
 
     @torch.no_grad()
-    def _ask(self, windows: Windows) -> tuple[Tensor, Tensor]:
+    def ask(self, windows: Windows) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens after each position of text, ids and probabilities (R, K), kept nowhere."""
         device = self.model.device
         hidden = self.model.base_model(windows.ids.long().to(device), use_cache=False).last_hidden_state
         rows = hidden[:, :-1][(windows.kinds[:, 1:] == TEXT).to(device)]

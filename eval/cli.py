@@ -136,6 +136,14 @@ def stripe(
             "--recipe", help="A JSON file with layers, stages and rates; the default makes the default model."
         ),
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            help="How many layers become Hyena layers, or which: 15, or 3,4,9; 0 only fine-tunes. Else the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a StripedHyena of a transformer: rank its layers, distil Hyena layers from some, and write card and curves.
@@ -150,11 +158,17 @@ def stripe(
 
     try:
         declared = Recipe() if recipe is None else Recipe.model_validate_json(recipe.read_bytes())
+        if layers is not None:
+            named = tuple(int(part) for part in layers.split(","))
+            wanted = named if "," in layers else named[0]
+            declared = Recipe.model_validate(declared.model_dump() | {"hyena_layers": wanted})
     except OSError as error:
         raise UsageError(f"{recipe} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UsageError(f"{recipe} is no recipe: {problems}") from error
+        raise UsageError(f"{recipe or layers} is no recipe: {problems}") from error
+    except ValueError as error:
+        raise UsageError(f"--layers is {layers!r}; it is a number, or layers with commas between, as 3,4,9") from error
     if find_spec("matplotlib") is None:
         err.print("no curves will be drawn: matplotlib is missing (`pip install 'stripedrag[bench]'`)", markup=False)
     try:

@@ -38,9 +38,7 @@ def write_card(
         _write(folder / "curves.svg", draw_curves(recipe, logs, evaluation))
     parts = [
         f"# {name}",
-        f"`{teacher}` striped: layers {', '.join(map(str, layers))} are Hyena layers that were distilled from its "
-        f"attention; the others are its own{f', with differences of rank {recipe.rank}' if recipe.rank else ''}. "
-        "`changes.safetensors` holds all that changed.",
+        _what(teacher, layers, recipe),
         "## Measured on held-out data",
         _lengths(evaluation),
         _stretches(evaluation),
@@ -55,6 +53,17 @@ def write_card(
     ]
     _write(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     return folder / "README.md"
+
+
+def _what(teacher: str, layers: Sequence[int], recipe: Recipe) -> str:
+    adapted = f", with differences of rank {recipe.rank}" if recipe.rank else ""
+    made = (
+        f"`{teacher}` striped: layers {', '.join(map(str, layers))} are Hyena layers that were distilled from its "
+        f"attention; the others are its own{adapted}."
+        if layers
+        else f"`{teacher}` fine-tuned, without Hyena layers, as a rival for one with them{adapted}."
+    )
+    return f"{made} `changes.safetensors` holds all that changed."
 
 
 def draw_curves(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]], evaluation: Evaluation) -> str:
@@ -122,9 +131,11 @@ def _stretches(evaluation: Evaluation) -> str:
 def _stages(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]]) -> str:
     rows = []
     for stage in recipe.stages:
+        if not logs[stage.name]:  # without Hyena layers there is nothing to distil layer by layer
+            continue
         tokens = stage.windows_a_step * stage.length
         seconds = sum(line["seconds"] for line in logs[stage.name])
-        rate = f"{stage.steps * tokens / seconds:,.0f}" if seconds else ""
+        rate = f"{stage.steps * tokens / seconds:,.0f}"
         rates = f"{stage.hyena_rate:g}" + (f", {stage.adapter_rate:g}" if stage.kind != "layers" else "")
         rows.append(
             [stage.name, stage.kind, f"{stage.length:,}", f"{stage.steps * tokens:,}", f"{tokens:,}", rates, rate]

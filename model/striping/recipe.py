@@ -53,14 +53,15 @@ class Stage(_Part):
 
 
 class Recipe(_Part):
-    """A whole run. `hyena_layers` names the layers that become Hyena layers, or says how many the ranking is to choose.
+    """A whole run. `hyena_layers` names the layers that become Hyena layers, or says how many the ranking is to choose;
+    with 0 the transformer is only fine-tuned, by the same steps on the same windows.
 
     `modes` and `taps` size the Hyena filters, `rank` the low-rank differences of all layers that stay (0: they stay as
     they are). A kill costs the steps of the last `checkpoint_seconds`. The defaults made `stripedhyena-smol-135m`.
     """
 
     seed: int = 0
-    hyena_layers: int | tuple[int, ...] = 15
+    hyena_layers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...] = 15
     modes: int = Field(default=8, ge=1)
     taps: int = Field(default=3, ge=1)
     rank: int = Field(default=32, ge=0)

@@ -66,8 +66,10 @@ class Run:
     def hyena_layers(self, progress: Progress) -> list[int]:
         """The layers that the recipe names, or those that cost least of all; the costs are kept in `ranking.json`."""
         wanted = self.recipe.hyena_layers
-        if not isinstance(wanted, int):
+        if isinstance(wanted, tuple):
             return sorted(wanted)
+        if wanted == 0:
+            return []
         path = self.folder / "ranking.json"
         if not path.exists():
             windows = self.held_out(RANKING_LENGTH)

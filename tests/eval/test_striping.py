@@ -168,6 +168,16 @@ def test_two_processes_take_the_steps_of_one(striped, teacher, data, recipe, tmp
         torch.testing.assert_close(two[name], tensor, rtol=0.02, atol=2e-4, msg=name)
 
 
+def test_without_hyena_layers_the_transformer_is_fine_tuned(teacher, data, recipe, tmp_path):
+    run([*command(teacher, data, recipe, tmp_path / "tuned"), "--layers", "0"])
+    changed = load_file(tmp_path / "tuned" / "changes.safetensors")
+    assert not any("filter" in name for name in changed) and any(name.endswith(".up") for name in changed)
+    model, _ = load_model(tmp_path / "tuned")
+    assert model.config.attn_layer_idxs == [0, 1, 2]
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "fine-tuned, without Hyena layers" in card and "| layers | layers |" not in card
+
+
 def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, tmp_path):
     def refused(*arguments):
         done = subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
@@ -184,6 +194,9 @@ def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, t
     told = refused(*command(teacher, data, recipe, tmp_path / "new"))
     assert "is no recipe: stages.0.hyena_rate: Input should be greater than 0" in told
     assert not (tmp_path / "new").exists()
+    recipe.write_text("{}")
+    told = refused(*command(teacher, data, recipe, tmp_path / "new"), "--layers", "3-5")
+    assert "--layers is '3-5'; it is a number, or layers with commas between, as 3,4,9" in told
     assert "cannot be read: No such file" in refused(*command(teacher, data, tmp_path / "none", tmp_path / "new"))
 
 

@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
 from stripedrag.model.loading import load_model
+from stripedrag.model.modeling import RMSNorm
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
 
 
@@ -94,6 +95,23 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_none(model, g
     checkpointed = gradients()
     assert plain.keys() == checkpointed.keys()
     assert all(torch.allclose(plain[n], checkpointed[n], atol=1e-6) for n in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_norm_is_that_of_its_formula(dtype):
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(StripedHyenaConfig(hidden_size=24, num_attention_heads=2, num_layers=2, attn_layer_idxs=[1]))
+    norm.scale.data = torch.randn(24, generator=generator)
+    x = torch.randn(3, 5, 24, generator=generator).to(dtype).requires_grad_()
+    dy = torch.randn(3, 5, 24, generator=generator).to(dtype)
+    got = torch.autograd.grad(norm(x), (x, norm.scale), dy)
+    wide, scale = x.detach().double().requires_grad_(), norm.scale.detach().double().requires_grad_()
+    formula = wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt() * scale
+    wanted = torch.autograd.grad(formula, (wide, scale), dy.double())
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-2 if g.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(norm(x), norm(x.detach().requires_grad_()).detach())
 
 
 def test_the_loss_is_the_cross_entropy_of_the_next_token(model, golden):

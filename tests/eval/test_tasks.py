@@ -169,7 +169,7 @@ def test_nobody_in_the_novels_is_a_rival_answer():
     assert not {*NAMES, *TOWNS} & occurring
 
 
-@pytest.mark.parametrize("name", ["quick", "compare", "full"])
+@pytest.mark.parametrize("name", ["quick", "compare", "striping", "full"])
 def test_the_samples_of_the_planted_tasks_of_every_shipped_suite_can_be_made(name, resources):
     for task in load_suite(name).tasks:
         if task.kind in ("perplexity", "cost", "tracking", "no_overlap"):

@@ -32,7 +32,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 def eval_run(
     suite: Annotated[
         str,
-        typer.Argument(help="A suite that ships (quick, compare, striping, full, openllm), or a YAML file.", show_default=False),
+        typer.Argument(
+            help="A suite that ships (quick, compare, striping, full, openllm), or a file.", show_default=False
+        ),
     ],
     to: Annotated[
         Path | None, typer.Option("--to", help="The run's folder; by default build/eval/ and the suite's name.")

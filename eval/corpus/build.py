@@ -20,7 +20,8 @@ from stripedrag.eval.data_formats import DATA, Chapter, CorpusDocument, CorpusQu
 from stripedrag.jsonl import read_lines
 from stripedrag.model.striping.data import Asked, Text
 
-PLANTED = 3_000  # documents with planted facts
+PLANTED = 9_000  # documents with planted facts, and
+EXCERPTS = 3_000  # of longer ones
 HELD_OUT = 50  # one document in so many is kept to measure on
 _ARTICLE_CHARS = 4_000
 _HOST_CHARS = 2_500  # of a document with planted facts, at most
@@ -44,10 +45,11 @@ def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[st
     documents = [document for document in documents if not foreign.shares(document.text)]
     rng = Random(0)
     short = [document for document in documents if len(document.text) <= _HOST_CHARS]
-    hosts = rng.sample(short, min(PLANTED, len(short)))
-    planted = {host.text: plant(host, rng) for host in hosts}
-    asked += [one for ones in planted.values() for one in ones]
-    hidden = {text for text, ones in planted.items() if is_held_out(ones[0].passage)}
+    hosts = rng.choices(short, k=PLANTED)
+    planted = [(host, plant(host, rng, number)) for number, host in enumerate(hosts)]
+    hidden = {host.text for host, ones in planted if is_held_out(ones[0].passage)}
+    asked += [one for host, ones in planted for one in ones if host.text not in hidden or is_held_out(one.passage)]
+    asked += [one for ones in _in_excerpts(documents, rng) for one in ones]
     documents = [document for document in documents if document.text not in hidden]
     written = {}
     for name, records in (("texts", documents), ("questions", asked)):
@@ -137,6 +139,21 @@ def _articles(asked: Iterable[Asked]) -> Iterator[Text]:
     for source, ones in groupby(asked, key=lambda one: one.source):
         for number, passages in enumerate(_gathered(dict.fromkeys(one.passage for one in ones))):
             yield Text(id=f"{source}/{number}", title=title_of(passages[0]), text="\n".join(passages))
+
+
+def _in_excerpts(documents: Iterable[Text], rng: Random) -> Iterator[list[Asked]]:
+    """Questions on facts in parts of long documents. None is held out, since the whole document may be read."""
+    long = [
+        document for document in documents if len(document.text) > 4 * _HOST_CHARS and not is_held_out(document.text)
+    ]
+    for number in range(EXCERPTS if long else 0):
+        document = rng.choice(long)
+        start = document.text.find("\n", rng.randrange(len(document.text) - 2 * _HOST_CHARS)) + 1
+        end = document.text.rfind("\n", start, start + _HOST_CHARS)
+        part = document.text[start : end if end > 0 else start + _HOST_CHARS].replace("\n", " ")
+        ones = plant(document.model_copy(update={"text": part}), rng, PLANTED + number)
+        if not is_held_out(ones[0].passage):
+            yield ones
 
 
 def _gathered(passages: Iterable[str]) -> Iterator[list[str]]:

@@ -48,6 +48,21 @@ DISHES = (
     "apricot dumplings|barley soup|beetroot salad|carrot cake|cheese pie|chestnut stew|fennel risotto|ginger biscuits|"
     "leek tart|lemon pudding|lentil curry|mushroom omelette|onion bread|pumpkin pasta|rhubarb crumble|walnut rolls"
 ).split("|")
+PETS = (
+    "Biscuit Bramble Cinder Domino Figaro Ginger Hazel Jigsaw Moppet Nutmeg Pepper Pickle Rascal Smudge Tango".split()
+)
+SUBJECTS = (
+    "archaeology astronomy economics forestry geography history journalism law linguistics medicine music pharmacy "
+    "philosophy physics psychology statistics theology zoology"
+).split()
+LANGUAGES = (
+    "Arabic Basque Catalan Czech Danish Estonian Finnish Greek Hungarian Icelandic Korean Latvian Maltese Persian "
+    "Polish Swahili Tamil Thai Turkish Welsh"
+).split()
+DRINKS = "black coffee|buttermilk|cider|cocoa|fennel tea|ginger ale|lemonade|mint tea|oat milk|tomato juice".split("|")
+RIVERS = "Aune Brathy Cowen Dulse Erme Fenwater Gannel Irwell Lune Mardle Nidd Ottery Rawthey Skell Tavy Wharfe".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+FLOORS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 MONTHS = "January February March April May June July August September October November December".split()
 
 
@@ -133,6 +148,172 @@ KINDS = (
         lambda rng: rng.choice(DISHES),
     ),
     Kind(
+        ["{0} has a dog called {1}.", "The dog of {0} answers to the name {1}.", "{1} is the name of {0}'s dog."],
+        ["What is {0}'s dog called?", "What is the name of the dog that {0} has?", "How does {0} call the dog?"],
+        _person,
+        lambda rng: rng.choice(PETS),
+    ),
+    Kind(
+        ["{0} lives on the {1} floor.", "The flat of {0} is on the {1} floor.", "To visit {0}, go to the {1} floor."],
+        ["On which floor does {0} live?", "Which floor is {0}'s flat on?"],
+        _person,
+        lambda rng: rng.choice(FLOORS),
+    ),
+    Kind(
+        ["The cattle fair in {0} is held every {1}.", "Every {1} there is a cattle fair in {0}."],
+        ["On which day is the cattle fair in {0} held?", "When can one go to the cattle fair in {0}?"],
+        lambda rng: rng.choice(CITIES),
+        lambda rng: rng.choice(DAYS),
+    ),
+    Kind(
+        ["The museum of {0} opens at {1}.", "At {1} the doors of the museum of {0} are unlocked."],
+        ["When does the museum of {0} open?", "At what hour does the museum of {0} open its doors?"],
+        lambda rng: rng.choice(CITIES),
+        lambda rng: f"{rng.randrange(6, 12)}:{rng.choice(('00', '15', '30', '45'))}",
+    ),
+    Kind(
+        ["{0} learned to swim from {1}.", "{1} taught {0} to swim.", "It was {1} who taught {0} how to swim."],
+        ["Who taught {0} to swim?", "From whom did {0} learn to swim?"],
+        _person,
+        _person,
+    ),
+    Kind(
+        [
+            "{0} plays the {1} on Sundays.",
+            "The instrument of {0} is the {1}.",
+            "{0} has played the {1} since childhood.",
+        ],
+        ["Which instrument does {0} play?", "What does {0} play?"],
+        _person,
+        lambda rng: rng.choice(
+            ("accordion", "banjo", "cello", "flute", "guitar", "violin", "harp", "oboe", "trombone")
+        ),
+    ),
+    Kind(
+        ["{0} speaks fluent {1}.", "At home {0} speaks {1}.", "The mother tongue of {0} is {1}."],
+        ["What language does {0} speak?", "Which language can one speak with {0}?"],
+        _person,
+        lambda rng: rng.choice(LANGUAGES),
+    ),
+    Kind(
+        ["{0} has {1} inhabitants.", "At the last count {1} people lived in {0}.", "The population of {0} is {1}."],
+        ["How many people live in {0}?", "What is the population of {0}?", "How many inhabitants does {0} have?"],
+        lambda rng: rng.choice(CITIES),
+        lambda rng: f"{rng.randrange(2, 90)},{rng.randrange(1000):03d}",
+    ),
+    Kind(
+        ["{0} lies on the river {1}.", "The river that flows through {0} is the {1}.", "Through {0} flows the {1}."],
+        ["On which river does {0} lie?", "What is the river in {0} called?", "Which river flows through {0}?"],
+        lambda rng: rng.choice(CITIES),
+        lambda rng: rng.choice(RIVERS),
+    ),
+    Kind(
+        ["The mayor of {0} is {1}.", "In {0} they elected {1} as mayor.", "{1} has been mayor of {0} for a year."],
+        ["Who is the mayor of {0}?", "Whom did they elect as mayor in {0}?"],
+        lambda rng: rng.choice(CITIES),
+        _person,
+    ),
+    Kind(
+        ["{0} reports to {1}.", "The manager of {0} is {1}.", "{1} is the person whom {0} works for."],
+        ["Who is {0}'s manager?", "Whom does {0} report to?", "For whom does {0} work?"],
+        _person,
+        _person,
+    ),
+    Kind(
+        ["Invoice {0} was paid by {1}.", "{1} settled invoice {0}.", "The money for invoice {0} came from {1}."],
+        ["Who paid invoice {0}?", "By whom was invoice {0} settled?"],
+        _code,
+        _person,
+    ),
+    Kind(
+        ["Flight {0} lands in {1}.", "{1} is where flight {0} goes.", "The destination of flight {0} is {1}."],
+        ["Where does flight {0} land?", "What is the destination of flight {0}?"],
+        _code,
+        lambda rng: rng.choice(CITIES),
+    ),
+    Kind(
+        ["{0} wears shoes of size {1}.", "The shoes of {0} are a size {1}.", "Size {1} fits the feet of {0}."],
+        ["What size are {0}'s shoes?", "Which shoe size does {0} wear?"],
+        _person,
+        lambda rng: str(rng.randrange(34, 49)),
+    ),
+    Kind(
+        [
+            "The brewery of {0} was founded in {1}.",
+            "Since {1} beer has been brewed in {0}.",
+            "In {1} {0} got a brewery.",
+        ],
+        ["In what year was the brewery of {0} founded?", "Since what year has beer been brewed in {0}?"],
+        lambda rng: rng.choice(CITIES),
+        lambda rng: str(rng.randrange(1800, 1999)),
+    ),
+    Kind(
+        [
+            "{0} pays a rent of {1} dollars.",
+            "The rent of {0} is {1} dollars a month.",
+            "{1} dollars go from {0} for rent.",
+        ],
+        ["How much rent does {0} pay?", "What is {0}'s rent in dollars?"],
+        _person,
+        lambda rng: str(rng.randrange(400, 2900)),
+    ),
+    Kind(
+        ["{0} studied {1} at university.", "{0} holds a degree in {1}.", "The subject that {0} read was {1}."],
+        ["What did {0} study?", "In which subject does {0} hold a degree?"],
+        _person,
+        lambda rng: rng.choice(SUBJECTS),
+    ),
+    Kind(
+        ["The deadline of the {0} project is {1}.", "The {0} project has to be finished by {1}."],
+        ["What is the deadline of the {0} project?", "By when has the {0} project to be finished?"],
+        lambda rng: rng.choice(CITIES),
+        _date,
+    ),
+    Kind(
+        ["The meeting with {0} takes place in room {1}.", "Room {1} is booked for {0}.", "{0} waits in room {1}."],
+        ["In which room is the meeting with {0}?", "Which room is booked for {0}?", "In what room does {0} wait?"],
+        _person,
+        lambda rng: f"{rng.randrange(1, 9)}{rng.choice('ABCDEF')}",
+    ),
+    Kind(
+        ["From {0} it is {1} kilometres to the border.", "The border is {1} kilometres from {0}."],
+        ["How far is it from {0} to the border?", "How many kilometres from {0} is the border?"],
+        lambda rng: rng.choice(CITIES),
+        lambda rng: str(rng.randrange(3, 800)),
+    ),
+    Kind(
+        ["{0} drinks nothing but {1}.", "For breakfast {0} wants {1}.", "Offer {0} some {1}, and nothing else."],
+        ["What does {0} drink?", "Which drink should one offer {0}?"],
+        _person,
+        lambda rng: rng.choice(DRINKS),
+    ),
+    Kind(
+        ["The eldest daughter of {0} is named {1}.", "{0} has a daughter, {1}.", "{1} is the daughter of {0}."],
+        ["What is the name of {0}'s daughter?", "Who is {0}'s daughter?", "How is the daughter of {0} named?"],
+        _person,
+        lambda rng: rng.choice(FIRST),
+    ),
+    Kind(
+        [
+            "The serial number of {0}'s {1[0]} is {1[1]}.",
+            "{0} wrote {1[1]} on the {1[0]}.",
+            "The {1[0]} of {0} bears {1[1]}.",
+        ],
+        ["What is the serial number of {0}'s {1[0]}?", "Which number does the {1[0]} of {0} bear?"],
+        _person,
+        lambda rng: f"{rng.choice(THINGS)}|{rng.randrange(10_000, 100_000)}",
+    ),
+    Kind(
+        [
+            "{0} lent the {1[0]} to {1[1]}.",
+            "{1[1]} borrowed the {1[0]} from {0}.",
+            "The {1[0]} went from {0} to {1[1]}.",
+        ],
+        ["To whom did {0} lend the {1[0]}?", "Who borrowed the {1[0]} from {0}?", "Who got {0}'s {1[0]}?"],
+        _person,
+        lambda rng: f"{rng.choice(THINGS)}|{_person(rng)}",
+    ),
+    Kind(
         ["The night train to {0} leaves at {1}.", "At {1} the night train departs for {0}."],
         ["When does the night train to {0} leave?", "At what time does the night train depart for {0}?"],
         lambda rng: rng.choice(CITIES),
@@ -153,10 +334,10 @@ KINDS = (
 )
 
 
-def plant(document: Text, rng: Random) -> list[Asked]:
+def plant(document: Text, rng: Random, number: int = 0) -> list[Asked]:
     """Questions on a document into which one to four facts of one kind were put, each a sentence of its own.
 
-    One in four documents states two values under one name, both of which are asked for.
+    One in four documents states two values under one name, both of which are asked for. `number` is part of the ids.
     """
     kind = rng.choice(KINDS)
     names = list(dict.fromkeys(kind.name(rng) for _ in range(rng.randrange(1, 5))))
@@ -176,7 +357,7 @@ def plant(document: Text, rng: Random) -> list[Asked]:
         answers = sorted((value.split("|")[-1] for value in values), key=passage.find)
         asked.append(
             Asked(
-                id=f"planted:{document.id}:{name}",
+                id=f"planted:{number}:{document.id}:{name}",
                 source="planted",
                 title=document.title,
                 passage=passage,

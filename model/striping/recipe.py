@@ -30,9 +30,9 @@ class Stage(_Part):
     adapter_rate: Positive = 5e-4
     warmup_steps: int = Field(default=20, ge=0)
     questions: Share = 0.5
-    unanswerable: Share = 0.1
+    unanswerable: Share = 0.08
     filler: Share = 0.0
-    answer_weight: Positive = 2.0
+    answer_weight: Positive = 4.0
     text_labels: Share = 0.25
 
     @property

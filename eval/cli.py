@@ -275,7 +275,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int
         def progress(task: str, done: int, total: int) -> None:
             nonlocal current
             if task != current and not err.is_terminal:
-                err.print(f"{task}: prediction {done} of {total}", markup=False)
+                err.print(f"{task}: {done} of {total}", markup=False)
             current = task
             bar.update(shown, description=task, completed=done, total=total)
 

@@ -138,6 +138,13 @@ def stripe(
             "--recipe", help="A JSON file with layers, stages and rates; the default makes the default model."
         ),
     ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for what the teacher says, which a run of other layers can use again; else in --to.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -176,7 +183,8 @@ def stripe(
     try:
         with _progress() as (tell, progress):
             tell("reading the data")
-            files = run_stripe(model, data, held_out or [], to, declared, _stages(tell, progress))
+            hear = _stages(tell, progress)
+            files = run_stripe(model, data, held_out or [], to, declared, hear, teacher_cache=teacher_cache)
     except KeyboardInterrupt:
         err.print(f"stopped; the same command goes on from the last checkpoint (in {to})", markup=False, soft_wrap=True)
         raise

@@ -103,6 +103,8 @@ def _lengths(evaluation: Evaluation) -> str:
     rows = [
         [
             f"{length:,}",
+            f"{m.text_tokens:,}",
+            f"{m.answers:,}",
             name,
             _number(m.kl),
             _number(None if m.nats is None else math.exp(m.nats)),
@@ -113,7 +115,17 @@ def _lengths(evaluation: Evaluation) -> str:
         for name, m in models.items()
     ]
     return _table(
-        ["window", "model", "KL to the teacher", "perplexity", "nats a token of answers", "answers exact"], rows
+        [
+            "window",
+            "tokens of text",
+            "answers",
+            "model",
+            "KL to the teacher",
+            "perplexity",
+            "nats a token of answers",
+            "answers exact",
+        ],
+        rows,
     )
 
 

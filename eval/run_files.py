@@ -11,7 +11,8 @@ A line is whole or is not there: a torn one at the end is cut off when the run g
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -153,3 +154,23 @@ def cut_torn_line(file: Path) -> None:
     if whole != content:
         with file.open("r+b") as torn:
             torn.truncate(len(whole))
+
+
+@contextmanager
+def only_run_here(folder: Path) -> Iterator[None]:
+    """Raises `UsageError` where another process runs in the folder, or none can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{folder} cannot take a run: {error.strerror}. Choose another folder.") from error
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks on this system
+            pass
+        except OSError as error:
+            raise UsageError(f"another process runs in {folder}. Wait for it, or choose another folder.") from error
+        yield

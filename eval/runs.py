@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,7 @@ from stripedrag.eval.data_formats import file_sha256
 from stripedrag.eval.meter import Meter, OutOfTimeError, bounded_memory
 from stripedrag.eval.reading import DoesNotFitError
 from stripedrag.eval.resources import Resources
-from stripedrag.eval.run_files import Run, cut_torn_line, keep
+from stripedrag.eval.run_files import Run, cut_torn_line, keep, only_run_here
 from stripedrag.eval.schema import (
     SCHEMA_VERSION,
     Failure,
@@ -54,7 +54,7 @@ def run(
     made = Run(folder)
     systems = [spec.open() for spec in suite.systems]
     resources = Resources(seed=suite.seed, reference_tokenizer=suite.reference_tokenizer, folder=folder, tell=tell)
-    with _only_run_here(folder), closing(resources):
+    with only_run_here(folder), closing(resources):
         _claim(made, suite)
         manifest = _manifest(suite, systems)  # first, so that a model that is missing costs no embedding
         if (folder / "manifest.json").exists():  # a commit more is no reason to lose a night's work; all else is
@@ -100,26 +100,6 @@ def _refuse_idle(suite: Suite, work: Sequence[tuple[Any, Any]], turns: Sequence[
                 f"the contrast {contrast.label!r} compares cells of {contrast.task!r}, whose samples share nothing "
                 f"from cell to cell. Compare systems there."
             )
-
-
-@contextmanager
-def _only_run_here(folder: Path) -> Iterator[None]:
-    """Raises `UsageError` where another process runs in the folder, or none can."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UsageError(f"{folder} cannot take a run: {error.strerror}. Choose another folder.") from error
-    with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # no such locks on this system
-            pass
-        except OSError as error:
-            raise UsageError(f"another process runs in {folder}. Wait for it, or choose another folder.") from error
-        yield
 
 
 def _claim(made: Run, suite: Suite) -> None:

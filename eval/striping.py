@@ -1,12 +1,16 @@
 """Striping from files to a model folder with its card: what `stripedrag stripe` does."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from stripedrag.errors import UsageError
 from stripedrag.eval.model_card import write_card
+from stripedrag.eval.run_files import only_run_here
+from stripedrag.hardware import fast_dtype
 from stripedrag.model.loading import load_model
 from stripedrag.model.striping import Progress, Recipe, Run
+from stripedrag.model.striping.processes import Processes
 from stripedrag.rag.striping import framing, read_corpus
 
 HELD_OUT = "held-out-"
@@ -14,44 +18,58 @@ WORK = "run"  # the folder in the model's with all that a killed run goes on fro
 
 
 def stripe(
-    model: str, data: Sequence[Path], held_out: Sequence[Path], to: Path, recipe: Recipe, progress: Progress
+    model: str,
+    data: Sequence[Path],
+    held_out: Sequence[Path],
+    to: Path,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    teacher_cache: Path | None = None,
 ) -> Mapping[str, Path]:
     """Stripe `model` into the folder `to`, or go on where a killed run was; returns the files to look at.
 
     Of several processes the first writes and returns; the others return nothing.
 
-    Raises `UsageError` for a folder that holds something else, a recipe that the model or the data cannot meet,
-    `CorpusError` for data that cannot be read, and what `load_model` raises.
+    Raises `UsageError` for a folder that holds something else or where another process runs, for a recipe that the
+    model or the data cannot meet, `CorpusError` for data that cannot be read, and what `load_model` raises.
     """
-    if to.exists() and not (to / WORK).is_dir() and any(to.iterdir()):
+    if to.exists() and (not to.is_dir() or (not (to / WORK).is_dir() and any(to.iterdir()))):
         raise UsageError(f"{to} holds something that is no striping run; give a new folder")
     files, apart = corpus_files(data, held_out)
     corpus = read_corpus(files, apart)
-    teacher, tokenizer = load_model(model)
-    run = Run(to / WORK, recipe, teacher, framing(tokenizer, model), corpus)
-    layers = run.hyena_layers(progress)
-    student = run.train(layers, progress)
-    if not run.processes.is_first:
-        return {}
-    evaluation = run.finish(student, to)
-    tokenizer.save_pretrained(to)
-    card = write_card(
-        to, to / WORK, name=to.resolve().name, teacher=model, layers=layers, evaluation=evaluation, corpus=corpus
-    )
+    processes = Processes()
+    teacher, tokenizer = load_model(model, dtype=fast_dtype(processes.device), device=processes.device)
+    with only_run_here(to / WORK) if processes.is_first else nullcontext():
+        run = Run(
+            to / WORK,
+            recipe,
+            teacher,
+            framing(tokenizer, model),
+            corpus,
+            processes=processes,
+            teacher_cache=teacher_cache,
+        )
+        layers = run.hyena_layers(progress)
+        evaluation = run.finish(run.train(layers, progress), to)
+        if evaluation is None:
+            return {}
+        tokenizer.save_pretrained(to)
+        name = to.resolve().name
+        card = write_card(to, to / WORK, name=name, teacher=model, layers=layers, evaluation=evaluation, corpus=corpus)
     return {"model": to, "card": card, "changes": to / "changes.safetensors"}
 
 
 def corpus_files(data: Sequence[Path], held_out: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The files to train on and to measure on; a folder stands for its `*.jsonl`, of which those called `held-out-…`
-    are to measure on. Raises `UsageError` for a folder without any."""
-    files, apart = [], list(held_out)
+    """The files to train on and to measure on; a folder stands for its JSON lines, plain or compressed. What is called
+    `held-out-…` is only measured on. Raises `UsageError` for a folder without any."""
+    files: list[Path] = []
     for path in data:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(path.glob("*.jsonl"))
-        if not found:
-            raise UsageError(f"{path} holds no .jsonl file")
-        files += [file for file in found if not file.name.startswith(HELD_OUT)]
-        apart += [file for file in found if file.name.startswith(HELD_OUT)]
-    return files, apart
+        found = [path]
+        if path.is_dir():
+            found = sorted(one for one in path.iterdir() if one.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")))
+            if not found:
+                raise UsageError(f"{path} holds no .jsonl file")
+        files += found
+    apart = [file for file in files if file.name.startswith(HELD_OUT)]
+    return [file for file in files if file not in apart], [*held_out, *apart]

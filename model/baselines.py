@@ -93,7 +93,10 @@ def template_options(name: str) -> Mapping[str, Any]:
 
 
 def window_tokens(model: "PreTrainedModel", name: str) -> int:
-    """How many tokens a model reads: what its config allows, and for a baseline no more than it was trained on."""
+    """How many tokens a model reads: what its config allows, and for a baseline no more than it was trained on, unless
+    `load_model` stretched its window."""
+    if getattr(model, "has_stretched_window", False):
+        return int(model.config.max_position_embeddings)
     allowed = int(model.config.max_position_embeddings)
     baseline = _BY_HUB_ID.get(hub_id(name))
     return min(allowed, baseline.window_tokens) if baseline else allowed

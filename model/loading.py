@@ -56,9 +56,9 @@ def load_model(
         raise UsageError(f"{source} has no config.json, so it is not a model folder")
     try:
         config = AutoConfig.from_pretrained(source)
-        if window_tokens is not None and window_tokens > config.max_position_embeddings:
-            _stretch(config, window_tokens, str(name_or_path))
+        stretched = window_tokens is not None and _stretch(config, window_tokens, str(name_or_path))
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype).to(device).eval()
+        model.has_stretched_window = stretched
     except StripedragError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -105,23 +105,32 @@ def model_folder(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     return Path(source) if Path(source).is_dir() else snapshot(str(source))
 
 
-def _stretch(config: PreTrainedConfig, window_tokens: int, name: str) -> None:
-    """Make a config read `window_tokens` by YaRN."""
-    trained = config.max_position_embeddings
-    factor = window_tokens / trained
-    if isinstance(config, StripedHyenaConfig) and not config.use_interpolated_rotary_pos_emb:
-        config.rotary_emb_yarn_factor *= factor
+def _stretch(config: PreTrainedConfig, window_tokens: int, name: str) -> bool:
+    """Make a config read `window_tokens` by YaRN; False where it reads them already."""
+    window = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    is_striped = isinstance(config, StripedHyenaConfig) and not config.use_interpolated_rotary_pos_emb
+    if window is not None and window_tokens <= window:
+        return False
+    if window is None or not (is_striped or rotary.get("rope_type") == "default"):
+        raise UsageError(
+            f"the window of {name} cannot be stretched: it has no rotary positions, or scales them already. Ask for "
+            f"{'none' if window is None else f'at most {window} tokens'}."
+        )
+    if is_striped:
+        trained = round(window / config.rotary_emb_yarn_factor)
+        config.rotary_emb_yarn_factor = window_tokens / trained
         config.max_seqlen = window_tokens
-    elif (rotary := getattr(config, "rope_parameters", None)) and rotary.get("rope_type") == "default":
-        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
+    else:
+        trained = window
+        yarn = {"rope_type": "yarn", "factor": window_tokens / trained, "original_max_position_embeddings": trained}
         config.rope_parameters = rotary | yarn
         config.max_position_embeddings = window_tokens
-    else:
-        raise UsageError(f"{name} has a window of {trained} tokens and scales its positions already; ask for no more")
     warnings.warn(
         f"{name} was trained on {trained} tokens at a time; its window of {window_tokens} is stretched by YaRN",
         stacklevel=3,
     )
+    return True
 
 
 def _source(name_or_path: str | os.PathLike[str]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -50,22 +49,32 @@ class RMSNorm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     """The norm with eps inside the root, its gradient written out: a third of the time of autograd's on a CPU."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        root = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, root, scale)
-        return (wide * root * scale.float()).to(x.dtype)
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        return (wide * _inverse_root(wide, eps) * scale.float()).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        x, scale, ctx.eps = inputs
+        ctx.save_for_backward(x, scale)
+
+    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, root, scale = ctx.saved_tensors
-        unit, wide = x.float() * root, dy.float()
-        dscale = (wide * unit).sum(tuple(range(x.ndim - 1))).to(scale.dtype) if ctx.needs_input_grad[1] else None
-        wide = wide * scale.float()
-        along = (wide * unit).mean(-1, keepdim=True)
-        return wide.addcmul_(unit, along, value=-1).mul_(root).to(x.dtype), dscale, None
+        x, scale = ctx.saved_tensors
+        wide, grown = x.float(), dy.float()
+        root = _inverse_root(wide, ctx.eps)
+        unit = wide * root
+        dscale = (grown * unit).sum(tuple(range(x.ndim - 1))).to(scale.dtype) if ctx.needs_input_grad[1] else None
+        grown = grown * scale.float()
+        along = (grown * unit).mean(-1, keepdim=True)
+        return (torch.addcmul(grown, unit, along, value=-1) * root).to(x.dtype), dscale, None
+
+
+def _inverse_root(wide: Tensor, eps: float) -> Tensor:
+    return (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
 
 
 class Linear(nn.Linear):

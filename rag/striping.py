@@ -32,7 +32,8 @@ def framing(tokenizer: "PreTrainedTokenizerBase", name: str) -> Framing:
 def read_corpus(data: Iterable[Path], held_out: Iterable[Path]) -> Corpus:
     """Files of texts and of questions, told apart by the first line's keys; `held_out` are those to measure on.
 
-    Raises `CorpusError` for a file that cannot be read, or where texts or questions to measure on are lacking.
+    Raises `CorpusError` for a file that cannot be read, where texts or questions to measure on are lacking, and for a
+    text or passage on both sides.
     """
     texts, asked = _read(data)
     held_texts, held_asked = _read(held_out)
@@ -43,7 +44,17 @@ def read_corpus(data: Iterable[Path], held_out: Iterable[Path]) -> Corpus:
             "striping needs questions to train on and others to measure on; give files whose lines have passage, "
             "question and answers"
         )
+    _refuse_seen({one.text for one in texts}, {one.text for one in held_texts}, "text")
+    _refuse_seen({one.passage for one in asked}, {one.passage for one in held_asked}, "passage")
     return Corpus(texts, asked, held_texts, held_asked)
+
+
+def _refuse_seen(trained: set[str], held_out: set[str], kind: str) -> None:
+    if seen := sorted(trained & held_out):
+        raise CorpusError(
+            f"{len(seen)} held-out {kind}s are also among those to train on, the first {seen[0][:60]!r}; leave them "
+            "out of either"
+        )
 
 
 class _Either(BaseModel):

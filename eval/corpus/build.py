@@ -58,8 +58,10 @@ def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[st
             content = record.text if isinstance(record, Text) else record.passage
             lines[f"held-out-{name}" if is_held_out(content) else name].append(record.model_dump_json() + "\n")
         for file, kept in lines.items():
-            (folder / f"{file}.jsonl").write_text("".join(kept), encoding="utf-8")
+            (folder / f"{file}.partial").write_text("".join(kept), encoding="utf-8")
             written[file] = len(kept)
+    for file in written:
+        (folder / f"{file}.partial").replace(folder / f"{file}.jsonl")
     return written
 
 

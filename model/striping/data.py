@@ -44,8 +44,8 @@ class Asked(BaseModel):
 
     @model_validator(mode="after")
     def _has_an_answer_or_says_so(self) -> "Asked":
-        if not self.unanswerable and not any(answer.strip() for answer in self.answers):
-            raise ValueError("it has no answer; give one, or say unanswerable: true")
+        if not self.unanswerable and not (self.answers and self.answers[0].strip()):
+            raise ValueError("it has no answer, or a blank first one; give one, or say unanswerable: true")
         return self
 
     @property
@@ -85,6 +85,11 @@ class Framing:
     encode: Callable[[str], list[int]]
     passage: Callable[[str, str], str]  # (title, text) → a passage as a model reads it
     question: Callable[[str], str]
+
+    def fingerprint(self) -> bytes:
+        """What tells framings apart, for the most part: all their fixed ids, and how a few words are encoded."""
+        probe = self.encode(self.passage("A title", "Some words, 12 of them.") + self.question("How many?"))
+        return repr([*map(list, (self.head, self.reply, self.turn)), probe]).encode()
 
 
 class Windows(NamedTuple):

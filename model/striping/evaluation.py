@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from stripedrag.model.striping.data import TEXT, Windows
+from stripedrag.model.striping.data import ANSWER, TEXT, Windows
 from stripedrag.model.striping.distillation import measure, scored
 from stripedrag.model.striping.teacher import Teacher
 
@@ -15,10 +15,12 @@ _FIRST_EDGE = 512  # stretches of positions begin at 0, here, and at every doubl
 
 
 class Measured(BaseModel):
-    """A model on windows of a length: see `distillation.measure`; None where there was nothing of the kind."""
+    """A model on windows of a length, with so many tokens of text and answers: see `distillation.measure`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    text_tokens: int
+    answers: int
     kl: float | None = None
     nats: float | None = None
     answer_nats: float | None = None
@@ -48,10 +50,19 @@ class Evaluation(BaseModel):
 def evaluate(models: Mapping[str, PreTrainedModel], sayings: Teacher, windows: Mapping[int, Windows]) -> Evaluation:
     """Measure each model on each length's windows, and by position on the longest."""
     lengths = {
-        length: {name: Measured(**measure(model, sayings, some)) for name, model in models.items()}
+        length: {
+            name: Measured.model_validate(_counts(some) | measure(model, sayings, some))
+            for name, model in models.items()
+        }
         for length, some in windows.items()
     }
     return Evaluation(lengths=lengths, stretches=_stretches(models, windows[max(windows)]))
+
+
+def _counts(windows: Windows) -> dict[str, int]:
+    is_answer = windows.kinds == ANSWER
+    begins = is_answer[:, 1:] & ~is_answer[:, :-1]
+    return {"text_tokens": int((windows.kinds == TEXT).sum()), "answers": int(begins.sum())}
 
 
 def _stretches(models: Mapping[str, PreTrainedModel], windows: Windows) -> tuple[Stretch, ...]:

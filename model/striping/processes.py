@@ -1,5 +1,6 @@
 """The processes that share a run, as Accelerate has started them: one, unless it was asked for more."""
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
@@ -13,8 +14,11 @@ from stripedrag.model.striping.data import Windows
 class Processes:
     """`rank` of `count` processes, each on its `device` with the same weights and a share of every step's windows.
 
-    `accelerate launch --num_processes N -m stripedrag.eval.cli stripe …` starts N; gradients are averaged, so that
-    every process takes the same step, and the first one writes.
+    `accelerate launch -m stripedrag.eval.cli stripe …` starts one for each GPU, and with ACCELERATE_USE_CPU=true
+    `torchrun --nproc_per_node N -m stripedrag.eval.cli stripe …` N on a CPU. Gradients are averaged, so that every
+    process takes the same step, and the first one writes.
+
+    Raises `UsageError` where several were started that would not know of one another.
     """
 
     def __init__(self) -> None:
@@ -24,6 +28,12 @@ class Processes:
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.count:
+            raise UsageError(
+                f"{started} processes were started and Accelerate sees {self.count}; on a CPU set "
+                "ACCELERATE_USE_CPU=true"
+            )
 
     @property
     def is_first(self) -> bool:
@@ -34,6 +44,10 @@ class Processes:
         """What is done in here the first process does before the others, which then find its files."""
         context: AbstractContextManager[None] = self._accelerator.main_process_first()
         return context
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        self._accelerator.wait_for_everyone()
 
     def share(self, windows: Windows) -> Windows:
         """This process's windows of a step's. Raises `UsageError` where they cannot be shared evenly."""

@@ -85,6 +85,13 @@ class Recipe(_Part):
     )
 
     @model_validator(mode="after")
+    def _names_each_layer_once(self) -> "Recipe":
+        layers = self.hyena_layers
+        if isinstance(layers, tuple) and len(set(layers)) < len(layers):
+            raise ValueError(f"hyena_layers names a layer twice: {', '.join(map(str, layers))}")
+        return self
+
+    @model_validator(mode="after")
     def _names_each_stage_once(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):

@@ -1,5 +1,6 @@
 """A striping run in a folder: windows, ranking, stages, each done once and found again after a kill."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -16,6 +17,8 @@ from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping import distillation, layerwise
 from stripedrag.model.striping.changes import changes, striped_model
 from stripedrag.model.striping.data import (
+    ANSWER,
+    TEXT,
     Asked,
     Conversations,
     Corpus,
@@ -27,6 +30,7 @@ from stripedrag.model.striping.data import (
     text_windows,
 )
 from stripedrag.model.striping.evaluation import Evaluation, evaluate
+from stripedrag.model.striping.families import striped_config
 from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.ranking import LayerCost, choose, rank_layers
 from stripedrag.model.striping.recipe import Recipe, Stage
@@ -34,7 +38,8 @@ from stripedrag.model.striping.student import blocks, make_trainable, stripe_lay
 from stripedrag.model.striping.teacher import Teacher
 from stripedrag.model.striping.training import Loop, Progress
 
-HELD_OUT_WINDOWS = 16
+HELD_OUT_WINDOWS = 16  # of up to 1,024 tokens; of longer ones as many tokens
+LEAST_HELD_OUT = 8  # windows at the end, whatever their length
 CHECKS_A_STAGE = 10
 RANKING_LENGTH = 1024
 
@@ -46,22 +51,45 @@ class Run:
     """A run in `folder`, which is made or gone on with."""
 
     def __init__(
-        self, folder: Path, recipe: Recipe, teacher: PreTrainedModel, framing: Framing, corpus: Corpus
+        self,
+        folder: Path,
+        recipe: Recipe,
+        teacher: PreTrainedModel,
+        framing: Framing,
+        corpus: Corpus,
+        *,
+        processes: Processes | None = None,
+        teacher_cache: Path | None = None,
     ) -> None:
+        """What the teacher says is kept in `teacher_cache`, by default in `folder`.
+
+        Raises `CheckpointError` for a teacher that cannot be striped so, `UsageError` where the folder holds a run of
+        another recipe, model or corpus.
+        """
         self.folder, self.recipe, self.framing, self.corpus = folder, recipe, framing, corpus
-        self.processes = Processes()
-        with self.processes.first_alone():
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = folder / "recipe.json"
-            if kept.exists() and Recipe.model_validate_json(kept.read_bytes()) != recipe:
-                raise UsageError(f"{folder} holds a run of another recipe; choose another folder, or remove it")
-            _write(kept, (recipe.model_dump_json(indent=1) + "\n").encode())
-            kept = folder / "data.sha256"
-            if kept.exists() and kept.read_text().strip() != corpus.fingerprint():
-                raise UsageError(f"{folder} holds a run on other data; choose another folder, or remove it")
-            _write(kept, (corpus.fingerprint() + "\n").encode())
+        self.processes = processes or Processes()
+        _refuse_layers(recipe, teacher)
         self.teacher = teacher.to(self.processes.device).eval().requires_grad_(False)
-        self.sayings = Teacher(teacher, folder / "teacher")
+        with self.processes.first_alone():
+            if self.processes.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+            self.sayings = Teacher(teacher, teacher_cache or folder / "teacher")
+            model = hashlib.sha256(self.sayings.key + framing.fingerprint()).hexdigest()
+            self._claim(("recipe.json", recipe.model_dump_json(indent=1), "of another recipe"))
+            self._claim(("model.sha256", model, "of another model or tokenizer"))
+            self._claim(("data.sha256", corpus.fingerprint(), "on other data"))
+
+    def _claim(self, what: tuple[str, str, str]) -> None:
+        """Keep what the run is of, or refuse another one."""
+        name, content, kind = what
+        path = self.folder / name
+        if not path.exists():
+            if self.processes.is_first:
+                _write(path, f"{content}\n".encode())
+            return
+        kept = path.read_text().strip()
+        if kept != content and not (name == "recipe.json" and Recipe.model_validate_json(kept) == self.recipe):
+            raise UsageError(f"{self.folder} holds a run {kind}; choose another folder, or remove it")
 
     def hyena_layers(self, progress: Progress) -> list[int]:
         """The layers that the recipe names, or those that cost least of all; the costs are kept in `ranking.json`."""
@@ -72,10 +100,11 @@ class Run:
             return []
         path = self.folder / "ranking.json"
         if not path.exists():
-            windows = self.held_out(RANKING_LENGTH)
+            windows = Windows(*(part[:HELD_OUT_WINDOWS] for part in self.held_out(RANKING_LENGTH)))
             costs = rank_layers(self.teacher, self.sayings, windows, lambda i, n: progress("ranking", i, n, {}))
-            with self.processes.first_alone():
+            if self.processes.is_first:
                 _write(path, _COSTS.dump_json(costs, indent=1))
+            return choose(costs, wanted)
         return choose(_COSTS.validate_json(path.read_bytes()), wanted)
 
     def train(self, layers: Sequence[int], progress: Progress) -> StripedHyenaForCausalLM:
@@ -111,7 +140,7 @@ class Run:
         self, student: StripedHyenaForCausalLM, stage: Stage, number: int, loop: Loop, progress: Progress
     ) -> None:
         windows = self.windows(stage, number)
-        held_out = self.held_out(stage.length)
+        held_out = Windows(*(part[: _checked(stage.length)] for part in self.held_out(stage.length)))
 
         def batch(step: int) -> Windows:
             part = slice(step * stage.windows_a_step, (step + 1) * stage.windows_a_step)
@@ -134,17 +163,24 @@ class Run:
                 progress=progress,
             )
 
-    def finish(self, student: StripedHyenaForCausalLM, to: Path) -> Evaluation:
+    def finish(self, student: StripedHyenaForCausalLM, to: Path) -> Evaluation | None:
         """Write the trained model into the folder `to`, as `save_pretrained` does, and `changes.safetensors` with what
         training changed, see `changes`; returns what the model that was written does on held-out windows.
+
+        Every process calls it; the first writes and measures, the others wait and return None.
         """
+        lengths = sorted({stage.length for stage in self.recipe.stages if stage.kind != "layers"})
+        windows = {length: self.held_out(length) for length in lengths or [RANKING_LENGTH]}
+        evaluation = self._write_model(student, to, windows) if self.processes.is_first else None
+        self.processes.wait()
+        return evaluation
+
+    def _write_model(self, student: StripedHyenaForCausalLM, to: Path, windows: Mapping[int, Windows]) -> Evaluation:
         changed = changes(student)
         _save_whole(changed, to / "changes.safetensors")
         model = striped_model(self.teacher.state_dict(), student.config, changed)
         model.generation_config = self.teacher.generation_config
         model.save_pretrained(to)
-        lengths = sorted({stage.length for stage in self.recipe.stages if stage.kind != "layers"})
-        windows = {length: self.held_out(length) for length in lengths or [RANKING_LENGTH]}
         return evaluate({"teacher": self.teacher, "striped": model}, self.sayings, windows)
 
     def windows(self, stage: Stage, number: int) -> Windows:
@@ -165,15 +201,38 @@ class Run:
         return windows
 
     def held_out(self, length: int) -> Windows:
-        """Windows to measure on, half of them text and half questions, made once for a length."""
+        """Windows to measure on, text and questions by turns, made once for a length.
+
+        Raises `UsageError` where the held-out data do not give a window of each.
+        """
         path = self.folder / "windows" / f"held-out-{length}.safetensors"
         with self.processes.first_alone():
             if not path.exists():
                 stage = Stage(name="held-out", tokens=length, length=length, hyena_rate=1.0)
                 made = _mixed(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage, Random(0))
-                count = max(2, HELD_OUT_WINDOWS * 1024 // max(length, 1024))
-                _save_whole(pack(made, length, count)._asdict(), path)
+                windows = pack(made, length, max(LEAST_HELD_OUT, _checked(length)))
+                if not {TEXT, ANSWER} <= set(windows.kinds.unique().tolist()):
+                    raise UsageError(
+                        f"the held-out data do not give a window of {length} tokens of text and one of questions; hold "
+                        "out more texts and shorter passages, or take shorter windows"
+                    )
+                _save_whole(windows._asdict(), path)
         return Windows(**load_file(path))
+
+
+def _checked(length: int) -> int:
+    """How many held-out windows of a length are measured on while training goes on."""
+    return max(2, HELD_OUT_WINDOWS * 1024 // max(length, 1024))
+
+
+def _refuse_layers(recipe: Recipe, teacher: PreTrainedModel) -> None:
+    """Raises before any work where a teacher cannot be striped, or not in these layers."""
+    layers = recipe.hyena_layers
+    named = layers if isinstance(layers, tuple) else ()
+    config = striped_config(teacher.config, teacher.state_dict().keys(), named, modes=recipe.modes, taps=recipe.taps)
+    count = layers if isinstance(layers, int) else len(layers)
+    if count >= config.num_layers:
+        raise UsageError(f"{count} Hyena layers of {config.num_layers}; a StripedHyena keeps one of attention at least")
 
 
 def _mixed(

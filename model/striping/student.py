@@ -46,9 +46,9 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
         self.linear = linear
-        self.down = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        down = nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=math.sqrt(5))
+        self.down = nn.Parameter(down.to(linear.weight.device))
+        self.up = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, out) for x (…, in)."""
@@ -116,7 +116,7 @@ def begin_as(
         return heads.repeat_interleave(group, dim=0).reshape(width, *tensor.shape[1:])
 
     gates = torch.randn(2 * width, width, generator=generator) * 0.02
-    block.projections.weight.copy_(torch.cat([gates, repeated(value).float()]))
+    block.projections.weight.copy_(torch.cat([gates.to(value.device), repeated(value).float()]))
     block.projections.bias.fill_(1.0)
     block.projections.bias[2 * width :] = 0 if value_bias is None else repeated(value_bias)
     block.out_filter_dense.weight.copy_(out)

@@ -18,7 +18,7 @@ _ROWS = 128
 
 
 class Teacher:
-    """A frozen model and the folder of what it said, by the ids that it read.
+    """A frozen model and the folder of what it said, by the ids that it read; `key` tells models apart.
 
     A round of the same windows, or a rival trained on them, then costs no forward pass: 384 bytes a token.
     """
@@ -29,7 +29,7 @@ class Teacher:
         key = hashlib.sha256(model.config.to_json_string().encode())
         for parameter in model.parameters():
             key.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-        self._key = key.digest()
+        self.key = key.digest()
 
     def targets(self, windows: Windows, *, answer_weight: float, text_labels: float = 0.0) -> Targets:
         """What each predicted position of `windows` is to be, in the order of `predicted`.
@@ -69,7 +69,7 @@ class Teacher:
         return ids.long(), probabilities.float()
 
     def _path(self, ids: Tensor, kinds: Tensor) -> Path:
-        content = self._key + ids.numpy().tobytes() + kinds.numpy().tobytes()
+        content = self.key + ids.numpy().tobytes() + kinds.numpy().tobytes()
         return self._folder / f"{hashlib.sha256(content).hexdigest()[:24]}.safetensors"
 
     @torch.no_grad()

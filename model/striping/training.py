@@ -93,7 +93,11 @@ class Loop:
             measured = self._processes.average(take(step))
             self._processes.average_gradients(self._parameters.values())
             for parameters in self._clipped:
-                nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+                norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+                if not norm.isfinite():  # before the step, so that the last checkpoint stays a good one
+                    raise UsageError(
+                        f"the gradient is no number at step {step + 1} of stage {self.stage.name!r}; lower its rates"
+                    )
             self.optimizer.step()
             measured["seconds"] = time.perf_counter() - began
             is_last = step + 1 == self.stage.steps
@@ -145,7 +149,7 @@ class Loop:
             if kind == "parameter":
                 parameter.data.copy_(tensor)
             else:
-                state.setdefault(parameter, {})[kind] = tensor
+                state.setdefault(parameter, {})[kind] = tensor.to(parameter.device)
         self.optimizer.state.update(state)
         return step
 
@@ -153,7 +157,9 @@ class Loop:
         """Leave in the log only what the checkpoint of a step knows of."""
         if self.log.exists():
             kept = [line for line in self.log.read_text().splitlines() if _is_before(line, step)]
-            self.log.write_text("".join(line + "\n" for line in kept))
+            partial = self.log.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self.log)
 
 
 def _is_before(line: str, step: int) -> bool:

@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
+from stripedrag.model.baselines import window_tokens
 from stripedrag.model.loading import load_model
 from stripedrag.model.modeling import RMSNorm
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
@@ -110,6 +111,8 @@ def test_the_gradient_of_a_norm_is_that_of_its_formula(dtype):
     wanted = torch.autograd.grad(formula, (wide, scale), dy.double())
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-2 if g.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    each = torch.func.vmap(torch.func.grad(lambda row: norm(row).float().sum()))(x.detach())
+    torch.testing.assert_close(each, torch.autograd.grad(norm(x).float().sum(), x)[0], rtol=1e-2, atol=1e-5)
     with torch.no_grad():
         plain = norm(x)
     assert torch.equal(plain, norm(x).detach())
@@ -245,9 +248,13 @@ def test_a_model_is_loaded_with_a_longer_window_and_says_so(golden, tmp_path, fa
     with torch.no_grad():
         assert torch.equal(as_it_is(ids).logits, model.eval()(ids).logits)
         assert not torch.allclose(stretched(ids).logits, as_it_is(ids).logits, atol=1e-6)
+    assert window_tokens(stretched, "llama-2-7b") == 1024  # whatever the name says
     stretched.save_pretrained(tmp_path)
-    if family == "llama":
-        with pytest.raises(UsageError, match="has a window of 1024 tokens and scales its positions already"):
+    if family == "striped":
+        with pytest.warns(UserWarning, match="was trained on 256 tokens at a time; its window of 2048"):
+            load_model(tmp_path, dtype=torch.float32, window_tokens=2048)
+    else:
+        with pytest.raises(UsageError, match=r"or scales them already\. Ask for at most 1024 tokens"):
             load_model(tmp_path, window_tokens=2048)
 
 

@@ -285,8 +285,10 @@ def test_conversations_never_exceed_their_length_and_ask_about_what_is_there(len
 
 
 def test_a_question_without_an_answer_says_so():
-    with pytest.raises(ValidationError, match="it has no answer; give one, or say unanswerable: true"):
+    with pytest.raises(ValidationError, match="it has no answer, or a blank first one; give one, or say"):
         Asked(id="1", passage="p", question="q")
+    with pytest.raises(ValidationError, match="it has no answer, or a blank first one"):
+        Asked(id="1", passage="p", question="q", answers=[" ", "Paris"])
     assert Asked(id="1", passage="p", question="q", unanswerable=True).taught == REFUSAL
 
 

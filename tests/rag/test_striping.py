@@ -45,10 +45,20 @@ def write(tmp_path):
 
 def test_texts_and_questions_are_told_apart_by_their_keys(write):
     files = [write("a.jsonl", TEXT), write("b.jsonl", ASKED)]
-    corpus = read_corpus(files, reversed(files))
-    for texts, asked in ((corpus.texts, corpus.asked), (corpus.held_texts, corpus.held_asked)):
-        assert [one.text for one in texts] == ["Rivers flow."]
+    others = [write("c.jsonl", ASKED | {"passage": "Lakes lie."}), write("d.jsonl", TEXT | {"text": "Lakes lie."})]
+    corpus = read_corpus(files, others)
+    for texts, asked, text in (
+        (corpus.texts, corpus.asked, "Rivers flow."),
+        (corpus.held_texts, corpus.held_asked, "Lakes lie."),
+    ):
+        assert [one.text for one in texts] == [one.passage for one in asked] == [text]
         assert [one.taught for one in asked] == ["flow"]
+    with pytest.raises(
+        CorpusError, match=r"1 held-out texts are also among those to train on, the first 'Rivers flow\.'"
+    ):
+        read_corpus(files, [*others, write("e.jsonl", TEXT)])
+    with pytest.raises(CorpusError, match="1 held-out passages are also among"):
+        read_corpus([*files, write("f.jsonl", ASKED | {"passage": "Lakes lie."})], others)
 
 
 def test_a_corpus_that_lacks_something_is_refused(write):

@@ -227,12 +227,13 @@ def _checked(length: int) -> int:
 
 def _refuse_layers(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """Raises before any work where a teacher cannot be striped, or not in these layers."""
-    layers = recipe.hyena_layers
-    named = layers if isinstance(layers, tuple) else ()
-    config = striped_config(teacher.config, teacher.state_dict().keys(), named, modes=recipe.modes, taps=recipe.taps)
+    layers, names = recipe.hyena_layers, teacher.state_dict().keys()
     count = layers if isinstance(layers, int) else len(layers)
-    if count >= config.num_layers:
-        raise UsageError(f"{count} Hyena layers of {config.num_layers}; a StripedHyena keeps one of attention at least")
+    there = striped_config(teacher.config, names, (), modes=recipe.modes, taps=recipe.taps).num_layers
+    if count >= there:
+        raise UsageError(f"{count} Hyena layers of {there}; a StripedHyena keeps one of attention at least")
+    if isinstance(layers, tuple):
+        striped_config(teacher.config, names, layers, modes=recipe.modes, taps=recipe.taps)
 
 
 def _mixed(

@@ -382,6 +382,49 @@ def test_another_corpus_and_another_network_are_refused_in_the_folder_of_a_run(t
         Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 2], lambda *heard: None)
 
 
+def test_another_teacher_of_the_same_sizes_is_refused_in_the_folder_of_a_run(tmp_path):
+    Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
+    other = teacher_of()
+    other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    with pytest.raises(UsageError, match="holds a run of another model or tokenizer"):
+        Run(tmp_path, recipe(), other, FRAMING, CORPUS)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [(4, "4 Hyena layers of 4; a StripedHyena keeps one"), ((0, 1, 2, 3), "4 Hyena layers of 4"), ((7,), "no layer 7")],
+)
+def test_layers_that_cannot_go_are_refused_before_any_work(tmp_path, layers, message):
+    with pytest.raises((UsageError, CheckpointError), match=message):
+        Run(tmp_path / "run", recipe().model_copy(update={"hyena_layers": layers}), teacher_of(), FRAMING, CORPUS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
+    run = Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
+    student_step = layerwise.take_step
+
+    def diverge(student, teacher, windows):
+        measured = student_step(student, teacher, windows)
+        if len(steps) == 3:
+            next(p for p in student.parameters() if p.grad is not None).grad[0] = float("nan")
+        return measured
+
+    steps = []
+    monkeypatch.setattr("stripedrag.model.striping.run.layerwise.take_step", diverge)
+    with pytest.raises(UsageError, match="the gradient is no number at step 4 of stage 'layers'; lower its rates"):
+        run.train([1, 3], lambda *heard: steps.append(heard))
+    kept = load_file(tmp_path / "stages" / "layers" / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_held_out_data_that_give_no_window_of_questions_are_refused(tmp_path):
+    asked = [Asked(id="1", passage="long " * 200, question="q", answers=["a"])]
+    run = Run(tmp_path, recipe(), teacher_of(), FRAMING, Corpus(TEXTS, ASKED, TEXTS[:2], asked))
+    with pytest.raises(UsageError, match="do not give a window of 128 tokens of text and one of questions"):
+        run.train([1, 3], lambda *heard: None)
+
+
 def test_a_recipe_that_cannot_be_is_refused():
     with pytest.raises(ValidationError, match="its 100 tokens are less than one window of 128"):
         Stage(name="a", tokens=100, length=128, hyena_rate=1.0)

@@ -475,7 +475,7 @@ def test_a_run_that_is_under_way_is_not_touched_by_another_suite(suite, tmp_path
     run(first, tmp_path)
     (tmp_path / "predictions.jsonl").unlink()  # as it is while samples are still being made
     before = {name: (tmp_path / name).read_bytes() for name in ("suite.json", "manifest.json", "samples.jsonl")}
-    with runs._only_run_here(tmp_path), pytest.raises(UsageError, match="another process runs in"):
+    with runs.only_run_here(tmp_path), pytest.raises(UsageError, match="another process runs in"):
         run(other, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 

@@ -99,6 +99,8 @@ def corpus(
     as_json: AsJson = False,
 ) -> None:
     """Write the corpus that the default model is trained on: texts and questions, and what is held out of both."""
+    if to.exists() and not to.is_dir():
+        raise UsageError(f"{to} is a file; give a folder")
     quiet_libraries()
     from stripedrag.eval.corpus.build import build
 
@@ -149,7 +151,7 @@ def stripe(
         str | None,
         typer.Option(
             "--layers",
-            help="How many layers become Hyena layers, or which: 15, or 3,4,9; 0 only fine-tunes. Else the recipe's.",
+            help="How many layers become Hyena layers, or which: 15, or 3,4,9, or 3, for one; 0 only fine-tunes.",
             show_default=False,
         ),
     ] = None,
@@ -168,7 +170,9 @@ def stripe(
     try:
         declared = Recipe() if recipe is None else Recipe.model_validate_json(recipe.read_bytes())
         if layers is not None:
-            named = tuple(int(part) for part in layers.split(","))
+            named = tuple(int(part) for part in layers.removesuffix(",").split(","))
+            if min(named) < 0:
+                raise ValueError(layers)
             wanted = named if "," in layers else named[0]
             declared = Recipe.model_validate(declared.model_dump() | {"hyena_layers": wanted})
     except OSError as error:

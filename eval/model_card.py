@@ -87,12 +87,14 @@ def draw_curves(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]], evalua
                     )
                 before += stage.steps * tokens
             panel.set(title=label, xlabel="tokens of training")
-            panel.legend(frameon=False)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(frameon=False)
         for name in evaluation.stretches[0].nats if evaluation.stretches else ():
             places = [stretch.end for stretch in evaluation.stretches]
             axes[4].plot(places, [stretch.nats[name] for stretch in evaluation.stretches], marker="o", label=name)
         axes[4].set(title="nats a token of text by position", xlabel="position", xscale="log")
-        axes[4].legend(frameon=False)
+        if evaluation.stretches:
+            axes[4].legend(frameon=False)
         axes[5].set_axis_off()
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})

@@ -1,10 +1,12 @@
 """Striping from files to a model folder with its card: what `stripedrag stripe` does."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from stripedrag.errors import UsageError
+from safetensors import SafetensorError
+
+from stripedrag.errors import SetupError, UsageError
 from stripedrag.eval.model_card import write_card
 from stripedrag.eval.run_files import only_run_here
 from stripedrag.hardware import fast_dtype
@@ -34,13 +36,18 @@ def stripe(
     Raises `UsageError` for a folder that holds something else or where another process runs, for a recipe that the
     model or the data cannot meet, `CorpusError` for data that cannot be read, and what `load_model` raises.
     """
-    if to.exists() and (not to.is_dir() or (not (to / WORK).is_dir() and any(to.iterdir()))):
+    if to.exists() and (not to.is_dir() or (not (to / WORK / "recipe.json").is_file() and any(to.iterdir()))):
         raise UsageError(f"{to} holds something that is no striping run; give a new folder")
     files, apart = corpus_files(data, held_out)
     corpus = read_corpus(files, apart)
     processes = Processes()
     teacher, tokenizer = load_model(model, dtype=fast_dtype(processes.device), device=processes.device)
-    with only_run_here(to / WORK) if processes.is_first else nullcontext():
+    if len(tokenizer) > teacher.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer of {model} has {len(tokenizer)} ids and the model {teacher.config.vocab_size}; they do not "
+            "belong together"
+        )
+    with only_run_here(to / WORK) if processes.is_first else nullcontext(), _writing(to):
         run = Run(
             to / WORK,
             recipe,
@@ -60,16 +67,31 @@ def stripe(
     return {"model": to, "card": card, "changes": to / "changes.safetensors"}
 
 
+@contextmanager
+def _writing(to: Path) -> Iterator[None]:
+    """Raises `SetupError` where files cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SetupError(
+            f"a file of the run in {to} could not be written or read: {error}. Mend that (is the disk full?), and "
+            "the same command goes on from the last checkpoint."
+        ) from error
+
+
 def corpus_files(data: Sequence[Path], held_out: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The files to train on and to measure on; a folder stands for its JSON lines, plain or compressed. What is called
     `held-out-…` is only measured on. Raises `UsageError` for a folder without any."""
-    files: list[Path] = []
-    for path in data:
-        found = [path]
-        if path.is_dir():
-            found = sorted(one for one in path.iterdir() if one.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")))
-            if not found:
-                raise UsageError(f"{path} holds no .jsonl file")
-        files += found
+    files = [file for path in data for file in _files(path)]
     apart = [file for file in files if file.name.startswith(HELD_OUT)]
-    return [file for file in files if file not in apart], [*held_out, *apart]
+    named = [file for path in held_out for file in _files(path)]
+    return [file for file in files if file not in apart], list(dict.fromkeys([*named, *apart]))
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(one for one in path.iterdir() if one.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")))
+    if not found:
+        raise UsageError(f"{path} holds no .jsonl file")
+    return found

@@ -55,6 +55,8 @@ def load_model(
     if is_folder and not (Path(source) / "config.json").is_file():
         raise UsageError(f"{source} has no config.json, so it is not a model folder")
     try:
+        if window_tokens is not None and window_tokens < 1:
+            raise UsageError(f"window_tokens is {window_tokens}; a window has at least 1")
         config = AutoConfig.from_pretrained(source)
         stretched = window_tokens is not None and _stretch(config, window_tokens, str(name_or_path))
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype).to(device).eval()

@@ -26,7 +26,7 @@ class Text(BaseModel):
 
     id: str
     title: str = ""
-    text: str = Field(min_length=1)
+    text: str = Field(pattern=r"\S")
 
 
 class Asked(BaseModel):
@@ -37,8 +37,8 @@ class Asked(BaseModel):
     id: str
     source: str = ""
     title: str = ""
-    passage: str = Field(min_length=1)
-    question: str = Field(min_length=1)
+    passage: str = Field(pattern=r"\S")
+    question: str = Field(pattern=r"\S")
     answers: tuple[str, ...] = ()
     unanswerable: bool = False
 

@@ -196,7 +196,8 @@ class Run:
         if len(windows.ids) < stage.steps * stage.windows_a_step:
             raise UsageError(
                 f"the data give {len(windows.ids)} windows of {stage.length} tokens; the stage {stage.name!r} asks for "
-                f"{stage.steps * stage.windows_a_step}. Give more documents, longer windows, or fewer tokens."
+                f"{stage.steps * stage.windows_a_step}. What does not fit a window is left out: give shorter passages, "
+                "longer windows, or ask for fewer tokens."
             )
         return windows
 
@@ -232,6 +233,13 @@ def _refuse_layers(recipe: Recipe, teacher: PreTrainedModel) -> None:
     there = striped_config(teacher.config, names, (), modes=recipe.modes, taps=recipe.taps).num_layers
     if count >= there:
         raise UsageError(f"{count} Hyena layers of {there}; a StripedHyena keeps one of attention at least")
+    window = teacher.config.max_position_embeddings
+    for stage in recipe.stages:
+        if stage.length > window:
+            raise UsageError(
+                f"the stage {stage.name!r} has windows of {stage.length} tokens and the model reads {window}; shorten "
+                "its windows, or leave it out"
+            )
     if isinstance(layers, tuple):
         striped_config(teacher.config, names, layers, modes=recipe.modes, taps=recipe.taps)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class Teacher:
     def _said(self, windows: Windows) -> tuple[Tensor, Tensor]:
         rows = list(zip(windows.ids, windows.kinds, strict=True))
         paths = [self._path(ids, kinds) for ids, kinds in rows]
-        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        missing = [i for i, path in enumerate(paths) if not _is_whole(path)]
         if missing:
             asked = Windows(windows.ids[missing], windows.kinds[missing])
             counts = (asked.kinds[:, 1:] == TEXT).sum(1).tolist()
@@ -80,6 +81,15 @@ class Teacher:
         rows = hidden[:, :-1][(windows.kinds[:, 1:] == TEXT).to(device)]
         said = [likeliest(part @ unembedding(self.model).T, LIKELIEST) for part in rows.split(_ROWS)]
         return torch.cat([ids for ids, _ in said]).cpu(), torch.cat([p for _, p in said]).cpu()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there and can be read; a power cut can leave an empty one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys()) == {"ids", "probabilities"}
+    except (OSError, SafetensorError):
+        return False
 
 
 def _move_to(labels: Tensor, tokens: Tensor, probabilities: Tensor, share: float) -> None:

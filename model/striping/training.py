@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -113,7 +114,7 @@ class Loop:
 
     def finished(self) -> bool:
         """Whether the stage's last checkpoint is its end."""
-        return self.checkpoint.exists() and _step_of(self.checkpoint) >= self.stage.steps
+        return self.checkpoint.exists() and self._resume() >= self.stage.steps
 
     def load(self) -> None:
         """Take the parameters of the last checkpoint."""
@@ -138,7 +139,12 @@ class Loop:
     def _resume(self) -> int:
         if not self.checkpoint.exists():
             return 0
-        tensors, step = load_file(self.checkpoint), _step_of(self.checkpoint)
+        try:
+            tensors, step = load_file(self.checkpoint), _step_of(self.checkpoint)
+        except SafetensorError as error:
+            raise UsageError(
+                f"{self.checkpoint} cannot be read ({error}); remove it to take the stage {self.stage.name!r} anew"
+            ) from error
         shapes = {key.removeprefix("parameter:"): t.shape for key, t in tensors.items() if key.startswith("parameter:")}
         if shapes != {name: parameter.shape for name, parameter in self._parameters.items()}:
             raise UsageError(f"{self.checkpoint} is of a network of other layers or sizes; choose another folder")
@@ -170,7 +176,5 @@ def _is_before(line: str, step: int) -> bool:
 
 
 def _step_of(path: Path) -> int:
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])

@@ -189,6 +189,13 @@ def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, t
     assert "holds something that is no striping run; give a new folder" in refused(
         *command(teacher, data, recipe, full)
     )
+    (full / "run").mkdir()
+    assert "holds something that is no striping run" in refused(*command(teacher, data, recipe, full))
+    assert (full / "thesis.txt").read_text() == "mine"
+    long = RECIPE["stages"][1] | {"length": 4096, "tokens": 8192}
+    recipe.write_text(json.dumps(RECIPE | {"stages": [long]}))
+    told = refused(*command(teacher, data, recipe, tmp_path / "new"))
+    assert "the stage 'whole' has windows of 4096 tokens and the model reads 2048; shorten its windows" in told
     recipe.write_text('{"stages": [{"name": "a", "tokens": 128, "length": 128, "hyena_rate": -1}]}')
     told = refused(*command(teacher, data, recipe, tmp_path / "new"))
     assert "is no recipe: stages.0.hyena_rate: Input should be greater than 0" in told

@@ -418,6 +418,23 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, 
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
+def test_a_broken_checkpoint_is_named_and_a_broken_word_of_the_teacher_asked_for_again(tmp_path):
+    Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+    for path in (tmp_path / "teacher").iterdir():
+        path.write_bytes(b"")
+    checkpoint = tmp_path / "stages" / "whole" / "checkpoint.safetensors"
+    kept = load_file(checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(
+        UsageError, match=r"whole/checkpoint\.safetensors cannot be read .*; remove it to take the stage"
+    ):
+        Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+    checkpoint.unlink()
+    Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+    again = load_file(checkpoint)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
 def test_held_out_data_that_give_no_window_of_questions_are_refused(tmp_path):
     asked = [Asked(id="1", passage="long " * 200, question="q", answers=["a"])]
     run = Run(tmp_path, recipe(), teacher_of(), FRAMING, Corpus(TEXTS, ASKED, TEXTS[:2], asked))

@@ -423,7 +423,7 @@ def test_a_broken_checkpoint_is_named_and_a_broken_word_of_the_teacher_asked_for
     for path in (tmp_path / "teacher").iterdir():
         path.write_bytes(b"")
     checkpoint = tmp_path / "stages" / "whole" / "checkpoint.safetensors"
-    kept = load_file(checkpoint)
+    kept = {name: tensor.clone() for name, tensor in load_file(checkpoint).items()}  # not mapped from what is cut
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     with pytest.raises(
         UsageError, match=r"whole/checkpoint\.safetensors cannot be read .*; remove it to take the stage"

@@ -36,7 +36,7 @@ def stripe(
     Raises `UsageError` for a folder that holds something else or where another process runs, for a recipe that the
     model or the data cannot meet, `CorpusError` for data that cannot be read, and what `load_model` raises.
     """
-    if to.exists() and (not to.is_dir() or (not (to / WORK / "recipe.json").is_file() and any(to.iterdir()))):
+    if to.exists() and not (to.is_dir() and ((to / WORK / "recipe.json").is_file() or not _strangers(to))):
         raise UsageError(f"{to} holds something that is no striping run; give a new folder")
     files, apart = corpus_files(data, held_out)
     corpus = read_corpus(files, apart)
@@ -65,6 +65,11 @@ def stripe(
         name = to.resolve().name
         card = write_card(to, to / WORK, name=name, teacher=model, layers=layers, evaluation=evaluation, corpus=corpus)
     return {"model": to, "card": card, "changes": to / "changes.safetensors"}
+
+
+def _strangers(to: Path) -> list[Path]:
+    """What is in a folder and was not left there by a run that was refused before it began."""
+    return [path for path in to.rglob("*") if path not in (to / WORK, to / WORK / ".lock")]
 
 
 @contextmanager

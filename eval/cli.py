@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stripedrag.errors import UsageError
+from stripedrag.errors import UsageError, faults
 from stripedrag.eval.bench import BENCHES
 from stripedrag.rag.cli import app, err, main, quiet_libraries, spinner
 
@@ -178,8 +178,7 @@ def stripe(
     except OSError as error:
         raise UsageError(f"{recipe} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UsageError(f"{recipe or layers} is no recipe: {problems}") from error
+        raise UsageError(f"{recipe or layers} is no recipe: {faults(error)}") from error
     except ValueError as error:
         raise UsageError(f"--layers is {layers!r}; it is a number, or layers with commas between, as 3,4,9") from error
     if find_spec("matplotlib") is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from stripedrag.eval.run_files import write_whole
 from stripedrag.model.striping import Corpus, Evaluation, Recipe
 from stripedrag.model.striping.ranking import LayerCost
 
@@ -31,11 +32,11 @@ def write_card(
     """Write README.md, evaluation.json, recipe.json and, with matplotlib, curves.svg into a model's `folder`."""
     recipe = Recipe.model_validate_json((run / "recipe.json").read_bytes())
     logs = {stage.name: list(_log(run / "stages" / stage.name / "log.jsonl")) for stage in recipe.stages}
-    _write(folder / "evaluation.json", evaluation.model_dump_json(indent=1) + "\n")
-    _write(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
+    write_whole(folder / "evaluation.json", evaluation.model_dump_json(indent=1) + "\n")
+    write_whole(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
     curves = find_spec("matplotlib") is not None
     if curves:
-        _write(folder / "curves.svg", draw_curves(recipe, logs, evaluation))
+        write_whole(folder / "curves.svg", draw_curves(recipe, logs, evaluation))
     parts = [
         f"# {name}",
         _what(teacher, layers, recipe),
@@ -51,7 +52,7 @@ def write_card(
         f"## {SAMPLES} questions of the training data, by chance",
         _samples(corpus, recipe.seed),
     ]
-    _write(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    write_whole(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     return folder / "README.md"
 
 
@@ -215,9 +216,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 1 else f"{value:.2f}"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

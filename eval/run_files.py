@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from stripedrag.errors import UsageError
 from stripedrag.eval.schema import OUTPUT_KINDS, Manifest, Prediction, SampleRecord
 from stripedrag.eval.suite import Suite, parse_suite
+from stripedrag.files import written_whole
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -116,10 +117,9 @@ def _first_fault(error: ValidationError) -> str:
 
 def write_whole(file: Path, text: str) -> None:
     """Write a file whole or not at all. Raises `UsageError` where it cannot be written."""
-    scratch = file.with_name(f".{file.name}.part")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(file)
+        with written_whole(file) as scratch:
+            scratch.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}. Make room there, or choose another.") from error
 

@@ -36,7 +36,7 @@ def stripe(
     Raises `UsageError` for a folder that holds something else or where another process runs, for a recipe that the
     model or the data cannot meet, `CorpusError` for data that cannot be read, and what `load_model` raises.
     """
-    if to.exists() and not (to.is_dir() and ((to / WORK / "recipe.json").is_file() or not _strangers(to))):
+    if to.exists() and not (to.is_dir() and ((to / WORK / "recipe.json").is_file() or not _has_strangers(to))):
         raise UsageError(f"{to} holds something that is no striping run; give a new folder")
     files, apart = corpus_files(data, held_out)
     corpus = read_corpus(files, apart)
@@ -67,9 +67,9 @@ def stripe(
     return {"model": to, "card": card, "changes": to / "changes.safetensors"}
 
 
-def _strangers(to: Path) -> list[Path]:
-    """What is in a folder and was not left there by a run that was refused before it began."""
-    return [path for path in to.rglob("*") if path not in (to / WORK, to / WORK / ".lock")]
+def _has_strangers(to: Path) -> bool:
+    """Whether a folder holds anything that was not left there by a run that was refused before it began."""
+    return any(path not in (to / WORK, to / WORK / ".lock") for path in to.rglob("*"))
 
 
 @contextmanager

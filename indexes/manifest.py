@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stripedrag.errors import IndexMismatchError, UsageError
+from stripedrag.errors import IndexMismatchError, UsageError, faults
 
 if TYPE_CHECKING:
     from stripedrag.indexes.embedding import Embedder
@@ -59,8 +59,7 @@ def parse(text: str, *, index: str) -> Manifest:
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UsageError(f"index {index!r} has a broken manifest ({problems}). Rebuild it.") from error
+        raise UsageError(f"index {index!r} has a broken manifest ({faults(error)}). Rebuild it.") from error
 
 
 def refuse_mismatch(manifest: Manifest, embedder: "Embedder", chunker: str, *, index: str) -> None:

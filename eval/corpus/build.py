@@ -9,6 +9,7 @@ Nothing in it is of a document that an evaluation asks about: `rag_qa`'s documen
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -17,6 +18,7 @@ from stripedrag.eval.corpus.packages import Package, packages, texts
 from stripedrag.eval.corpus.planted import plant
 from stripedrag.eval.corpus.questions import natural, title_of
 from stripedrag.eval.data_formats import DATA, Chapter, CorpusDocument, CorpusQuestion, LongDocument
+from stripedrag.files import written_whole
 from stripedrag.jsonl import read_lines
 from stripedrag.model.striping.data import Asked, Text
 
@@ -51,18 +53,17 @@ def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[st
     asked += [one for host, ones in planted for one in ones if host.text not in hidden or is_held_out(one.passage)]
     asked += [one for ones in _in_excerpts(documents, rng) for one in ones]
     documents = [document for document in documents if document.text not in hidden]
-    written = {}
+    files: dict[str, str] = {}
     for name, records in (("texts", documents), ("questions", asked)):
         lines: dict[str, list[str]] = {name: [], f"held-out-{name}": []}
         for record in records:
             content = record.text if isinstance(record, Text) else record.passage
             lines[f"held-out-{name}" if is_held_out(content) else name].append(record.model_dump_json() + "\n")
-        for file, kept in lines.items():
-            (folder / f"{file}.partial").write_text("".join(kept), encoding="utf-8")
-            written[file] = len(kept)
-    for file in written:
-        (folder / f"{file}.partial").replace(folder / f"{file}.jsonl")
-    return written
+        files |= {file: "".join(kept) for file, kept in lines.items()}
+    with ExitStack() as at_last:  # all of them are written before the first takes its place
+        for file, content in files.items():
+            at_last.enter_context(written_whole(folder / f"{file}.jsonl")).write_text(content, encoding="utf-8")
+    return {file: content.count("\n") for file, content in files.items()}
 
 
 def is_held_out(text: str) -> bool:

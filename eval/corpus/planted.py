@@ -80,6 +80,10 @@ def _person(rng: Random) -> str:
     return f"{rng.choice(FIRST)} {rng.choice(LAST)}"
 
 
+def _city(rng: Random) -> str:
+    return rng.choice(CITIES)
+
+
 def _code(rng: Random) -> str:
     return "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(2)) + f"-{rng.randrange(100, 1000)}"
 
@@ -102,7 +106,7 @@ KINDS = (
             "At the door of the office in {0} the code {1} is asked for.",
         ],
         ["What is the access code of the {0} office?", "Which code opens the office in {0}?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         _code,
     ),
     Kind(
@@ -115,7 +119,7 @@ KINDS = (
         ["{0} was born in {1}.", "The birthplace of {0} is {1}.", "{0} came into the world in {1}."],
         ["Where was {0} born?", "In which town was {0} born?", "What is {0}'s birthplace?"],
         _person,
-        lambda rng: rng.choice(CITIES),
+        _city,
     ),
     Kind(
         ["The contract with {0} was signed on {1}.", "{0} signed the contract on {1}."],
@@ -138,7 +142,7 @@ KINDS = (
     Kind(
         ["A ticket from {0} to the coast costs {1} crowns.", "In {0} they ask {1} crowns for a ticket to the coast."],
         ["How much does a ticket from {0} to the coast cost?", "What is the price of a ticket from {0} to the coast?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         lambda rng: str(rng.randrange(12, 400)),
     ),
     Kind(
@@ -162,13 +166,13 @@ KINDS = (
     Kind(
         ["The cattle fair in {0} is held every {1}.", "Every {1} there is a cattle fair in {0}."],
         ["On which day is the cattle fair in {0} held?", "When can one go to the cattle fair in {0}?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         lambda rng: rng.choice(DAYS),
     ),
     Kind(
         ["The museum of {0} opens at {1}.", "At {1} the doors of the museum of {0} are unlocked."],
         ["When does the museum of {0} open?", "At what hour does the museum of {0} open its doors?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         lambda rng: f"{rng.randrange(6, 12)}:{rng.choice(('00', '15', '30', '45'))}",
     ),
     Kind(
@@ -198,19 +202,19 @@ KINDS = (
     Kind(
         ["{0} has {1} inhabitants.", "At the last count {1} people lived in {0}.", "The population of {0} is {1}."],
         ["How many people live in {0}?", "What is the population of {0}?", "How many inhabitants does {0} have?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         lambda rng: f"{rng.randrange(2, 90)},{rng.randrange(1000):03d}",
     ),
     Kind(
         ["{0} lies on the river {1}.", "The river that flows through {0} is the {1}.", "Through {0} flows the {1}."],
         ["On which river does {0} lie?", "What is the river in {0} called?", "Which river flows through {0}?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         lambda rng: rng.choice(RIVERS),
     ),
     Kind(
         ["The mayor of {0} is {1}.", "In {0} they elected {1} as mayor.", "{1} has been mayor of {0} for a year."],
         ["Who is the mayor of {0}?", "Whom did they elect as mayor in {0}?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         _person,
     ),
     Kind(
@@ -229,7 +233,7 @@ KINDS = (
         ["Flight {0} lands in {1}.", "{1} is where flight {0} goes.", "The destination of flight {0} is {1}."],
         ["Where does flight {0} land?", "What is the destination of flight {0}?"],
         _code,
-        lambda rng: rng.choice(CITIES),
+        _city,
     ),
     Kind(
         ["{0} wears shoes of size {1}.", "The shoes of {0} are a size {1}.", "Size {1} fits the feet of {0}."],
@@ -244,7 +248,7 @@ KINDS = (
             "In {1} {0} got a brewery.",
         ],
         ["In what year was the brewery of {0} founded?", "Since what year has beer been brewed in {0}?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         lambda rng: str(rng.randrange(1800, 1999)),
     ),
     Kind(
@@ -266,7 +270,7 @@ KINDS = (
     Kind(
         ["The deadline of the {0} project is {1}.", "The {0} project has to be finished by {1}."],
         ["What is the deadline of the {0} project?", "By when has the {0} project to be finished?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         _date,
     ),
     Kind(
@@ -278,7 +282,7 @@ KINDS = (
     Kind(
         ["From {0} it is {1} kilometres to the border.", "The border is {1} kilometres from {0}."],
         ["How far is it from {0} to the border?", "How many kilometres from {0} is the border?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         lambda rng: str(rng.randrange(3, 800)),
     ),
     Kind(
@@ -316,7 +320,7 @@ KINDS = (
     Kind(
         ["The night train to {0} leaves at {1}.", "At {1} the night train departs for {0}."],
         ["When does the night train to {0} leave?", "At what time does the night train depart for {0}?"],
-        lambda rng: rng.choice(CITIES),
+        _city,
         lambda rng: f"{rng.randrange(20, 24)}:{rng.randrange(0, 60):02d}",
     ),
     Kind(

@@ -98,6 +98,10 @@ class Windows(NamedTuple):
     ids: Tensor
     kinds: Tensor
 
+    def at(self, which: slice | Tensor | list[int]) -> "Windows":
+        """Some of the windows."""
+        return Windows(self.ids[which], self.kinds[which])
+
 
 class Piece(NamedTuple):
     """Ids that follow one another, all of a kind."""

@@ -119,5 +119,5 @@ def _answer_numbers(windows: Windows) -> Tensor:
 
 def _micro(windows: Windows) -> Iterator[Windows]:
     rows = max(1, MICRO_TOKENS // windows.ids.shape[1])
-    for ids, kinds in zip(windows.ids.split(rows), windows.kinds.split(rows), strict=True):
-        yield Windows(ids, kinds)
+    for start in range(0, len(windows.ids), rows):
+        yield windows.at(slice(start, start + rows))

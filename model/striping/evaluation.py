@@ -67,7 +67,7 @@ def _counts(windows: Windows) -> dict[str, int]:
 
 def _stretches(models: Mapping[str, PreTrainedModel], windows: Windows) -> tuple[Stretch, ...]:
     of_text = (windows.kinds[:, 1:] == TEXT).all(1)  # a window of questions is another kind of text at its end
-    texts = Windows(windows.ids[of_text], windows.kinds[of_text])
+    texts = windows.at(of_text)
     if not of_text.any():
         return ()
     nats = {name: torch.cat([s.nats for s in scored(model, texts)]) for name, model in models.items()}

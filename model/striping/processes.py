@@ -56,7 +56,7 @@ class Processes:
                 f"a step of {len(windows.ids)} windows cannot be shared by {self.count} processes; set the stage's "
                 f"batch_tokens to a multiple of {self.count} windows of {windows.ids.shape[1]} tokens"
             )
-        return Windows(windows.ids[self.rank :: self.count], windows.kinds[self.rank :: self.count])
+        return windows.at(slice(self.rank, None, self.count))
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put the mean over the processes in place of each gradient."""

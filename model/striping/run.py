@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stripedrag.errors import UsageError
+from stripedrag.files import written_whole
 from stripedrag.hardware import keep_freed_memory
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping import distillation, layerwise
@@ -68,27 +69,28 @@ class Run:
         """
         self.folder, self.recipe, self.framing, self.corpus = folder, recipe, framing, corpus
         self.processes = processes or Processes()
-        _refuse_layers(recipe, teacher)
+        _refuse_impossible(recipe, teacher)
         self.teacher = teacher.to(self.processes.device).eval().requires_grad_(False)
         with self.processes.first_alone():
             if self.processes.is_first:
                 folder.mkdir(parents=True, exist_ok=True)
             self.sayings = Teacher(teacher, teacher_cache or folder / "teacher")
             model = hashlib.sha256(self.sayings.key + framing.fingerprint()).hexdigest()
-            self._claim(("recipe.json", recipe.model_dump_json(indent=1), "of another recipe"))
-            self._claim(("model.sha256", model, "of another model or tokenizer"))
-            self._claim(("data.sha256", corpus.fingerprint(), "on other data"))
+            self._claim("recipe.json", recipe.model_dump_json(indent=1), "of another recipe")
+            self._claim("model.sha256", model, "of another model or tokenizer")
+            self._claim("data.sha256", corpus.fingerprint(), "on other data")
 
-    def _claim(self, what: tuple[str, str, str]) -> None:
-        """Keep what the run is of, or refuse another one."""
-        name, content, kind = what
+    def _claim(self, name: str, content: str, kind: str) -> None:
+        """Keep what the run is of, or refuse another one; a recipe is the same if it says the same."""
         path = self.folder / name
         if not path.exists():
             if self.processes.is_first:
-                _write(path, f"{content}\n".encode())
+                _write(path, f"{content}\n")
             return
         kept = path.read_text().strip()
-        if kept != content and not (name == "recipe.json" and Recipe.model_validate_json(kept) == self.recipe):
+        if path.suffix == ".json":
+            kept = Recipe.model_validate_json(kept).model_dump_json(indent=1)
+        if kept != content:
             raise UsageError(f"{self.folder} holds a run {kind}; choose another folder, or remove it")
 
     def hyena_layers(self, progress: Progress) -> list[int]:
@@ -100,10 +102,10 @@ class Run:
             return []
         path = self.folder / "ranking.json"
         if not path.exists():
-            windows = Windows(*(part[:HELD_OUT_WINDOWS] for part in self.held_out(RANKING_LENGTH)))
+            windows = self.held_out(RANKING_LENGTH).at(slice(HELD_OUT_WINDOWS))
             costs = rank_layers(self.teacher, self.sayings, windows, lambda i, n: progress("ranking", i, n, {}))
             if self.processes.is_first:
-                _write(path, _COSTS.dump_json(costs, indent=1))
+                _write(path, _COSTS.dump_json(costs, indent=1).decode())
             return choose(costs, wanted)
         return choose(_COSTS.validate_json(path.read_bytes()), wanted)
 
@@ -130,24 +132,21 @@ class Run:
                 processes=self.processes,
                 checkpoint_seconds=recipe.checkpoint_seconds,
             )
-            if loop.finished():
-                loop.load()
-                continue
-            self._take_stage(student, stage, number, loop, progress)
+            if loop.resume() < stage.steps:
+                self._take_stage(student, stage, number, loop, progress)
         return student
 
     def _take_stage(
         self, student: StripedHyenaForCausalLM, stage: Stage, number: int, loop: Loop, progress: Progress
     ) -> None:
         windows = self.windows(stage, number)
-        held_out = Windows(*(part[: _checked(stage.length)] for part in self.held_out(stage.length)))
+        held_out = self.held_out(stage.length).at(slice(_checked(stage.length)))
 
         def batch(step: int) -> Windows:
-            part = slice(step * stage.windows_a_step, (step + 1) * stage.windows_a_step)
-            return Windows(windows.ids[part], windows.kinds[part])
+            return windows.at(slice(step * stage.windows_a_step, (step + 1) * stage.windows_a_step))
 
         if stage.kind == "layers":
-            if not loop.checkpoint.exists():
+            if not loop.done:
                 layerwise.fit_scales(student, self.teacher, batch(0))
             loop.run(
                 lambda step: layerwise.take_step(student, self.teacher, self.processes.share(batch(step))),
@@ -226,8 +225,8 @@ def _checked(length: int) -> int:
     return max(2, HELD_OUT_WINDOWS * 1024 // max(length, 1024))
 
 
-def _refuse_layers(recipe: Recipe, teacher: PreTrainedModel) -> None:
-    """Raises before any work where a teacher cannot be striped, or not in these layers."""
+def _refuse_impossible(recipe: Recipe, teacher: PreTrainedModel) -> None:
+    """Raises before any work where a teacher cannot be striped, not in these layers, or not in windows so long."""
     layers, names = recipe.hyena_layers, teacher.state_dict().keys()
     count = layers if isinstance(layers, int) else len(layers)
     there = striped_config(teacher.config, names, (), modes=recipe.modes, taps=recipe.taps).num_layers
@@ -285,12 +284,10 @@ def _groups(student: StripedHyenaForCausalLM, stage: Stage) -> list[tuple[dict[s
 def _save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial)
-    partial.replace(path)
+    with written_whole(path) as scratch:
+        save_file(dict(tensors), scratch)
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+def _write(path: Path, content: str) -> None:
+    with written_whole(path) as scratch:
+        scratch.write_text(content, encoding="utf-8")

@@ -1,7 +1,6 @@
 """What a teacher says of windows: its likeliest next tokens at every position of text, kept on disk."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stripedrag.files import written_whole
 from stripedrag.model.striping.data import TEXT, UNKNOWN, Windows
 from stripedrag.model.striping.loss import Targets
 
@@ -58,13 +58,13 @@ class Teacher:
         paths = [self._path(ids, kinds) for ids, kinds in rows]
         missing = [i for i, path in enumerate(paths) if not _is_whole(path)]
         if missing:
-            asked = Windows(windows.ids[missing], windows.kinds[missing])
+            asked = windows.at(missing)
             counts = (asked.kinds[:, 1:] == TEXT).sum(1).tolist()
             parts = zip(*(said.split(counts) for said in self.ask(asked)), strict=True)
             for i, (ids, probabilities) in zip(missing, parts, strict=True):
-                partial = paths[i].with_suffix(f".{os.getpid()}")
-                save_file({"ids": ids.int().contiguous(), "probabilities": probabilities.half().contiguous()}, partial)
-                partial.replace(paths[i])
+                said = {"ids": ids.int().contiguous(), "probabilities": probabilities.half().contiguous()}
+                with written_whole(paths[i], by_many=True) as scratch:
+                    save_file(said, scratch)
         known = [load_file(path) for path in paths]
         ids, probabilities = (torch.cat([one[name] for one in known]) for name in ("ids", "probabilities"))
         return ids.long(), probabilities.float()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stripedrag.errors import UsageError
+from stripedrag.files import written_whole
 from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.recipe import Stage
 
@@ -44,6 +45,7 @@ class Loop:
         """`groups` are named parameters and a rate; the gradients of each part of `clipped` get a norm of at most 1."""
         self.stage, self.folder, self._clipped, self._processes = stage, folder, clipped, processes
         self._checkpoint_seconds = checkpoint_seconds
+        self.done = 0
         folder.mkdir(parents=True, exist_ok=True)
         named = [(parameters, rate) for parameters, rate in groups if parameters]
         self._parameters = {name: p for parameters, _ in named for name, p in parameters.items()}
@@ -73,19 +75,15 @@ class Loop:
         check_every: int,
         progress: Progress,
     ) -> None:
-        """Go to the end of the stage, from the last checkpoint if there is one.
+        """Go to the end of the stage from where `resume` took it up.
 
         `take` computes the gradients of a step and returns what it measured; `check` measures on held-out windows,
         every `check_every` steps and at the end.
-
-        Raises `UsageError` for a checkpoint of another network.
         """
-        with self._processes.first_alone():
-            done = self._resume()
-            if self._processes.is_first:
-                self._cut_log(done)
+        if self._processes.is_first:
+            self._cut_log(self.done)
         saved = time.monotonic()
-        for step in range(done, self.stage.steps):
+        for step in range(self.done, self.stage.steps):
             began = time.perf_counter()
             factor = self._factor(step)
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -112,14 +110,6 @@ class Loop:
                     saved = time.monotonic()
             progress(self.stage.name, step + 1, self.stage.steps, measured)
 
-    def finished(self) -> bool:
-        """Whether the stage's last checkpoint is its end."""
-        return self.checkpoint.exists() and self._resume() >= self.stage.steps
-
-    def load(self) -> None:
-        """Take the parameters of the last checkpoint."""
-        self._resume()
-
     def _factor(self, step: int) -> float:
         if step < self.stage.warmup_steps:
             return (step + 1) / self.stage.warmup_steps
@@ -132,11 +122,14 @@ class Loop:
             tensors[f"parameter:{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}:{name}"] = torch.as_tensor(value)
-        partial = self.checkpoint.with_suffix(".partial")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata={"step": str(step)})
-        partial.replace(self.checkpoint)
+        with written_whole(self.checkpoint) as scratch:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, metadata={"step": str(step)})
 
-    def _resume(self) -> int:
+    def resume(self) -> int:
+        """Take up the last checkpoint, if there is one; the number of steps that were `done`.
+
+        Raises `UsageError` for a checkpoint of another network, or one that cannot be read.
+        """
         if not self.checkpoint.exists():
             return 0
         try:
@@ -157,15 +150,15 @@ class Loop:
             else:
                 state.setdefault(parameter, {})[kind] = tensor.to(parameter.device)
         self.optimizer.state.update(state)
+        self.done = step
         return step
 
     def _cut_log(self, step: int) -> None:
         """Leave in the log only what the checkpoint of a step knows of."""
         if self.log.exists():
             kept = [line for line in self.log.read_text().splitlines() if _is_before(line, step)]
-            partial = self.log.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(self.log)
+            with written_whole(self.log) as scratch:
+                scratch.write_text("".join(line + "\n" for line in kept))
 
 
 def _is_before(line: str, step: int) -> bool:

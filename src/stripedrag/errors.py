@@ -10,6 +10,16 @@ StripedragError
 └── BackendError (RuntimeError)  a kernel backend that was asked for by name and cannot run
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+def faults(error: "ValidationError") -> str:
+    """What pydantic says, each fault with its place."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+
 
 class StripedragError(Exception):
     """Root of every error of this package."""

@@ -9,7 +9,7 @@ from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from stripedrag.errors import CorpusError
+from stripedrag.errors import CorpusError, faults
 
 Line = TypeVar("Line", bound=BaseModel)
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -34,11 +34,10 @@ def read_lines(path: Path, kind: type[Line]) -> Iterator[Line]:
     except CorpusError:
         raise
     except ValidationError as error:
-        faults = error.errors()
-        if faults[0]["type"] == "json_invalid":
-            raise CorpusError(f"{path}, line {number} cannot be read: {faults[0]['msg']}") from error
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in faults)
-        raise CorpusError(f"{path}, line {number} is no {kind.__name__}: {problems}") from error
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise CorpusError(f"{path}, line {number} cannot be read: {first['msg']}") from error
+        raise CorpusError(f"{path}, line {number} is no {kind.__name__}: {faults(error)}") from error
     except (ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise CorpusError(f"{path}, line {number + 1} cannot be read: {error}") from error
     except OSError as error:

@@ -1,0 +1,1 @@
+../../src/stripedrag/files.py

@@ -14,6 +14,7 @@ import typer
 
 from stripedrag.errors import UsageError, faults
 from stripedrag.eval.bench import BENCHES
+from stripedrag.rag import cli_index as cli_index  # its commands
 from stripedrag.rag.cli import app, err, main, quiet_libraries, spinner
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stripedrag.indexes.index import AddReport, Index
     from stripedrag.indexes.manifest import Manifest
     from stripedrag.indexes.readers import Skipped, read_documents
+    from stripedrag.indexes.verify import VerifyReport
 
 _HOMES = {
     "AddReport": "stripedrag.indexes.index",
@@ -30,6 +31,7 @@ _HOMES = {
     "Scored": "stripedrag.indexes.documents",
     "Skipped": "stripedrag.indexes.readers",
     "TileChunker": "stripedrag.indexes.chunking",
+    "VerifyReport": "stripedrag.indexes.verify",
     "read_documents": "stripedrag.indexes.readers",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "Scored",
     "Skipped",
     "TileChunker",
+    "VerifyReport",
     "read_documents",
 ]
 

@@ -53,12 +53,16 @@ class TileChunker:
         the whole document: a window's tokens are those of the tile itself, however the tokenizer treats what stands
         before it, and a document of a gigabyte needs no more memory than a short one.
         """
+        yield from self.tiles(document.id, document.text)
+
+    def tiles(self, doc_id: str, text: str, offset: int = 0) -> Iterator[Chunk]:
+        """The tiles of `text`, which stands at character `offset` of document `doc_id`."""
         start = 0
-        while start < len(document.text):
-            window = document.text[start : start + self.max_chars]
+        while start < len(text):
+            window = text[start : start + self.max_chars]
             longest = self._longest(window)
-            end = longest if start + longest == len(document.text) else self._best_end(window, longest)
-            yield Chunk.at(document.id, start, window[:end])
+            end = longest if start + longest == len(text) else self._best_end(window, longest)
+            yield Chunk.at(doc_id, offset + start, window[:end])
             start += end
 
     def _longest(self, window: str) -> int:

@@ -1,48 +1,54 @@
 """The index: documents in, scored chunks out. The one class of this room that others need to know.
 
+A document is cut into *passages*, as long as the embedder reads, which are embedded under the document's title; a
+passage into *chunks* of some 64 wordpieces, which are found by their words and are what a search returns: a budget is
+filled more closely with them.
+
 Contract: `add` and `delete` happen as a whole or not at all, whatever ends the process; `search` sees every committed
 change, this process's and others'. Holds no SQL and no model of its own.
 Limits: one process writes at a time. Threads may share an `Index`; their calls take turns.
 """
 
-import hashlib
-import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Self, get_args
 
 from stripedrag import __version__
 from stripedrag.errors import CorpusError, UsageError
-from stripedrag.indexes.chunking import TileChunker
+from stripedrag.indexes import checks
+from stripedrag.indexes.chunking import MIN_CHUNK_TOKENS, TileChunker
 from stripedrag.indexes.documents import Chunk, Document, Scored
 from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder
+from stripedrag.indexes.filters import Where
 from stripedrag.indexes.manifest import SCHEMA_VERSION, EmbedderRecord, Manifest, refuse_mismatch
+from stripedrag.indexes.search import Method, Searcher, Unit
 from stripedrag.indexes.store import Staging, Store
-from stripedrag.indexes.vectors import Vectors
+from stripedrag.indexes.verify import VerifyReport, verify
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-# Chunks embedded and staged together: enough to sort by length, few enough (under 2 MB of text and vectors) to hold.
-CHUNKS_AT_ONCE = 512
+# Passages embedded and staged together: enough to sort by length, few enough (under 2 MB of text and vectors) to hold.
+PASSAGES_AT_ONCE = 512
+CHUNK_TOKENS = 64
+HEADING_TOKENS = 40
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class AddReport:
-    """What an `add` did: documents that were new, replaced or already there as they are; chunks it embedded."""
+    """What an `add` did: documents that were new, replaced or already there as they are; passages it embedded."""
 
     added: int
     updated: int
     unchanged: int
-    chunks: int
+    passages: int
 
 
 class Index:
@@ -56,28 +62,40 @@ class Index:
         self.embedder = embedder
         self.manifest = store.manifest
         self._store = store
-        self._chunker = TileChunker(embedder.tokenizer, store.manifest.chunk_tokens)
-        self._vectors: Vectors | None = None
+        self._chunks = TileChunker(embedder.tokenizer, store.manifest.chunk_tokens)
+        self._searcher = Searcher(store, embedder.dimension)
         self._lock = threading.RLock()
 
     @classmethod
-    def create(cls, path: str | Path, *, embedder: Embedder | None = None, chunk_tokens: int | None = None) -> "Index":
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        embedder: Embedder | None = None,
+        passage_tokens: int | None = None,
+        chunk_tokens: int | None = None,
+    ) -> "Index":
         """A new index without documents in the folder `path`, which must be missing or empty.
 
-        `embedder` None is MiniLM; `chunk_tokens` None is all that the embedder reads at once. Raises `UsageError` where
-        the folder holds something or the chunks do not fit the embedder, `SetupError` where its weights are missing.
+        `embedder` None is MiniLM; `passage_tokens` None is all that the embedder reads at once, `chunk_tokens` None is
+        `CHUNK_TOKENS`, or a passage where that is less. Raises `UsageError` where the folder holds something, a passage
+        does not fit the embedder or a chunk a passage, and `SetupError` where the weights are missing.
         """
         embedder = MiniLMEmbedder() if embedder is None else embedder
-        chunk_tokens = embedder.max_tokens if chunk_tokens is None else chunk_tokens
-        if chunk_tokens > embedder.max_tokens:
+        passage_tokens = embedder.max_tokens if passage_tokens is None else passage_tokens
+        if passage_tokens > embedder.max_tokens:
             raise UsageError(
-                f"chunk_tokens is {chunk_tokens}; {embedder.name} reads {embedder.max_tokens} wordpieces. Lower it."
+                f"passage_tokens is {passage_tokens}; {embedder.name} reads {embedder.max_tokens} wordpieces. Lower it."
             )
-        chunker = TileChunker(embedder.tokenizer, chunk_tokens)
+        chunk_tokens = min(CHUNK_TOKENS, passage_tokens) if chunk_tokens is None else chunk_tokens
+        if chunk_tokens > passage_tokens:
+            raise UsageError(f"chunk_tokens is {chunk_tokens}; a passage has {passage_tokens} wordpieces. Lower it.")
+        TileChunker(embedder.tokenizer, chunk_tokens)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             embedder=EmbedderRecord(name=embedder.name, sha256=embedder.sha256, dimension=embedder.dimension),
-            chunker=chunker.name,
+            chunker=TileChunker.name,
+            passage_tokens=passage_tokens,
             chunk_tokens=chunk_tokens,
             created_by=f"stripedrag {__version__}",
         )
@@ -105,7 +123,7 @@ class Index:
         """Closes the file and frees the vectors; harmless the second time."""
         with self._lock:
             self._store.close()
-            self._vectors = None
+            self._searcher = Searcher(self._store, self.embedder.dimension)
 
     def __enter__(self) -> Self:
         return self
@@ -147,134 +165,162 @@ class Index:
             raise UsageError(f"index {self._store.name!r} has no document {doc_id!r}. Add it first.")
         return found
 
+    def titles(self, doc_ids: Iterable[str]) -> dict[str, str]:
+        """The titles of those of these documents that it holds."""
+        with self._lock:
+            return self._store.titles(doc_ids)
+
     def add(self, documents: Iterable[Document], *, progress: Progress | None = None) -> AddReport:
         """Adds documents, or replaces those with the same ids; one that is there as it is costs no embedding.
 
         All of them come in at once when the last is embedded; an error, Ctrl-C or a kill before that leaves the index
-        as it was. `progress` is called with the number of chunks embedded since its last call. Raises `CorpusError` for
-        no document at all, an id that comes twice, and a document without id, with white space only, with lone
-        surrogates or with metadata that are not scalars.
+        as it was. Of a document that changed only the passages that are new are embedded. `progress` is called with the
+        number of passages embedded since its last call. Raises `CorpusError` for no document at all, an id that comes
+        twice, and a document without id, with white space only, with lone surrogates or with metadata that are not
+        scalars; `StoreError` where the disk is full.
         """
         seen: set[str] = set()
-        added = updated = chunks = 0
+        added = updated = passages = 0
         with self._lock, self._store.staging() as staging:
-            pending: list[Chunk] = []
+            batch = _Batch(self.embedder, staging, progress)
             for document in documents:
-                metadata = _checked_metadata(document)
+                metadata = checks.metadata_json(document)
                 if document.id in seen:
                     raise CorpusError(f"document {document.id!r} comes twice in one add. Make the ids unique.")
                 seen.add(document.id)
-                sha256 = _content_sha256(document)
+                sha256 = checks.content_sha256(document)
                 stored = self._store.document_sha256(document.id)
                 if stored == sha256:
                     continue
                 added, updated = (added + 1, updated) if stored is None else (added, updated + 1)
                 staging.put_document(document, metadata, sha256)
-                for chunk in self._chunker.cut(document):
-                    pending.append(chunk)
-                    if len(pending) == CHUNKS_AT_ONCE:
-                        chunks += self._stage(staging, pending, progress)
-                        pending = []
+                heading = self._heading(document.title)
+                known = {}
+                if stored is not None and self._heading(self._store.titles([document.id])[document.id]) == heading:
+                    known = self._store.passage_vectors(document.id)
+                for passage in self._passages(heading).cut(document):
+                    chunks = list(self._chunks.tiles(document.id, passage.text, passage.start))
+                    batch.put(heading, passage.text, chunks, known.get(passage.text))
             if not seen:
                 raise CorpusError("the corpus is empty: there is no document to add. Give at least one.")
-            chunks += self._stage(staging, pending, progress)
+            passages = batch.flush()
             if added or updated:
                 staging.merge()
-        return AddReport(added=added, updated=updated, unchanged=len(seen) - added - updated, chunks=chunks)
+                self._searcher.refresh()
+        return AddReport(added=added, updated=updated, unchanged=len(seen) - added - updated, passages=passages)
 
     def delete(self, doc_ids: Iterable[str]) -> int:
         """Deletes documents and returns how many. Raises `UsageError`, and deletes none, where one is not there."""
-        if isinstance(doc_ids, str):
-            raise UsageError(f"doc_ids is the string {doc_ids!r}; it must be a list of ids. Write [{doc_ids!r}].")
-        unique = set(doc_ids)
+        unique = set(_listed(doc_ids))
         with self._lock:
             self._store.delete(sorted(unique))
         return len(unique)
 
-    def search(self, query: str, *, k: int) -> list[Scored]:
-        """The `k` chunks with the highest cosine, best first, ties by (doc_id, start); all chunks where `k` is larger.
+    def compact(self) -> None:
+        """Gives the space of deleted and replaced documents back to the disk.
 
-        Chunks of nothing but white space are never among them. Raises `UsageError` for `k` below 1 and for a query that
-        is blank or longer than the embedder reads, `CorpusError` where the index holds no document.
+        It needs as much free as the index has. Raises `StoreError` where there is less; nothing is lost then.
+        """
+        with self._lock:
+            self._store.compact()
+
+    def verify(self, *, progress: Progress | None = None) -> VerifyReport:
+        """Reads all of the index and tells what is not as it was written; changes nothing.
+
+        `progress` is called with the number of documents read since its last call.
+        """
+        with self._lock:
+            return verify(self._store, progress)
+
+    def search(
+        self,
+        query: str,
+        *,
+        k: int,
+        where: Where | None = None,
+        doc_ids: Iterable[str] | None = None,
+        unit: Unit = "chunk",
+        method: Method = "hybrid",
+    ) -> list[Scored]:
+        """The `k` best chunks for a query, best first, ties by (doc_id, start); all there are where `k` is larger.
+
+        "hybrid" fuses the rankings by words and by meaning and scores by reciprocal ranks, 1 for what is first in both;
+        "dense" scores by the cosine of the passage, "lexical" by positional BM25 and finds only what has a word of the
+        query. `where` narrows the search to documents by their metadata (see `stripedrag.indexes.filters`), `doc_ids`
+        to these documents. `unit` "passage" returns whole passages, each ranked by its best chunk. White space is never
+        found. Raises `UsageError` for `k` below 1, a query that is blank or longer than the embedder reads, a filter
+        that is none and a document that is not there; `CorpusError` where the index holds no document.
         """
         if k < 1:
             raise UsageError(f"k is {k}; a search returns at least 1 chunk. Raise it.")
+        for name, value, choices in (("method", method, get_args(Method)), ("unit", unit, get_args(Unit))):
+            if value not in choices:
+                raise UsageError(f"no {name} {value!r}; choose one of {', '.join(choices)}")
         if not query.strip():
             raise UsageError(f"the query {query!r} is blank. Ask something.")
-        if surrogate := _lone_surrogate(query):
+        if surrogate := checks.lone_surrogate(query):
             raise UsageError(f"the query has {surrogate}, which is no character. Decode it as UTF-8 first.")
         with self._lock:
             if not self._store.document_count():
                 raise CorpusError(f"index {self._store.name!r} holds no document to search. Add some first.")
-            (vector,) = _checked_vectors(self.embedder, self.embedder.embed_query(query)[None], 1)
-            with self._store.snapshot():
-                if self._vectors is None:
-                    self._vectors = Vectors(self.embedder.dimension)
-                self._vectors.sync(self._store)
-                hits = self._vectors.search(vector, k)
-                chunks = self._store.chunks_at(row for row, _ in hits)
-        ordered = sorted(hits, key=lambda hit: (-hit[1], chunks[hit[0]].doc_id, chunks[hit[0]].start))
-        return [Scored(chunks[row], score, rank) for rank, (row, score) in enumerate(ordered[:k], start=1)]
+            vector = None
+            if method != "lexical":
+                (vector,) = checks.unit_vectors(self.embedder, self.embedder.embed_query(query)[None], 1)
+            return self._searcher.search(
+                None if method == "dense" else query,
+                vector,
+                k=k,
+                unit=unit,
+                where=where,
+                doc_ids=None if doc_ids is None else _listed(doc_ids),
+            )
 
-    def _stage(self, staging: Staging, chunks: list[Chunk], progress: Progress | None) -> int:
-        """Embeds and stages chunks; returns how many were embedded. White space has no meaning and gets no vector."""
-        texts = [chunk.text for chunk in chunks if not chunk.text.isspace()]
+    def _heading(self, title: str) -> str:
+        """What stands before each passage of a document when it is embedded: its title, as far as there is room."""
+        tokenizer, passage_tokens = self.embedder.tokenizer, self.manifest.passage_tokens
+        room = min(HEADING_TOKENS, passage_tokens // 4, passage_tokens - MIN_CHUNK_TOKENS) - 1
+        encoding = tokenizer.encode(title, add_special_tokens=False)
+        if len(encoding) > room:
+            title = title[: encoding.offsets[room][0]] if room > 0 else ""
+        return f"{title.strip()}\n" if title.strip() else ""
+
+    def _passages(self, heading: str) -> TileChunker:
+        """Cuts passages that the embedder can read under this heading."""
+        tokenizer, passage_tokens = self.embedder.tokenizer, self.manifest.passage_tokens
+        # One more than it has: where the two meet, a tokenizer may see something else than in each.
+        taken = len(tokenizer.encode(heading, add_special_tokens=False)) + 1 if heading else 0
+        return TileChunker(tokenizer, passage_tokens - taken)
+
+
+class _Batch:
+    """Passages that wait until there are enough of them to embed together."""
+
+    def __init__(self, embedder: Embedder, staging: Staging, progress: Progress | None) -> None:
+        self._embedder, self._staging, self._progress = embedder, staging, progress
+        self._waiting: list[tuple[str, str, list[Chunk], NDArray[np.float32] | None]] = []
+        self._embedded = 0
+
+    def put(self, heading: str, text: str, chunks: list[Chunk], vector: "NDArray[np.float32] | None") -> None:
+        """Takes a passage under its heading; `vector` is None where it is not known."""
+        self._waiting.append((heading, text, chunks, vector))
+        if len(self._waiting) == PASSAGES_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> int:
+        """Embeds and stages all that wait; returns how many were embedded so far. White space gets no vector."""
+        texts = [head + text for head, text, _, vector in self._waiting if vector is None and not text.isspace()]
+        new: Iterator[NDArray[np.float32]] = iter(())
         if texts:
-            vectors = iter(_checked_vectors(self.embedder, self.embedder.embed(texts, progress=progress), len(texts)))
-            staging.put_chunks(chunks, (None if chunk.text.isspace() else next(vectors) for chunk in chunks))
-        else:
-            staging.put_chunks(chunks, [None] * len(chunks))
-        return len(texts)
+            embedded = self._embedder.embed(texts, progress=self._progress)
+            new = iter(checks.unit_vectors(self._embedder, embedded, len(texts)))
+        for _, text, chunks, vector in self._waiting:
+            self._staging.put_passage(chunks, next(new) if vector is None and not text.isspace() else vector)
+        self._waiting = []
+        self._embedded += len(texts)
+        return self._embedded
 
 
-def _checked_metadata(document: Document) -> str:
-    """The document's metadata as JSON; raises `CorpusError` where the document cannot be stored and found again."""
-    if not document.id:
-        raise CorpusError(f"a document has an empty id (its title is {document.title!r}). Give it one.")
-    if not document.text.strip():
-        raise CorpusError(f"document {document.id!r} holds only white space. Leave it out.")
-    for field, value in (("id", document.id), ("title", document.title), ("text", document.text)):
-        if surrogate := _lone_surrogate(value):
-            raise CorpusError(
-                f"document {document.id!r} has {surrogate} in its {field}, which is no character. "
-                f"Decode it as UTF-8 first."
-            )
-    for key, scalar in document.metadata.items():
-        if not isinstance(scalar, str | int | float | bool | None):
-            raise CorpusError(
-                f"document {document.id!r} has metadata {key!r} of type {type(scalar).__name__}; "
-                f"values are str, int, float, bool or None. Convert it or leave it out."
-            )
-    return json.dumps(dict(document.metadata))
-
-
-def _content_sha256(document: Document) -> str:
-    content = json.dumps([document.title, document.text, dict(document.metadata)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _lone_surrogate(text: str) -> str:
-    r"""The first lone surrogate in words, or "". JSON's "\ud800" makes one; neither SQLite nor a tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"U+{ord(text[error.start]):04X} at character {error.start}"
-    return ""
-
-
-def _checked_vectors(embedder: Embedder, vectors: "NDArray[np.float32]", count: int) -> "NDArray[np.float32]":
-    """`vectors` as they are; raises `UsageError` where they are not unit vectors of the stated shape (NaN is not)."""
-    expected = (count, embedder.dimension)
-    if vectors.shape != expected:
-        raise UsageError(
-            f"embedder {embedder.name!r} gave vectors of shape {vectors.shape}; an index needs {expected}. "
-            f"Mend its embed method."
-        )
-    norms = np.linalg.norm(vectors, axis=1)
-    if not np.allclose(norms, 1.0, atol=1e-3):
-        worst = norms[np.argmax(np.abs(norms - 1.0))]
-        raise UsageError(
-            f"embedder {embedder.name!r} gave a vector of norm {worst:.4g}; an index needs unit vectors. "
-            f"Normalise them in its embed method."
-        )
-    return vectors
+def _listed(doc_ids: Iterable[str]) -> Sequence[str]:
+    if isinstance(doc_ids, str):
+        raise UsageError(f"doc_ids is the string {doc_ids!r}; it must be a list of ids. Write [{doc_ids!r}].")
+    return list(doc_ids)

@@ -13,7 +13,7 @@ from stripedrag.errors import IndexMismatchError, UsageError, faults
 if TYPE_CHECKING:
     from stripedrag.indexes.embedding import Embedder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class EmbedderRecord(BaseModel):
@@ -34,6 +34,7 @@ class Manifest(BaseModel):
     schema_version: int
     embedder: EmbedderRecord
     chunker: str
+    passage_tokens: int
     chunk_tokens: int
     created_by: str
 

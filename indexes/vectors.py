@@ -1,61 +1,179 @@
-"""The vectors of a store in memory, searched by FAISS.
+"""The passages' vectors, searched by FAISS: a file that is derived from the store and mapped into memory.
 
-Contract: derived from the store and never written anywhere, so the two cannot disagree; exact cosine, every row is
-compared. Limit: 4 bytes a dimension for each chunk in memory, and a search takes time linear in the chunks.
+Contract: rows of a store are never used twice and the store names the file that belongs to it, so the two cannot
+disagree: rows that are newer than the file are searched beside it, rows that are gone are passed over, and a file that
+is missing, damaged or mostly out of date is built again. Below `SMALL` vectors there is no file, and search is exact.
+
+| vectors | FAISS | a vector's bytes | recall@500 |
+|---|---|---|---|
+| to `FLAT_UP_TO` | flat | 4 d | 1 |
+| to `SQ8_UP_TO` | flat, 8-bit scalar quantizer | d | see README |
+| above | IVF, 8-bit scalar quantizer; all lists under a filter | d | see README |
 """
 
-from typing import TYPE_CHECKING
+import hashlib
+import math
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from stripedrag.errors import StoreError
+from stripedrag.indexes.store import VectorFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stripedrag.indexes.store import Store
 
+SMALL = 16_384
+FLAT_UP_TO = 65_536
+SQ8_UP_TO = 500_000
+PROBED = 0.06  # of the lists of an IVF
+_STALE = 0.1  # of a file's vectors that are gone or newer than it: above, it is built again
+_ROWS_KEPT = 1024  # that are gone from the rows in memory, before they are dropped
+_TRAINING = 40  # vectors a list of an IVF
+_SUFFIX = ".faiss"
+
 
 class Vectors:
-    """A flat FAISS index over a store's chunk rows, empty until the first `sync`."""
+    """A store's vectors. Empty until the first `sync`; not safe for two threads at once."""
 
-    def __init__(self, dimension: int) -> None:
-        import faiss
-
-        self._index = faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))
+    def __init__(self, dimension: int, folder: Path) -> None:
+        self._dimension = dimension
+        self._folder = folder
+        self._seen: tuple[int, VectorFile | None] | None = None  # generation and file at the last refresh
+        self._file: VectorFile | None = None
+        self._filed: Any = None  # the FAISS index of the file
+        self._tail: Any = _empty(dimension)  # that of newer rows
         self._newest_row = 0
-        self._version: tuple[int, int] | None = None
+
+    def refresh(self, store: "Store") -> None:
+        """Loads the store's file, or builds it where that is due. Takes long then: call it outside a snapshot."""
+        seen = store.generation(), store.vector_file()
+        if seen == self._seen:
+            return
+        if self._seen is None or seen[1] != self._seen[1]:
+            self._load(seen[1])
+        newest, counted = (self._file.newest_row, self._file.passages) if self._file else (0, 0)
+        new = store.passage_count(after=newest)
+        gone = counted - (store.passage_count() - new)
+        if new + gone > max(SMALL, _STALE * counted):
+            self._build(store)
+        elif self._tail.ntotal > 2 * new + _ROWS_KEPT:  # rows that are gone
+            self._use(self._file, self._filed)
+        self._seen = seen[0], store.vector_file()
 
     def sync(self, store: "Store") -> None:
-        """Takes over what this and other processes committed since the last call; reads only the rows that are new.
-
-        Call it inside the store's `snapshot`. Rows are never used twice, so one that is still there is unchanged.
-        """
-        import faiss
-
-        version = store.version()
-        if version == self._version:
-            return
-        gone = np.setdiff1d(faiss.vector_to_array(self._index.id_map), store.rows(), assume_unique=True)
-        if gone.size:
-            self._index.remove_ids(faiss.IDSelectorBatch(gone))
-        for rows, vectors in store.vectors_after(self._newest_row):
-            self._index.add_with_ids(vectors, rows)
+        """Takes over the rows that are newer than the file. Call it inside the store's snapshot."""
+        for rows, vectors in store.vectors(after=self._newest_row):
+            self._tail.add_with_ids(vectors, rows)
             self._newest_row = int(rows[-1])
-        self._version = version
 
-    def search(self, query: "NDArray[np.float32]", k: int) -> list[tuple[int, float]]:
-        """(row, cosine) of the `k` best rows, and of every further row that ties with the last of them.
+    def search(
+        self, query: "NDArray[np.float32]", k: int, rows: "NDArray[np.int64]", *, all_lists: bool = False
+    ) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
+        """The `k` of these `rows` with the highest cosines (fewer where there are fewer), and the cosines; unordered.
 
-        FAISS breaks ties by insertion order; with all of them at hand the caller can break them by document instead.
+        `rows` ascend; those that have no vector are passed over. `all_lists` leaves no list of an IVF out, which a
+        filter needs: few of its rows may be in the lists near the query.
         """
-        total = self._index.ntotal
-        k = min(k, total)
-        asked = min(k + 1, total)
-        while True:
-            scores, rows = self._index.search(query[None, :], asked)
-            if asked == total or scores[0, -1] < scores[0, k - 1]:
-                return [
-                    (row, score)
-                    for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
-                    if score >= scores[0, k - 1]
-                ]
-            asked = min(2 * asked, total)
+        chosen = np.zeros(max(self._newest_row, rows[-1] if len(rows) else 0) + 1, dtype=np.bool_)
+        chosen[rows] = True
+        selector = _faiss().IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
+        plain = _faiss().SearchParameters(sel=selector)
+        found = [_search(self._tail, query, k, plain)]
+        if isinstance(self._filed, _faiss().IndexIVF):
+            lists = self._filed.nlist
+            for probed in (lists,) if all_lists else (math.ceil(PROBED * lists), lists):
+                probing = _faiss().SearchParametersIVF(sel=selector, nprobe=probed)
+                hits = _search(self._filed, query, k, probing)
+                if len(hits[0]) == k:
+                    break
+            found.append(hits)
+        elif self._filed is not None:
+            found.append(_search(self._filed, query, k, plain))
+        hit_rows, cosines = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        best = np.argpartition(-cosines, k - 1)[:k] if len(cosines) > k else slice(None)
+        return hit_rows[best], cosines[best]
+
+    def _load(self, file: VectorFile | None) -> None:
+        filed = None
+        if file is not None:
+            path = self._folder / file.name
+            # A mapped file that is shorter than FAISS takes it for would end the process at some later read.
+            if path.is_file() and path.stat().st_size == file.bytes:
+                with suppress(RuntimeError):
+                    filed = _faiss().read_index(str(path), _faiss().IO_FLAG_MMAP_IFC)
+        self._use(file if filed is not None else None, filed)
+
+    def _use(self, file: VectorFile | None, filed: Any) -> None:
+        self._file, self._filed, self._tail = file, filed, _empty(self._dimension)
+        self._newest_row = file.newest_row if file else 0
+
+    def _build(self, store: "Store") -> None:
+        """Builds the index of all vectors and puts it into the folder; into memory alone where that is read-only."""
+        self._use(None, None)
+        blocks = list(store.vectors())
+        if not blocks:
+            return
+        newest_row = int(blocks[-1][0][-1])
+        passages = store.passage_count() - store.passage_count(after=newest_row)
+        built = _trained([vectors for _, vectors in blocks], self._dimension)
+        for rows, vectors in blocks:
+            built.add_with_ids(vectors, rows)
+        path = self._folder / f"vectors-{secrets.token_hex(8)}{_SUFFIX}"
+        partial = path.with_suffix(".partial")
+        file = VectorFile(path.name, 0, "", newest_row, passages)
+        try:
+            _faiss().write_index(built, str(partial))
+            with partial.open("rb") as written:
+                sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+            file = VectorFile(path.name, partial.stat().st_size, sha256, newest_row, passages)
+            partial.rename(path)
+            store.put_vector_file(file)
+        except (OSError, RuntimeError, StoreError):
+            partial.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            self._use(file, built)
+            return
+        for old in self._folder.glob("vectors-*"):
+            if old != path:
+                with suppress(OSError):
+                    old.unlink()
+        self._load(file)
+
+
+def _faiss() -> Any:
+    """The module, loaded when it is needed; its type stubs know nothing of what its Python layer adds."""
+    import faiss
+
+    return faiss
+
+
+def _empty(dimension: int) -> Any:
+    return _faiss().IndexIDMap(_faiss().IndexFlatIP(dimension))
+
+
+def _trained(blocks: "list[NDArray[np.float32]]", dimension: int) -> Any:
+    """An empty index of the kind that suits the number of vectors, trained on a part of them."""
+    n = sum(map(len, blocks))
+    lists = round(math.sqrt(n))
+    kind = "IDMap,Flat" if n <= FLAT_UP_TO else "IDMap,SQ8" if n <= SQ8_UP_TO else f"IVF{lists},SQ8"
+    index = _faiss().index_factory(dimension, kind, _faiss().METRIC_INNER_PRODUCT)
+    step = max(1, n // max(_TRAINING * lists, 10_000))
+    index.train(np.concatenate([vectors[::step] for vectors in blocks]))
+    return index
+
+
+def _search(
+    index: Any, query: "NDArray[np.float32]", k: int, parameters: Any
+) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
+    k = min(k, index.ntotal)
+    if not k:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+    cosines, rows = index.search(query[None, :], k, params=parameters)
+    found = rows[0] >= 0
+    return rows[0][found], cosines[0][found]

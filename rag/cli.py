@@ -22,6 +22,7 @@ from stripedrag.rag.retriever import Policy
 
 if TYPE_CHECKING:
     from stripedrag.rag.answer import Answer
+    from stripedrag.rag.retriever import Context
 
 app = typer.Typer(
     name="stripedrag",
@@ -37,7 +38,10 @@ IndexPath = Annotated[Path, typer.Argument(help="The folder of an index.", show_
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PolicyName = Annotated[
     Policy,
-    typer.Option("--policy", help="The order of the passages: best first, best nearest to the question, or as read."),
+    typer.Option(
+        "--policy",
+        help="The order of the passages: best first, best last, as in their documents, or best at both edges.",
+    ),
 ]
 
 
@@ -77,66 +81,10 @@ def setup(as_json: Json = False) -> None:
         places = {"all-MiniLM-L6-v2": weights.fetch(weights.MINILM).parent}
         places |= prepare(tell)
     if as_json:
-        _print_json({name: str(path) for name, path in places.items()})
+        print_json({name: str(path) for name, path in places.items()})
     else:
         for name, path in places.items():
             typer.echo(f"{name}: {path}")
-
-
-@app.command()
-def index(
-    path: Annotated[Path, typer.Argument(help="A file or a folder: txt, md, html, jsonl.", show_default=False)],
-    to: Annotated[Path, typer.Option("--to", help="The index: made where it is missing, else added to.")],
-    chunk_tokens: Annotated[
-        int | None, typer.Option(help="Wordpieces in a chunk of a new index; by default all that the embedder reads.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Index documents. What is in the index already and has not changed costs nothing."""
-    quiet_libraries()
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from stripedrag.indexes.documents import Document
-    from stripedrag.indexes.index import Index
-    from stripedrag.indexes.readers import Skipped, read_documents
-    from stripedrag.indexes.store import FILE
-
-    # Reading twice costs little beside embedding, finds every bad file before the work, and gives the bar its length.
-    skipped: list[Skipped] = []
-    chars = sum(len(document.text) for document in read_documents(path, skipped=skipped))
-    for left_out in skipped:
-        err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
-    is_new = not (to / FILE).exists()
-    opened = Index.create(to, chunk_tokens=chunk_tokens) if is_new else Index.open(to)
-    kept = opened.manifest.chunk_tokens
-    if chunk_tokens not in (None, kept):
-        opened.close()
-        raise UsageError(f"{to} is an index of {kept} wordpieces a chunk and keeps them; leave --chunk-tokens out")
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with opened as target, Progress(*columns, console=err, transient=True) as bar:
-        task, embedded = bar.add_task("indexing", total=chars), 0
-
-        def documents() -> Iterator[Document]:
-            for document in read_documents(path, skipped=[]):
-                yield document
-                bar.advance(task, len(document.text))
-
-        def count(chunks: int) -> None:
-            nonlocal embedded
-            embedded += chunks
-            bar.update(task, description=f"indexing ({embedded} chunks embedded)")
-
-        report = target.add(documents(), progress=count)
-        total_documents, total_chunks = target.document_count, len(target)
-    if as_json:
-        fields = dataclasses.asdict(report) | {"documents": total_documents, "total_chunks": total_chunks}
-        fields["skipped"] = [{"path": str(s.path), "reason": s.reason} for s in skipped]
-        _print_json(fields)
-    else:
-        typer.echo(
-            f"{to}: {total_documents} documents, {total_chunks} chunks "
-            f"({report.added} added, {report.updated} updated, {report.unchanged} unchanged)"
-        )
 
 
 @app.command()
@@ -173,7 +121,7 @@ def ask(
         tell("retrieving and reading")
         answer = pipeline.ask(question, context_tokens, answer_tokens=answer_tokens, sampling=sampling)
     if as_json:
-        _print_json(answer.model_dump(mode="json"))
+        print_json(answer.model_dump(mode="json"))
     else:
         _print_answer(answer)
 
@@ -184,6 +132,9 @@ def retrieve(
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
     budget_tokens: Annotated[int, typer.Option(help="Tokens to fill, by the embedder's tokenizer.")] = CONTEXT_TOKENS,
     policy: PolicyName = "rank",
+    where: Annotated[
+        str | None, typer.Option(help='Only documents whose metadata hold: JSON, as {"year": {"$gte": 1990}}.')
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the passages that fill a budget of tokens, without asking a model."""
@@ -192,15 +143,15 @@ def retrieve(
     from stripedrag.rag.retriever import Retriever
 
     with Index.open(index) as opened:
-        context = Retriever(opened, policy=policy).retrieve(question, budget_tokens=budget_tokens)
+        context = Retriever(opened, policy=policy).retrieve(
+            question, budget_tokens=budget_tokens, where=None if where is None else _json_object(where, "--where")
+        )
     if as_json:
-        _print_json(dataclasses.asdict(context))
+        print_json(dataclasses.asdict(context))
         return
     for span in context.spans:
         typer.echo(f"[{span.doc_id} {span.start}:{span.end}  score {span.score:.3f}]\n{span.text.strip()}\n")
-    typer.echo(
-        f"{len(context.spans)} spans, {context.tokens} of {budget_tokens} tokens; {len(context.dropped)} chunks dropped"
-    )
+    typer.echo(f"{len(context.spans)} spans, {context.tokens} of {budget_tokens} tokens; {_left_out(context)}")
 
 
 @app.command()
@@ -210,12 +161,29 @@ def doctor(as_json: Json = False) -> None:
 
     report = examine()
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     for section, findings in report.items():
         typer.echo(section)
         for name, finding in findings.items():
             typer.echo(f"  {name:<24} {finding}")
+
+
+def _json_object(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(
+            f"{option} is {text!r}, which is no JSON ({error}). Write it as '{{\"year\": 1990}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{option} is {text!r}; it must be a JSON object. Write it as '{{\"year\": 1990}}'.")
+    return value
+
+
+def _left_out(context: "Context") -> str:
+    repeats = sum(dropped.reason == "repeat" for dropped in context.dropped)
+    return f"{len(context.dropped) - repeats} chunks did not fit, {repeats} repeat others"
 
 
 def _print_answer(answer: "Answer") -> None:
@@ -235,7 +203,7 @@ def _print_answer(answer: "Answer") -> None:
     decode_rate = usage.answer_tokens / timings.decode_s if usage.answer_tokens else 0.0
     typer.echo(
         f"\ntokens   {usage.prompt_tokens} prompt ({usage.passage_tokens} in passages) + {usage.answer_tokens} answer "
-        f"of {usage.context_tokens}; {len(answer.context.dropped)} chunks did not fit\n"
+        f"of {usage.context_tokens}; {_left_out(answer.context)}\n"
         f"seconds  {timings.retrieval_s:.2f} retrieval, {timings.prefill_s:.2f} prefill ({prefill_rate:.0f} tokens/s), "
         f"{timings.decode_s:.2f} decoding ({decode_rate:.1f} tokens/s)\n"
         f"cache    {answer.cache_bytes / 1e6:.1f} MB    model {answer.model}    "
@@ -243,7 +211,8 @@ def _print_answer(answer: "Answer") -> None:
     )
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 

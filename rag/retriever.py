@@ -1,22 +1,31 @@
 """Fills a budget of tokens with the best chunks, joined into spans. The one place that does, for whoever retrieves.
 
-Contract: never over the budget, counted exactly and on the joined text; every chunk that was considered and left out
-is listed. No reranker: the index's order decides. Knows nothing of prompts or models beyond a tokenizer's count.
+Contract: never over the budget, counted exactly and on the joined text, and under it by less than the next chunk; every
+chunk that was considered and left out is listed with the reason. No reranker: the index's order decides. Knows nothing
+of prompts or models beyond a tokenizer's count.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from stripedrag.errors import UsageError
 
 if TYPE_CHECKING:
     from stripedrag.indexes.documents import Scored
+    from stripedrag.indexes.filters import Where
     from stripedrag.indexes.index import Index
 
-Policy = Literal["rank", "best-last", "document"]
+Policy = Literal["rank", "best-last", "document", "edges"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+# A chunk repeats those before it where so much of its runs of words was in them.
+_REPEATED = 0.9
+_RUN_WORDS = 5
+_FEW_CHARS = 4  # a token has rarely fewer: where the search for the longest filling starts
 
 
 class Tokenizer(Protocol):
@@ -49,13 +58,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A chunk that was found and did not fit any more; `rank` counts from 1."""
+    """A chunk that was found and left out: over the budget, or a repeat of better ones; `rank` counts from 1."""
 
     doc_id: str
     start: int
     end: int
     score: float
     rank: int
+    reason: Literal["budget", "repeat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +82,9 @@ class Context:
 class Retriever:
     """Retrieves from an index by budget rather than by number.
 
-    `policy` orders the spans: "rank" puts the best first, "best-last" puts it nearest to what follows, "document" keeps
-    each document's spans in their order and the documents by their best span. Raises `UsageError` for another name.
+    `policy` orders the spans: "rank" puts the best first, "best-last" puts it nearest to what follows, "edges" puts the
+    best at both ends and the worst in the middle (Liu et al., "Lost in the Middle", 2307.03172), "document" keeps each
+    document's spans in their order and the documents by their best span. Raises `UsageError` for another name.
     """
 
     def __init__(self, index: "Index", *, policy: Policy = "rank") -> None:
@@ -90,27 +101,28 @@ class Retriever:
         max_chunks: int | None = None,
         tokenizer: Tokenizer | None = None,
         render: Callable[[Span], str] | None = None,
+        where: "Where | None" = None,
+        doc_ids: Iterable[str] | None = None,
     ) -> Context:
         """The best chunks for `question` that fit into `budget_tokens`, as spans.
 
-        Chunks are taken in rank order; one that does not fit is dropped and smaller ones after it are still tried. A
-        chunk is joined to spans that it touches. `max_chunks` considers no more than so many (top-k). Tokens are those
-        of `tokenizer` (None: the embedder's) over `render(span)` (None: the span's text). Raises `UsageError` for a
-        budget or `max_chunks` below 1 and what `Index.search` raises.
+        Chunks are taken in rank order up to the first that does not fit, and joined where they touch; a chunk that
+        repeats better ones is passed over. `max_chunks` considers no more than so many (top-k); `where` and `doc_ids`
+        narrow the search as in `Index.search`. Tokens are those of `tokenizer` (None: the embedder's) over
+        `render(span)` (None: the span's text). Raises `UsageError` for a budget or `max_chunks` below 1 and what
+        `Index.search` raises.
         """
         if budget_tokens < 1:
             raise UsageError(f"budget_tokens is {budget_tokens}; it is at least 1")
-        if max_chunks is not None:
-            if max_chunks < 1:
-                raise UsageError(f"max_chunks is {max_chunks}; it is at least 1, or None for as many as fit")
-            found = self.index.search(question, k=max_chunks)
-            return self.fill(found, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
+        if max_chunks is not None and max_chunks < 1:
+            raise UsageError(f"max_chunks is {max_chunks}; it is at least 1, or None for as many as fit")
+        doc_ids = None if doc_ids is None else list(doc_ids)
         # Twice what would fill the budget with full chunks, and again twice that while everything still fits.
-        k = 8 + 2 * math.ceil(budget_tokens / self.index.manifest.chunk_tokens)
+        k = max_chunks or 8 + 2 * math.ceil(budget_tokens / self.index.manifest.chunk_tokens)
         while True:
-            found = self.index.search(question, k=k)
+            found = self.index.search(question, k=k, where=where, doc_ids=doc_ids)
             context = self.fill(found, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
-            if context.dropped or len(found) < k:
+            if max_chunks or len(found) < k or any(dropped.reason == "budget" for dropped in context.dropped):
                 return context
             k *= 2
 
@@ -121,68 +133,123 @@ class Retriever:
         budget_tokens: int,
         tokenizer: Tokenizer | None = None,
         render: Callable[[Span], str] | None = None,
+        keep_repeats: bool = False,
     ) -> Context:
-        """The `candidates`, taken in their order, that fit into `budget_tokens`, as spans; see `retrieve`."""
-        filling = _Filling(self.index, budget_tokens, tokenizer or self.index.embedder.tokenizer, render)
-        for scored in candidates:
-            filling.offer(scored)
-        spans = tuple(_ordered(filling.spans, self.policy))
-        return Context(spans, tuple(filling.dropped), filling.tokens, budget_tokens, self.policy)
+        """The `candidates`, taken in their order, that fit into `budget_tokens`, as spans; see `retrieve`.
 
-
-class _Filling:
-    """A budget while it is being filled."""
-
-    def __init__(
-        self, index: "Index", budget_tokens: int, tokenizer: Tokenizer, render: Callable[[Span], str] | None
-    ) -> None:
-        self.spans: list[Span] = []  # in the rank order of their first chunk
-        self.dropped: list[Dropped] = []
-        self.tokens = 0
-        self._index, self._budget, self._tokenizer, self._render = index, budget_tokens, tokenizer, render
-        self._titles: dict[str, str] = {}
-        self._counts: dict[tuple[str, int, int], int] = {}
-
-    def offer(self, scored: "Scored") -> None:
-        """Take the chunk in, or drop it if that would exceed the budget."""
-        chunk = scored.chunk
-        if chunk.doc_id not in self._titles:
-            self._titles[chunk.doc_id] = self._index.document(chunk.doc_id).title
-        touching = [
-            s for s in self.spans if s.doc_id == chunk.doc_id and chunk.start in (s.end, s.start - len(chunk.text))
-        ]
-        pieces = sorted([(chunk.start, chunk.text), *((s.start, s.text) for s in touching)])
-        text = "".join(piece for _, piece in pieces)
-        joined = Span(
-            doc_id=chunk.doc_id,
-            title=self._titles[chunk.doc_id],
-            start=pieces[0][0],
-            end=pieces[0][0] + len(text),
-            text=text,
-            score=max([scored.score, *(s.score for s in touching)]),
+        `keep_repeats` takes those too that repeat better ones, as a document has to be read from its beginning.
+        """
+        new, repeats = (list(candidates), []) if keep_repeats else _without_repeats(candidates)
+        titles = self.index.titles({scored.chunk.doc_id for scored in new})
+        count = _Count(tokenizer or self.index.embedder.tokenizer, render)
+        fitting = _longest(new, titles, count, budget_tokens)
+        spans = _joined(new[:fitting], titles)
+        dropped = [_dropped(scored, "budget") for scored in new[fitting:]]
+        dropped += [_dropped(scored, "repeat") for scored in repeats]
+        return Context(
+            tuple(_ordered(spans, self.policy)),
+            tuple(sorted(dropped, key=lambda one: one.rank)),
+            count.of(spans),
+            budget_tokens,
+            self.policy,
         )
-        tokens = self.tokens + self._count(joined) - sum(self._count(s) for s in touching)
-        if tokens > self._budget:
-            self.dropped.append(Dropped(chunk.doc_id, chunk.start, chunk.end, scored.score, scored.rank))
-            return
-        self.tokens = tokens
-        if touching:
-            self.spans[self.spans.index(touching[0])] = joined
-            self.spans = [s for s in self.spans if s not in touching[1:]]
-        else:
-            self.spans.append(joined)
 
-    def _count(self, span: Span) -> int:
+
+def _dropped(scored: "Scored", reason: Literal["budget", "repeat"]) -> Dropped:
+    chunk = scored.chunk
+    return Dropped(chunk.doc_id, chunk.start, chunk.end, scored.score, scored.rank, reason)
+
+
+class _Count:
+    """Exact tokens of spans; each span is counted once, however often it is asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, render: Callable[[Span], str] | None) -> None:
+        self._tokenizer, self._render = tokenizer, render
+        self._known: dict[tuple[str, int, int], int] = {}
+
+    def of(self, spans: Iterable[Span]) -> int:
+        """The tokens of all of them."""
+        return sum(self._one(span) for span in spans)
+
+    def _one(self, span: Span) -> int:
         key = (span.doc_id, span.start, span.end)
-        if key not in self._counts:
+        if key not in self._known:
             text = self._render(span) if self._render else span.text
-            self._counts[key] = len(self._tokenizer.encode(text, add_special_tokens=False))
-        return self._counts[key]
+            self._known[key] = len(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._known[key]
+
+
+def _without_repeats(candidates: "Iterable[Scored]") -> "tuple[list[Scored], list[Scored]]":
+    """Those that say something new in the order given, and those whose runs of words were nearly all seen before."""
+    seen: set[tuple[str, ...]] = set()
+    new, repeats = [], []
+    for scored in candidates:
+        words = scored.chunk.text.lower().split()
+        runs = {tuple(words[at : at + _RUN_WORDS]) for at in range(max(1, len(words) - _RUN_WORDS + 1))}
+        if words and len(runs & seen) >= _REPEATED * len(runs):
+            repeats.append(scored)
+        else:
+            new.append(scored)
+            seen |= runs
+    return new, repeats
+
+
+def _longest(candidates: "Sequence[Scored]", titles: dict[str, str], count: _Count, budget_tokens: int) -> int:
+    """How many of the first candidates fit together.
+
+    Counting is what costs, and a span is counted again when it grows. So the length is found by interpolation over the
+    characters, which the tokens nearly follow: a few counts, of which the later ones concern few spans.
+    """
+    chars = [0, *accumulate(len(scored.chunk.text) for scored in candidates)]
+    fits, fitting, over, exceeding = 0, 0, len(candidates) + 1, 0
+    target: float = _FEW_CHARS * budget_tokens
+    for attempt in range(len(candidates) + 1):
+        if over - fits == 1:
+            break
+        nearest = bisect_right(chars, target) - 1 if attempt % 4 < 3 else (fits + over) // 2
+        n = min(max(nearest, fits + 1), over - 1)
+        tokens = count.of(_joined(candidates[:n], titles))
+        if tokens <= budget_tokens:
+            fits, fitting = n, tokens
+        else:
+            over, exceeding = n, tokens
+        if over <= len(candidates):
+            share = (budget_tokens - fitting) / (exceeding - fitting)
+            target = chars[fits] + share * (chars[over] - chars[fits])
+        else:
+            target = chars[fits] * budget_tokens / max(fitting, 1)
+    return fits
+
+
+def _joined(taken: "Sequence[Scored]", titles: dict[str, str]) -> list[Span]:
+    """The chunks as spans, those that touch joined, in the order of each span's first chunk in `taken`."""
+    spans: list[tuple[int, Span]] = []
+    pieces: list[tuple[int, Scored]] = []
+
+    def close() -> None:
+        first = pieces[0][1].chunk
+        text = "".join(scored.chunk.text for _, scored in pieces)
+        score = max(scored.score for _, scored in pieces)
+        span = Span(first.doc_id, titles[first.doc_id], first.start, first.start + len(text), text, score)
+        spans.append((min(place for place, _ in pieces), span))
+        pieces.clear()
+
+    for place, scored in sorted(enumerate(taken), key=lambda one: (one[1].chunk.doc_id, one[1].chunk.start)):
+        if pieces:
+            before = pieces[-1][1].chunk
+            if (before.doc_id, before.end) != (scored.chunk.doc_id, scored.chunk.start):
+                close()
+        pieces.append((place, scored))
+    if pieces:
+        close()
+    return [span for _, span in sorted(spans, key=lambda one: one[0])]
 
 
 def _ordered(spans: list[Span], policy: Policy) -> list[Span]:
     if policy == "best-last":
         return spans[::-1]
+    if policy == "edges":
+        return spans[::2] + spans[1::2][::-1]
     if policy == "document":
         first = {span.doc_id: place for place, span in reversed(list(enumerate(spans)))}
         return sorted(spans, key=lambda span: (first[span.doc_id], span.start))

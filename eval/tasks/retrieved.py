@@ -12,8 +12,8 @@ from stripedrag.indexes.documents import Chunk, Document, Scored
 from stripedrag.indexes.index import Index
 from stripedrag.rag.retriever import Context, Policy, Retriever
 
-# fill: the best chunks, as many as fit, as `Pipeline.ask` does. top-k: the best k of them. reranked-5: the best 5 when
-# a reranker that cannot err has put chunks with evidence first among the best 100, a bound for every real one.
+# fill: the best chunks, as many as fit, as `Pipeline.ask` does. top-k: the best k passages. reranked-5: the best 5 when
+# a reranker that cannot err has put passages with evidence first among the best 100, a bound for every real one.
 # oracle: the evidence's own paragraphs. random: chunks of documents without evidence, as many as fit. none: nothing.
 ContextName = Literal["fill", "top-5", "top-20", "reranked-5", "oracle", "random", "none"]
 UNBUDGETED: tuple[ContextName, ...] = ("oracle", "none")
@@ -55,14 +55,12 @@ class Source:
         if name == "random":
             return self.filled(self._random(evidence, budget, rng), budget)
         if name == "reranked-5":
-            found = self._index.search(question, k=_CANDIDATES)
+            found = self._index.search(question, k=_CANDIDATES, unit="passage")
             return self.filled(_evidence_first(found, evidence)[:5], budget)
+        if name != "fill":
+            return self.filled(self._index.search(question, k=int(name.removeprefix("top-")), unit="passage"), budget)
         context = self._retriever.retrieve(
-            question,
-            budget_tokens=budget,
-            max_chunks=None if name == "fill" else int(name.removeprefix("top-")),
-            tokenizer=self._prompt,
-            render=self._prompt.render,
+            question, budget_tokens=budget, tokenizer=self._prompt, render=self._prompt.render
         )
         return _passages(context)
 
@@ -90,8 +88,7 @@ class Source:
     def beginning(self, doc_id: str, budget: int) -> tuple[Passage, ...]:
         """A document's first chunks, up to the first that does not fit."""
         chunks = [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(self._index.chunks(doc_id), start=1)]
-        (first, *_) = self._fill(chunks, budget).dropped or [None]
-        return self.filled(chunks if first is None else chunks[: first.rank - 1], budget)
+        return _passages(self._fill(chunks, budget, keep_repeats=True))
 
     def filled(self, candidates: Iterable[Scored], budget: int) -> tuple[Passage, ...]:
         """The candidates that fit, by the product's own filling."""
@@ -101,9 +98,13 @@ class Source:
         """A document of the index."""
         return self._index.document(doc_id)
 
-    def _fill(self, candidates: Iterable[Scored], budget: int) -> Context:
+    def _fill(self, candidates: Iterable[Scored], budget: int, *, keep_repeats: bool = False) -> Context:
         return self._retriever.fill(
-            candidates, budget_tokens=budget, tokenizer=self._prompt, render=self._prompt.render
+            candidates,
+            budget_tokens=budget,
+            tokenizer=self._prompt,
+            render=self._prompt.render,
+            keep_repeats=keep_repeats,
         )
 
     def _random(self, evidence: Sequence[Stretch], budget: int, rng: Random) -> list[Scored]:

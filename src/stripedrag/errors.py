@@ -7,6 +7,7 @@ StripedragError
 │   ├── BudgetError              a request that cannot fit into the model's window
 │   ├── CheckpointError          a config or a set of tensors that is not a StripedHyena's
 │   └── SetupError               weights that are not on this machine yet
+├── StoreError (RuntimeError)    an index that cannot be read or written just now: a full disk, another writer
 └── BackendError (RuntimeError)  a kernel backend that was asked for by name and cannot run
 """
 
@@ -47,6 +48,10 @@ class CheckpointError(UsageError):
 
 class SetupError(UsageError):
     """Weights that are not on this machine yet."""
+
+
+class StoreError(StripedragError, RuntimeError):
+    """An index that cannot be read or written just now; what it held before is still there."""
 
 
 class BackendError(StripedragError, RuntimeError):

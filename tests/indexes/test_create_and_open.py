@@ -30,9 +30,10 @@ def closed(index: Index) -> Path:
 
 def test_the_manifest_names_the_makers(index: Index) -> None:
     assert index.manifest.model_dump(exclude={"created_by"}) == {
-        "schema_version": 1,
+        "schema_version": 2,
         "embedder": {"name": "hashing", "sha256": "a" * 64, "dimension": 256},
         "chunker": "tiles-1",
+        "passage_tokens": 64,
         "chunk_tokens": 64,
     }
     assert index.manifest.created_by.startswith("stripedrag ")
@@ -84,18 +85,19 @@ def test_creating_over_a_file_of_our_name_is_refused_and_leaves_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("chunk_tokens", "message"),
+    ("sizes", "message"),
     [
-        (65, r"^chunk_tokens is 65; hashing reads 64 wordpieces\. Lower it\.$"),
-        (31, r"^chunk_tokens is 31; it must be at least 32\. Raise it\.$"),
-        (0, r"^chunk_tokens is 0; it must be at least 32\. Raise it\.$"),
+        ({"passage_tokens": 65}, r"^passage_tokens is 65; hashing reads 64 wordpieces\. Lower it\.$"),
+        ({"chunk_tokens": 65}, r"^chunk_tokens is 65; a passage has 64 wordpieces\. Lower it\.$"),
+        ({"chunk_tokens": 31}, r"^chunk_tokens is 31; it must be at least 32\. Raise it\.$"),
+        ({"passage_tokens": 0}, r"^chunk_tokens is 0; it must be at least 32\. Raise it\.$"),
     ],
 )
 def test_chunks_that_do_not_fit_are_refused_before_anything_is_made(
-    tmp_path: Path, make_embedder: type, chunk_tokens: int, message: str
+    tmp_path: Path, make_embedder: type, sizes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        Index.create(tmp_path / "i", embedder=make_embedder(), chunk_tokens=chunk_tokens)
+        Index.create(tmp_path / "i", embedder=make_embedder(), **sizes)
     assert not (tmp_path / "i").exists()
 
 
@@ -152,13 +154,13 @@ def test_the_default_embedder_is_compared_as_well(closed: Path) -> None:
     [
         (
             # A later version may have any fields: its number is told, not its fields.
-            lambda manifest: manifest.update(schema_version=2, lexical={"fts": 5}),
-            r"^index 'wiki' has schema version 2; this stripedrag reads version 1\. "
+            lambda manifest: manifest.update(schema_version=3, lexical={"fts": 5}),
+            r"^index 'wiki' has schema version 3; this stripedrag reads version 2\. "
             r"Upgrade stripedrag, or rebuild it\.$",
         ),
         (
-            lambda manifest: manifest.update(schema_version=0),
-            r"^index 'wiki' has schema version 0; this stripedrag reads version 1\. Rebuild it\.$",
+            lambda manifest: manifest.update(schema_version=1),
+            r"^index 'wiki' has schema version 1; this stripedrag reads version 2\. Rebuild it\.$",
         ),
         (
             lambda manifest: manifest.update(chunker="sliding-9"),

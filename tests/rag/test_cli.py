@@ -46,9 +46,9 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     assert "blank.txt" in report["skipped"][0]["path"]
     assert "skipped" in result.stderr
 
-    refused = run("index", corpus, "--to", index, "--chunk-tokens", 64)
+    refused = run("index", corpus, "--to", index, "--chunk-tokens", 128)
     assert refused.returncode == 2
-    assert "is an index of 254 wordpieces a chunk and keeps them" in " ".join(refused.stderr.split())
+    assert "is an index of 64 wordpieces a chunk and keeps them" in " ".join(refused.stderr.split())
     again = run("index", corpus, "--to", index)
     assert "(0 added, 0 updated, 2 unchanged)" in again.stdout
 

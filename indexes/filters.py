@@ -1,0 +1,57 @@
+"""Metadata filters: which documents a search may look into.
+
+`{"source": "wiki"}` asks for a value, `{"source": ["wiki", "news"]}` for one of several, `{"year": {"$gte": 1990}}`
+compares (`$eq $ne $gt $gte $lt $lte $in $nin`, as the vector stores of this field spell them); all names must hold.
+A document without the name fails every condition but `$ne` and `$nin`. True equals 1, as in Python.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from stripedrag.errors import UsageError
+from stripedrag.indexes.documents import Scalar
+
+Where: TypeAlias = Mapping[str, Scalar | Sequence[Scalar] | Mapping[str, Scalar | Sequence[Scalar]]]
+
+_COMPARED = {"$eq": "IS ?", "$gt": "> ?", "$gte": ">= ?", "$lt": "< ?", "$lte": "<= ?"}
+_NEGATED = {"$ne": "$eq", "$nin": "$in"}
+_OPERATORS = (*_COMPARED, "$ne", "$in", "$nin")
+
+
+def sql(where: Where) -> tuple[str, list[Any]]:
+    """The condition over the table `documents`, and its values. Raises `UsageError` for what is no filter."""
+    if not isinstance(where, Mapping):
+        raise UsageError(f"where is {where!r}; it must map names of metadata to values. Write {{'year': 1990}}.")
+    conditions, values = ["1"], []
+    for name, wanted in where.items():
+        tests = wanted if isinstance(wanted, Mapping) else {"$in" if _is_list(wanted) else "$eq": wanted}
+        for operator, operand in tests.items():
+            condition, used = _condition(name, operator, operand)
+            conditions.append(condition)
+            values += used
+    return " AND ".join(conditions), values
+
+
+def _condition(name: str, operator: str, operand: Any) -> tuple[str, list[Any]]:
+    if operator not in _OPERATORS:
+        raise UsageError(f"where has {operator!r} for {name!r}; choose one of {', '.join(_OPERATORS)}")
+    if operator in _NEGATED:
+        condition, values = _condition(name, _NEGATED[operator], operand)
+        return f"NOT {condition}", values
+    operands = operand if operator == "$in" else [operand]
+    if not _is_list(operands) or not all(isinstance(value, str | int | float | bool | None) for value in operands):
+        wanted = "a list of strings and numbers" if operator == "$in" else "a string, a number, a bool or None"
+        raise UsageError(f"where has {operand!r} for {name!r}; {operator} takes {wanted}. Convert it.")
+    # A comparison of a number with a text would hold for every text: SQLite sorts texts above all numbers.
+    kind = "" if operator in ("$eq", "$in") else f" AND typeof(value) {_type_of(operand)}"
+    compared = " OR ".join(f"value {_COMPARED['$eq' if operator == '$in' else operator]}" for _ in operands) or "0"
+    inner = f"SELECT document FROM metadata WHERE name = ? AND ({compared}){kind}"
+    return f"key IN ({inner})", [name, *operands]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _type_of(value: object) -> str:
+    return "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"

@@ -1,0 +1,54 @@
+"""Reads an index whole and tells what is not as it was written."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stripedrag.indexes.checks import content_sha256
+
+if TYPE_CHECKING:
+    from stripedrag.indexes.store import Store
+
+MOST_FAULTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a `verify` read, and the first `MOST_FAULTS` faults in words."""
+
+    documents: int
+    passages: int
+    chunks: int
+    faults: tuple[str, ...]
+
+
+def verify(store: "Store", progress: Callable[[int], None] | None = None) -> VerifyReport:
+    """Checks SQLite's own structure, every document against its hash, every vector and the file of vectors."""
+    with store.snapshot():
+        counts = store.document_count(), store.passage_count(), store.chunk_count()
+        faults = tuple(islice(_faults(store, progress), MOST_FAULTS))
+    return VerifyReport(*counts, faults)
+
+
+def _faults(store: "Store", progress: Callable[[int], None] | None) -> Iterator[str]:
+    yield from store.faults()
+    for doc_id in store.document_ids():
+        chunks = store.chunks(doc_id)
+        if [chunk.start for chunk in chunks[1:]] != [chunk.end for chunk in chunks[:-1]] or chunks[0].start != 0:
+            yield f"the chunks of document {doc_id!r} leave a gap or overlap"
+        elif content_sha256(store.document(doc_id)) != store.document_sha256(doc_id):
+            yield f"document {doc_id!r} is not what was added: its hash differs"
+        if progress is not None:
+            progress(1)
+    for rows, vectors in store.vectors():
+        wrong = ~np.isclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3)
+        yield from (f"the vector of passage {row} is no unit vector" for row in rows[wrong])
+    file = store.vector_file()
+    if file is not None and (store.folder / file.name).exists():  # where it is missing, the next search makes it anew
+        with (store.folder / file.name).open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
+                yield f"{file.name} is damaged; delete it, and the next search makes it anew"

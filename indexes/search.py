@@ -104,7 +104,7 @@ class Searcher:
         passages = layout.passages
         admitted = np.zeros(len(passages.rows), dtype=np.bool_)
         admitted[passages.of[allowed]] = True
-        rows, cosines = self._vectors.search(vector, k, passages.rows[admitted], all_lists=filtered)
+        rows, cosines = self._vectors.search(vector, k, passages.rows[admitted], filtered=filtered)
         found = np.searchsorted(passages.rows, rows)
         order = np.lexsort((passages.first[found], -cosines))
         positions = passages.positions(found[order])

@@ -73,12 +73,12 @@ class Vectors:
             self._newest_row = int(rows[-1])
 
     def search(
-        self, query: "NDArray[np.float32]", k: int, rows: "NDArray[np.int64]", *, all_lists: bool = False
+        self, query: "NDArray[np.float32]", k: int, rows: "NDArray[np.int64]", *, filtered: bool = False
     ) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
         """The `k` of these `rows` with the highest cosines (fewer where there are fewer), and the cosines; unordered.
 
-        `rows` ascend; those that have no vector are passed over. `all_lists` leaves no list of an IVF out, which a
-        filter needs: few of its rows may be in the lists near the query.
+        `rows` ascend; those that have no vector are passed over. `filtered` says that they are a part of all there are:
+        no list of an IVF is left out then, as few of them may be in the lists near the query.
         """
         chosen = np.zeros(max(self._newest_row, rows[-1] if len(rows) else 0) + 1, dtype=np.bool_)
         chosen[rows] = True
@@ -87,7 +87,7 @@ class Vectors:
         found = [_search(self._tail, query, k, plain)]
         if isinstance(self._filed, _faiss().IndexIVF):
             lists = self._filed.nlist
-            for probed in (lists,) if all_lists else (math.ceil(PROBED * lists), lists):
+            for probed in (lists,) if filtered else (math.ceil(PROBED * lists), lists):
                 probing = _faiss().SearchParametersIVF(sel=selector, nprobe=probed)
                 hits = _search(self._filed, query, k, probing)
                 if len(hits[0]) == k:

@@ -400,11 +400,12 @@ class Store:
             yield
         except sqlite3.DatabaseError as error:
             what, mend = str(error), "Run `stripedrag verify` on it"
-            if "full" in what:
-                here, there = (shutil.disk_usage(folder).free / 1e6 for folder in (self.folder, tempfile.gettempdir()))
+            if "full" in what or "disk I/O" in what:  # SQLite calls a full disk either
+                waiting = tempfile.gettempdir()
+                here, there = (shutil.disk_usage(folder).free / 1e6 for folder in (self.folder, waiting))
                 mend = (
-                    f"{self.folder} has {here:,.0f} MB free and {tempfile.gettempdir()}, where documents wait until "
-                    f"all are read, {there:,.0f} MB. Free some, or set SQLITE_TMPDIR to a folder that has more"
+                    f"{self.folder} has {here:,.0f} MB free, and {waiting}, where documents wait until all are read, "
+                    f"{there:,.0f} MB. Free some, or set SQLITE_TMPDIR to a folder that has more"
                 )
             elif "locked" in what:
                 mend = f"Another process has been writing to it for {TIMEOUT_S:.0f} s. Wait for its end"

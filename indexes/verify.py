@@ -38,7 +38,8 @@ def _faults(store: "Store", progress: Callable[[int], None] | None) -> Iterator[
     yield from store.faults()
     for doc_id in store.document_ids():
         chunks = store.chunks(doc_id)
-        if [chunk.start for chunk in chunks[1:]] != [chunk.end for chunk in chunks[:-1]] or chunks[0].start != 0:
+        starts, ends = [chunk.start for chunk in chunks], [chunk.end for chunk in chunks]
+        if not chunks or starts != [0, *ends[:-1]]:
             yield f"the chunks of document {doc_id!r} leave a gap or overlap"
         elif content_sha256(store.document(doc_id)) != store.document_sha256(doc_id):
             yield f"document {doc_id!r} is not what was added: its hash differs"

@@ -207,13 +207,18 @@ def bench(
         Path | None, typer.Option("--to", help="Write the raw figures to this JSON file, and a plot beside it (.svg).")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions; the medians are shown.")] = 5,
+    corpus: Annotated[Path | None, typer.Option(help="`recall` alone: another corpus, JSON lines.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="`recall` alone: the questions on it, JSON lines.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Measure speed, each side interleaved with its rival, beside what the machine can do."""
+    """Measure each side in turn with its rival, beside what the machine can do; `recall`: what a budget holds."""
     if name not in BENCHES:
         raise UsageError(f"no bench {name!r}; there is {', '.join(BENCHES)}")
     if repeats < 1:
         raise UsageError(f"repeats is {repeats}; it is at least 1")
+    if (corpus is None) != (questions is None) or (corpus is not None and name != "recall"):
+        raise UsageError("--corpus and --questions go together, and with `recall` alone")
+    data = {} if corpus is None else {"corpus": corpus, "questions": questions}
     if to is not None and to.suffix == ".svg":
         raise UsageError(f"{to} is where the plot would go; name the JSON file, {to.with_suffix('.json').name}")
     scratch = to.with_name(f".{to.name}.part") if to is not None else None
@@ -223,7 +228,7 @@ def bench(
         if find_spec("matplotlib") is None:
             err.print("no plot will be drawn: matplotlib is missing (`pip install 'stripedrag[bench]'`)", markup=False)
     quiet_libraries()
-    report: Report = import_module(BENCHES[name]).run(repeats)
+    report: Report = import_module(BENCHES[name]).run(repeats, **data)
     text = json.dumps(report.figures, indent=1)
     if to is not None and scratch is not None:
         scratch.write_text(text + "\n")

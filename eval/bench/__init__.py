@@ -5,5 +5,6 @@ BENCHES = {
     "filter": "stripedrag.eval.bench.filter",
     "generate": "stripedrag.eval.bench.generate",
     "layer": "stripedrag.eval.bench.layer",
+    "recall": "stripedrag.eval.bench.recall",
     "stripe": "stripedrag.eval.bench.stripe",
 }

@@ -13,7 +13,7 @@ from stripedrag.exports import lazy
 if TYPE_CHECKING:
     from stripedrag.indexes.chunking import TileChunker
     from stripedrag.indexes.documents import Chunk, Document, Scalar, Scored
-    from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder
+    from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder, SentenceTransformerEmbedder
     from stripedrag.indexes.index import AddReport, Index
     from stripedrag.indexes.manifest import Manifest
     from stripedrag.indexes.readers import Skipped, read_documents
@@ -29,6 +29,7 @@ _HOMES = {
     "MiniLMEmbedder": "stripedrag.indexes.embedding",
     "Scalar": "stripedrag.indexes.documents",
     "Scored": "stripedrag.indexes.documents",
+    "SentenceTransformerEmbedder": "stripedrag.indexes.embedding",
     "Skipped": "stripedrag.indexes.readers",
     "TileChunker": "stripedrag.indexes.chunking",
     "VerifyReport": "stripedrag.indexes.verify",
@@ -45,6 +46,7 @@ __all__ = [
     "MiniLMEmbedder",
     "Scalar",
     "Scored",
+    "SentenceTransformerEmbedder",
     "Skipped",
     "TileChunker",
     "VerifyReport",

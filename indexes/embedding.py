@@ -4,12 +4,14 @@ Contract: a text that is longer than the model reads is refused, never cut silen
 Limits: a vector depends a little on the texts it shares a batch with (padding; cosine ≥ .999 in bfloat16).
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from stripedrag import hardware, weights
-from stripedrag.errors import UsageError
+from stripedrag.errors import SetupError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
+Backend: TypeAlias = Literal["torch", "onnx"]
+
 BATCH_TEXTS = 32
+MINILM = "all-MiniLM-L6-v2"
 
 
 class Embedder(Protocol):
@@ -57,27 +62,56 @@ class Embedder(Protocol):
         """The unit vector (dimension,) of a query. Raises `UsageError` where it has more than `max_tokens`."""
 
 
-class MiniLMEmbedder:
-    """all-MiniLM-L6-v2 from the weights on this machine: 384 dimensions, at most 254 wordpieces.
+class SentenceTransformerEmbedder:
+    """Any model of sentence-transformers: a folder, or an id of the model hub, whose files are fetched where missing.
 
     `device` None takes the first CUDA device or else the CPU; `dtype` None takes what is fast there, bfloat16 or
-    float32 (cosine between the two ≥ .998: an index built in one can be searched in the other). Raises `SetupError`
-    where the weights are missing.
+    float32; `backend` "onnx" runs the model's ONNX export (sentence-transformers[onnx]). The prompts that the model
+    declares for queries and documents are used. `dimension` and `max_tokens` may be given where they are known: an
+    index then opens without loading the model. Raises `SetupError` where the model cannot be had, or only as a pickle.
     """
 
-    name = "all-MiniLM-L6-v2"
-    dimension = 384
-    max_tokens = 254  # 256 less [CLS] and [SEP]; the model itself would cut the rest away without a word
-
-    def __init__(self, *, device: str | None = None, dtype: "torch.dtype | None" = None) -> None:
-        self._path = weights.find(weights.MINILM)
-        self._device = device
-        self._dtype = dtype
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        name: str | None = None,
+        dimension: int | None = None,
+        max_tokens: int | None = None,
+        device: str | None = None,
+        dtype: "torch.dtype | None" = None,
+        backend: Backend = "torch",
+    ) -> None:
+        place = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+        self.name = place if name is None else name
+        self._source = model
+        self._dimension, self._max_tokens = dimension, max_tokens
+        self._device, self._dtype, self._backend = device, dtype, backend
 
     @cached_property
     def sha256(self) -> str:
-        """Hexadecimal sha256 of the weights that are loaded."""
-        return weights.sha256(self._path)
+        """Hexadecimal sha256 of the weights that are loaded, of all their files where there are several."""
+        files = self._weight_files()
+        if len(files) == 1:
+            return weights.sha256(files[0])
+        told = "".join(f"{file.relative_to(self._folder).as_posix()} {weights.sha256(file)}\n" for file in files)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        if self._dimension is None:
+            self._dimension = self._unit(self._model.encode_query, [""]).shape[1]
+        return self._dimension
+
+    @property
+    def max_tokens(self) -> int:
+        """What the model reads at once, less its special tokens and the longer of its prompts."""
+        if self._max_tokens is None:
+            taken = self.tokenizer.num_special_tokens_to_add(is_pair=False)
+            prompts = [len(self.tokenizer.encode(p, add_special_tokens=False)) for p in self._model.prompts.values()]
+            self._max_tokens = int(self._model.max_seq_length) - taken - max(prompts, default=0)
+        return self._max_tokens
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -87,13 +121,17 @@ class MiniLMEmbedder:
         """
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(self._path.with_name("tokenizer.json")))
+        file = self._folder / "tokenizer.json"
+        if file.is_file():
+            tokenizer = Tokenizer.from_file(str(file))
+        else:
+            tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
 
     def embed(self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None) -> "NDArray[np.float32]":
-        """Unit vectors (len(texts), 384) of passages, in their order; see `Embedder.embed`."""
+        """Unit vectors (len(texts), dimension) of passages, in their order; see `Embedder.embed`."""
         import numpy as np
 
         lengths = self._lengths(texts)
@@ -108,43 +146,89 @@ class MiniLMEmbedder:
         order = np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable")[::-1]
         for first in range(0, len(texts), BATCH_TEXTS):
             batch = order[first : first + BATCH_TEXTS]
-            vectors[batch] = self._encode([texts[position] for position in batch])
+            vectors[batch] = self._unit(self._model.encode_document, [texts[position] for position in batch])
             if progress is not None:
                 progress(len(batch))
         return vectors
 
     def embed_query(self, query: str) -> "NDArray[np.float32]":
-        """The unit vector (384,) of a query; see `Embedder.embed_query`."""
+        """The unit vector (dimension,) of a query; see `Embedder.embed_query`."""
         (length,) = self._lengths([query])
         if length > self.max_tokens:
             raise UsageError(
                 f"the query has {length} wordpieces; {self.name} reads {self.max_tokens}. Ask a shorter question."
             )
-        vector: NDArray[np.float32] = self._encode([query])[0]
+        vector: NDArray[np.float32] = self._unit(self._model.encode_query, [query])[0]
         return vector
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [len(encoding) for encoding in encodings]
 
-    def _encode(self, texts: list[str]) -> "NDArray[np.float32]":
+    def _unit(self, encode: Callable[..., "torch.Tensor"], texts: list[str]) -> "NDArray[np.float32]":
         """Normalises in float32: in bfloat16 a vector's norm is off by up to .004."""
         import torch
 
-        embeddings: torch.Tensor = self._model.encode(
-            texts, batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
-        )
+        embeddings = encode(texts, batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False)
         return torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
+
+    @cached_property
+    def _folder(self) -> Path:
+        if Path(self._source).is_dir():
+            return Path(self._source)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(self._source)))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise SetupError(
+                f"the embedder {str(self._source)!r} is no folder and cannot be had from the model hub "
+                f"({type(error).__name__}). Check the name and the network, or give a folder of sentence-transformers."
+            ) from error
+
+    def _weight_files(self) -> list[Path]:
+        pattern = "*.onnx" if self._backend == "onnx" else "*.safetensors"
+        files = sorted(self._folder.rglob(pattern))
+        if not files:
+            raise SetupError(
+                f"{self._folder} holds no {pattern} file, and a pickle is never loaded. Convert the model to it."
+            )
+        return files
 
     @cached_property
     def _model(self) -> Any:
         import torch
         from sentence_transformers import SentenceTransformer
 
+        self._weight_files()  # tells where there is nothing but a pickle
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = self._dtype or hardware.fast_dtype(device)
-        model = SentenceTransformer(
-            str(self._path.parent), device=device, local_files_only=True, model_kwargs={"dtype": dtype}
+        options: dict[str, Any] = {}
+        if self._backend == "torch":
+            options = {"dtype": self._dtype or hardware.fast_dtype(device), "use_safetensors": True}
+        return SentenceTransformer(
+            str(self._folder), device=device, local_files_only=True, backend=self._backend, model_kwargs=options
         )
-        model.max_seq_length = self.max_tokens + 2
-        return model
+
+
+class MiniLMEmbedder(SentenceTransformerEmbedder):
+    """all-MiniLM-L6-v2 from the weights on this machine: 384 dimensions, at most 254 wordpieces.
+
+    `dtype` None: the cosine between bfloat16 and float32 is ≥ .998, so an index built in one can be searched in the
+    other. Raises `SetupError` where the weights are missing.
+    """
+
+    def __init__(self, *, device: str | None = None, dtype: "torch.dtype | None" = None) -> None:
+        super().__init__(
+            weights.find(weights.MINILM).parent,
+            name=MINILM,
+            dimension=384,
+            max_tokens=254,  # 256 less [CLS] and [SEP]; the model itself would cut the rest away without a word
+            device=device,
+            dtype=dtype,
+        )
+
+
+def embedder_named(name: str) -> Embedder:
+    """The embedder that an index was made with, by the name in its manifest."""
+    return MiniLMEmbedder() if name == MINILM else SentenceTransformerEmbedder(name)

@@ -22,7 +22,7 @@ from stripedrag.errors import CorpusError, UsageError
 from stripedrag.indexes import checks
 from stripedrag.indexes.chunking import MIN_CHUNK_TOKENS, TileChunker
 from stripedrag.indexes.documents import Chunk, Document, Scored
-from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder
+from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder, embedder_named
 from stripedrag.indexes.filters import Where
 from stripedrag.indexes.manifest import SCHEMA_VERSION, EmbedderRecord, Manifest, refuse_mismatch
 from stripedrag.indexes.search import Method, Searcher, Unit
@@ -104,7 +104,7 @@ class Index:
 
     @classmethod
     def open(cls, path: str | Path, *, embedder: Embedder | None = None) -> "Index":
-        """The index in the folder `path`; `embedder` None is MiniLM. Loads no model yet.
+        """The index in the folder `path`; `embedder` None is the one that made it, by its name. Loads no model yet.
 
         Raises `UsageError` where there is no index, `IndexMismatchError` where it was made by another embedder, other
         weights, another chunker or another schema.
@@ -113,7 +113,7 @@ class Index:
         with ExitStack() as unless_well:
             store = Store.open(folder)
             unless_well.callback(store.close)
-            embedder = MiniLMEmbedder() if embedder is None else embedder
+            embedder = embedder_named(store.manifest.embedder.name) if embedder is None else embedder
             refuse_mismatch(store.manifest, embedder, TileChunker.name, index=folder.name)
             index = cls(folder, store, embedder)
             unless_well.pop_all()

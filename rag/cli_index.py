@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,10 @@ def index(
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Wordpieces in a chunk of a new index, the unit that a search finds; 64.")
     ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="For a new index: a sentence-transformers model, a folder or a hub id; MiniLM by default."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Index documents. What is in the index already and has not changed costs nothing."""
@@ -25,6 +30,7 @@ def index(
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from stripedrag.indexes.documents import Document
+    from stripedrag.indexes.embedding import embedder_named
     from stripedrag.indexes.index import Index
     from stripedrag.indexes.readers import Skipped, read_documents
     from stripedrag.indexes.store import FILE
@@ -35,7 +41,9 @@ def index(
     for left_out in skipped:
         err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
     is_new = not (to / FILE).exists()
-    opened = Index.create(to, chunk_tokens=chunk_tokens) if is_new else Index.open(to)
+    chosen = None if embedder is None else embedder_named(embedder)
+    make = partial(Index.create, chunk_tokens=chunk_tokens) if is_new else Index.open
+    opened = make(to, embedder=chosen)
     kept = opened.manifest.chunk_tokens
     if chunk_tokens not in (None, kept):
         opened.close()

@@ -1,11 +1,14 @@
-"""MiniLM as it runs on this machine."""
+"""MiniLM as it runs on this machine, and any other model of sentence-transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from stripedrag.errors import SetupError, UsageError
-from stripedrag.indexes import MiniLMEmbedder
+from stripedrag.indexes import Document, Index, MiniLMEmbedder, SentenceTransformerEmbedder
 
 pytestmark = pytest.mark.weights
 
@@ -67,3 +70,61 @@ def test_missing_weights_are_told_with_the_command_that_brings_them(monkeypatch:
     monkeypatch.setattr("stripedrag.weights.find", nowhere)
     with pytest.raises(SetupError, match="Run `stripedrag setup`"):
         MiniLMEmbedder()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of random weights as sentence-transformers saves it, with prompts for queries and documents."""
+    from sentence_transformers import SentenceTransformer, models
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+    from tokenizers import models as kinds
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-embedder")
+    letters = "abcdefghijklmnopqrstuvwxyz:."
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    tokenizer = Tokenizer(kinds.WordPiece({token: n for n, token in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=128, **sizes)).save_pretrained(folder)
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    transformer = models.Transformer(str(folder), max_seq_length=100)
+    model = SentenceTransformer(modules=[transformer, models.Pooling(32)], device="cpu")
+    model.prompts = {"query": "query: ", "document": "text: "}
+    model.save(str(folder / "saved"))
+    return folder / "saved"
+
+
+def test_any_model_of_sentence_transformers_makes_an_index_that_opens_by_its_name(
+    tmp_path: Path, tiny_model: Path, contents: Callable
+) -> None:
+    embedder = SentenceTransformerEmbedder(tiny_model, dtype=torch.float32)
+    assert (embedder.dimension, embedder.max_tokens) == (32, 100 - 2 - len("query:"))
+    with Index.create(tmp_path / "i", embedder=embedder) as index:
+        index.add([Document("a", "Cats", "the cat sat on the mat. " * 30), Document("b", "", "another text")])
+        before = contents(index)
+    with Index.open(tmp_path / "i") as index:
+        assert index.manifest.embedder.name == str(tiny_model)
+        assert contents(index) == before
+        assert index.search("a cat", k=1)[0].chunk.doc_id == "a"
+
+
+def test_the_prompts_that_a_model_declares_are_used(tiny_model: Path) -> None:
+    embedder = SentenceTransformerEmbedder(tiny_model, dtype=torch.float32)
+    as_query, as_text = embedder.embed_query("cats"), embedder.embed(["cats"])[0]
+    plain = embedder._model.encode(["query: cats", "text: cats"], prompt="", normalize_embeddings=True)
+    np.testing.assert_allclose(np.stack([as_query, as_text]), plain, atol=1e-5)
+    assert not np.allclose(as_query, as_text, atol=1e-3)
+
+
+def test_a_model_that_is_not_to_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SetupError, match=r"^the embedder 'no-such/model' is no folder and cannot be had"):
+        SentenceTransformerEmbedder("no-such/model").sha256  # noqa: B018
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
+    with pytest.raises(SetupError, match=r"holds no \*\.safetensors file, and a pickle is never loaded\. Convert"):
+        Index.create(tmp_path / "i", embedder=SentenceTransformerEmbedder(tmp_path))
+    assert not (tmp_path / "i").exists()

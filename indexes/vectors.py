@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 SMALL = 16_384
 FLAT_UP_TO = 65_536
 SQ8_UP_TO = 500_000
-PROBED = 0.06  # of the lists of an IVF
+# Of the lists of an IVF: the 500 nearest of a million vectors are spread widely. Less than all, and by all threads.
+PROBED = 0.7
 _STALE = 0.1  # of a file's vectors that are gone or newer than it: above, it is built again
 _ROWS_KEPT = 1024  # that are gone from the rows in memory, before they are dropped
 _TRAINING = 40  # vectors a list of an IVF
@@ -160,7 +161,7 @@ def _empty(dimension: int) -> Any:
 def _trained(blocks: "list[NDArray[np.float32]]", dimension: int) -> Any:
     """An empty index of the kind that suits the number of vectors, trained on a part of them."""
     n = sum(map(len, blocks))
-    lists = round(math.sqrt(n))
+    lists = round(2 * math.sqrt(n))
     kind = "IDMap,Flat" if n <= FLAT_UP_TO else "IDMap,SQ8" if n <= SQ8_UP_TO else f"IVF{lists},SQ8"
     index = _faiss().index_factory(dimension, kind, _faiss().METRIC_INNER_PRODUCT)
     step = max(1, n // max(_TRAINING * lists, 10_000))

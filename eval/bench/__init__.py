@@ -6,5 +6,6 @@ BENCHES = {
     "generate": "stripedrag.eval.bench.generate",
     "layer": "stripedrag.eval.bench.layer",
     "recall": "stripedrag.eval.bench.recall",
+    "scale": "stripedrag.eval.bench.scale",
     "stripe": "stripedrag.eval.bench.stripe",
 }

@@ -53,8 +53,8 @@ Evidence = tuple[tuple[str, int, int], ...]
 def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Report:
     """Recall against budget of every method on `corpus`, and the time of a search; on our own data SciFact, too."""
     asked = list(read_lines(questions, CorpusQuestion))
-    embedder = _Embedder()
-    with _index(corpus, embedder) as index:
+    embedder = CachingEmbedder()
+    with cached_index(corpus, embedder) as index:
         texts = {doc_id: index.document(doc_id).text for doc_id in index.document_ids()}
         evidence = [_evidence(question, texts) for question in asked]
         clusters = [places[0][0] for places in evidence]
@@ -79,7 +79,7 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Rep
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
 
-class _Embedder(MiniLMEmbedder):
+class CachingEmbedder(MiniLMEmbedder):
     """MiniLM that keeps the questions' vectors, so that many searches of one question embed it once."""
 
     def __init__(self) -> None:
@@ -87,6 +87,7 @@ class _Embedder(MiniLMEmbedder):
         self._kept: dict[str, NDArray[np.float32]] = {}
 
     def embed_query(self, query: str) -> "NDArray[np.float32]":
+        """The vector of a query."""
         if query not in self._kept:
             self._kept[query] = super().embed_query(query)
         return self._kept[query]
@@ -201,7 +202,7 @@ class _Recalls:
         ]
 
 
-def _index(corpus: Path, embedder: MiniLMEmbedder) -> Index:
+def cached_index(corpus: Path, embedder: MiniLMEmbedder) -> Index:
     """The index of a corpus file, kept in the cache: embedding it is what takes long."""
     place = cache_dir() / "bench" / f"recall-{file_sha256(corpus)[:12]}"
     index = (Index.open if (place / FILE).exists() else Index.create)(place, embedder=embedder)
@@ -264,10 +265,10 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _judged(embedder: _Embedder) -> dict[str, Any]:
+def _judged(embedder: CachingEmbedder) -> dict[str, Any]:
     """nDCG@10 of documents on SciFact's public test claims, each by its best chunk, against BM25 over documents."""
     claims = [claim for claim in read_lines(CLAIMS, Claim) if claim.split == "test"]
-    with _index(ABSTRACTS, embedder) as index:
+    with cached_index(ABSTRACTS, embedder) as index:
         documents = [index.document(doc_id) for doc_id in index.document_ids()]
         bm25 = _Bm25(f"{document.title}\n{document.text}" for document in documents)
         scores: dict[str, list[float]] = {"ours": [], "BM25": []}

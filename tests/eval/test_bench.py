@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from hyena_inputs import assert_close, make
-from stripedrag.errors import UsageError
+from stripedrag.errors import CorpusError, UsageError
 from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
 from stripedrag.eval.bench.filter import parameters, rows_of
 from stripedrag.eval.bench.report import Bandwidth, interleaved, medians, peak_bytes, plot
@@ -96,3 +96,43 @@ def test_a_plots_name_is_no_name_for_the_figures(tmp_path):
     run = CliRunner().invoke(app, ["bench", "decode", "--to", str(tmp_path / "x.svg")])
     assert isinstance(run.exception, UsageError)
     assert "x.svg is where the plot would go; name the JSON file, x.json" in str(run.exception)
+
+
+@pytest.mark.weights
+def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
+    from stripedrag.eval.bench import recall
+
+    monkeypatch.setattr(recall, "cache_dir", lambda: tmp_path)
+    towns = ["Veyrac", "Orlat", "Dunmore", "Sulby", "Harth", "Quell"]
+    texts = {
+        town: f"The lighthouse of {town} was built by {town[::-1]} the elder. " + "Waves. " * 300 for town in towns
+    }
+    questions = [
+        {"id": town, "question": f"Who built the lighthouse of {town}?", "answers": [town[::-1]]}
+        | {"gold_spans": [{"doc_id": town, "start": 0, "end": texts[town].index(".") + 1}]}
+        for town in towns
+    ]
+    corpus, asked = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    corpus.write_text("\n".join(json.dumps({"id": town, "title": "", "text": text}) for town, text in texts.items()))
+    asked.write_text("\n".join(map(json.dumps, questions)))
+    figures = recall.run(1, corpus, asked).figures
+    assert {name: [point["recall"] for point in curve] for name, curve in figures["curves"].items()} == {
+        name: [1.0] * len(recall.BUDGETS) for name in (recall.OURS, recall.RIVAL, "passages, BM25", "passages, cosine")
+    }
+    assert [top["oracle_reranked"]["recall"] for top in figures["top_k"]] == [1.0] * len(recall.TOPS)
+    assert figures["search"]["p95_ms"] >= figures["search"]["p50_ms"] > 0
+
+    asked.write_text(json.dumps(questions[0] | {"gold_spans": [{"doc_id": "Veyrac", "start": 5, "end": 10**6}]}))
+    with pytest.raises(CorpusError, match="question 'Veyrac' has evidence at 'Veyrac' 5:1000000, where the corpus has"):
+        recall.run(1, corpus, asked)
+
+
+def test_evidence_has_to_be_covered_to_its_last_character():
+    from stripedrag.eval.bench.recall import _covers
+
+    evidence = (("a", 10, 20), ("b", 0, 5))
+    assert _covers([("b", 0, 9), ("a", 15, 25), ("a", 5, 15)], evidence)
+    assert not _covers([("b", 0, 9), ("a", 16, 25), ("a", 5, 15)], evidence)
+    assert not _covers([("b", 0, 9), ("a", 5, 19)], evidence)
+    assert not _covers([("a", 0, 30)], evidence)
+    assert not _covers([], evidence)

@@ -1,6 +1,7 @@
 """The command line: one JSON object on stdout, everything else on stderr, 2 for the caller's mistakes."""
 
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ def test_help_imports_nothing_heavy():
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
 
 
-@pytest.mark.parametrize("command", ["setup", "index", "ask", "retrieve", "doctor", "bench"])
+@pytest.mark.parametrize(
+    "command", ["setup", "index", "delete", "compact", "verify", "ask", "retrieve", "doctor", "bench"]
+)
 def test_every_command_has_help(command):
     result = run(command, "--help")
     assert result.returncode == 0
@@ -70,6 +73,37 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     assert context["spans"][0]["text"] == "Warsaw is the capital of Poland."
     assert context["tokens"] <= 100
     assert "1 spans" in run("retrieve", index, "capital of Poland", "--budget-tokens", 10).stdout
+
+
+def test_an_index_is_looked_after(tmp_path):
+    lines = [
+        {"id": name, "title": "", "text": f"The lighthouse of {name} was built in {year}.", "year": year}
+        for name, year in (("veyrac", 1862), ("orlat", 1901), ("dunmore", 1990))
+    ]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    index = tmp_path / "index"
+    assert run("index", tmp_path / "l.jsonl", "--to", index).returncode == 0
+
+    found = run("retrieve", index, "Which lighthouse?", "--where", '{"year": {"$gte": 1900}}', "--json")
+    assert {span["doc_id"] for span in json.loads(found.stdout)["spans"]} == {"orlat", "dunmore"}
+    for where, told in (("year", "--where is 'year', which is no JSON"), ("[1]", "it must be a JSON object")):
+        refused = run("retrieve", index, "Which?", "--where", where)
+        assert refused.returncode == 2 and told in " ".join(refused.stderr.split())
+
+    missing = run("delete", index, "veyrac", "atlantis")
+    assert missing.returncode == 2 and "nothing was deleted" in missing.stderr
+    assert json.loads(run("delete", index, "veyrac", "--json").stdout) == {"deleted": 1, "documents": 2}
+    assert {"bytes_before", "bytes_after"} == json.loads(run("compact", index, "--json").stdout).keys()
+    sound = run("verify", index)
+    assert sound.returncode == 0 and "2 documents, 2 passages, 2 chunks" in sound.stdout
+
+    database = sqlite3.connect(index / "index.sqlite")
+    with database:
+        database.execute("UPDATE documents SET title = 'another'")
+    database.close()
+    faulty = run("verify", index)
+    assert faulty.returncode == 1
+    assert "document 'orlat' is not what was added" in faulty.stdout and "has faults" in faulty.stderr
 
 
 def test_doctor_reports_one_object():

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stripedrag.errors import UsageError
+from stripedrag.indexes import Document, Index, MiniLMEmbedder
 from stripedrag.rag import Retriever
 from stripedrag.rag.retriever import POLICIES
 
@@ -15,6 +16,11 @@ QUESTIONS = ("Who discovered oxygen?", "When did the oil crisis begin?", "warsaw
 def chunk_sizes(index, tokenizer):
     chunks = [chunk for doc_id in index.document_ids() for chunk in index.chunks(doc_id)]
     return {(c.doc_id, c.start, c.end): len(tokenizer.encode(c.text, add_special_tokens=False)) for c in chunks}
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    return MiniLMEmbedder()
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,6 +73,10 @@ def test_policies_order_the_same_spans(index):
     assert len({s.doc_id for s in rank}) > 1
     assert rank[0].score == max(s.score for s in rank)
     assert contexts["best-last"].spans == rank[::-1]
+    edges = contexts["edges"].spans
+    assert sorted(edges, key=rank.index) == list(rank)
+    distances = [min(place, len(edges) - 1 - place) for place in map(edges.index, rank)]
+    assert distances == [n // 2 for n in range(len(rank))], "the better, the nearer to an edge"
     assert sorted(contexts["document"].spans, key=str) == sorted(rank, key=str)
     documents = [s.doc_id for s in contexts["document"].spans]
     assert documents == sorted(documents, key=[s.doc_id for s in rank].index)
@@ -84,10 +94,60 @@ def test_top_k_is_the_same_filling_of_fewer_candidates(index):
     assert top.dropped == ()
 
 
+def test_the_budget_is_filled_up_to_the_first_chunk_that_does_not_fit(index, tokenizer):
+    retriever = Retriever(index)
+    for budget in (50, 333, 1200, 2500):
+        context = retriever.retrieve("Who discovered oxygen?", budget_tokens=budget, tokenizer=tokenizer)
+        found = index.search("Who discovered oxygen?", k=1000)
+        taken = len([d for d in found if not any(d.rank == dropped.rank for dropped in context.dropped)])
+        ranks = [dropped.rank for dropped in context.dropped if dropped.reason == "budget"]
+        assert ranks == list(range(ranks[0], ranks[-1] + 1))
+        more = retriever.fill(found[: ranks[0]], budget_tokens=10**6, tokenizer=tokenizer)
+        assert more.tokens > budget >= context.tokens
+        assert taken >= len(context.spans)
+
+
+def test_counting_is_what_a_filling_costs_and_few_counts_do(index, tokenizer):
+    class Counting:
+        chars = 0
+
+        def encode(self, text, *, add_special_tokens):
+            self.chars += len(text)
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    counting = Counting()
+    context = Retriever(index).retrieve("Who discovered oxygen?", budget_tokens=4000, tokenizer=counting)
+    assert counting.chars < 5 * sum(len(span.text) for span in context.spans)
+
+
+def test_repeats_are_left_out_and_told(tmp_path, minilm):
+    """The same page under two names, and again with its last word changed."""
+    text = (
+        "The lighthouse of Veyrac was built in 1862 by the engineer Aurel Costin on the outermost rock of the bay. " * 2
+    )
+    documents = [
+        Document("a", "", text),
+        Document("b", "", text),
+        Document("c", "", text[:-5] + "sea."),
+        Document("d", "", "Another lighthouse stands at Orlat and was never lit."),
+    ]
+    with Index.create(tmp_path / "i", embedder=minilm) as made:
+        made.add(documents)
+        retriever = Retriever(made)
+        context = retriever.retrieve("Who built the lighthouse of Veyrac?", budget_tokens=1000)
+        assert [span.doc_id for span in context.spans] == ["a", "d"]
+        assert {(dropped.doc_id, dropped.reason) for dropped in context.dropped} == {("b", "repeat"), ("c", "repeat")}
+        kept = retriever.fill(made.search("lighthouse", k=9), budget_tokens=1000, keep_repeats=True)
+        assert {span.doc_id for span in kept.spans} == {"a", "b", "c", "d"} and kept.dropped == ()
+        spans = retriever.retrieve("Who built the lighthouse?", budget_tokens=1000, doc_ids=["b", "d"]).spans
+        assert {span.doc_id for span in spans} == {"b", "d"}
+        assert retriever.retrieve("lighthouse", budget_tokens=1000, where={"year": 1}).spans == ()
+
+
 def test_bad_requests_are_named(index):
     with pytest.raises(UsageError, match="max_chunks is 0; it is at least 1, or None for as many as fit"):
         Retriever(index).retrieve("oxygen", budget_tokens=10, max_chunks=0)
-    with pytest.raises(UsageError, match="no order policy 'best'; choose one of rank, best-last, document"):
+    with pytest.raises(UsageError, match="no order policy 'best'; choose one of rank, best-last, document, edges"):
         Retriever(index, policy="best")
     with pytest.raises(UsageError, match="budget_tokens is 0; it is at least 1"):
         Retriever(index).retrieve("oxygen", budget_tokens=0)

@@ -11,10 +11,14 @@ import typer
 from stripedrag.errors import StoreError, UsageError
 from stripedrag.rag.cli import IndexPath, Json, app, err, print_json, quiet_libraries
 
+_MOST_SHOWN = 20  # of what was left out
+
 
 @app.command()
 def index(
-    path: Annotated[Path, typer.Argument(help="A file or a folder: txt, md, html, jsonl.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="A file or a folder: txt, md, html, pdf, docx, jsonl.", show_default=False)
+    ],
     to: Annotated[Path, typer.Option("--to", help="The index: made where it is missing, else added to.")],
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Wordpieces in a chunk of a new index, the unit that a search finds; 64.")
@@ -38,8 +42,10 @@ def index(
     # Reading twice costs little beside embedding, finds every bad file before the work, and gives the bar its length.
     skipped: list[Skipped] = []
     chars = sum(len(document.text) for document in read_documents(path, skipped=skipped))
-    for left_out in skipped:
+    for left_out in skipped[:_MOST_SHOWN]:
         err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
+    if len(skipped) > _MOST_SHOWN:
+        err.print(f"and {len(skipped) - _MOST_SHOWN} more; --json tells them all", markup=False)
     is_new = not (to / FILE).exists()
     chosen = None if embedder is None else embedder_named(embedder)
     make = partial(Index.create, chunk_tokens=chunk_tokens) if is_new else Index.open

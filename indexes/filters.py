@@ -5,7 +5,7 @@ compares (`$eq $ne $gt $gte $lt $lte $in $nin`, as the vector stores of this fie
 A document without the name fails every condition but `$ne` and `$nin`. True equals 1, as in Python.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from stripedrag.errors import UsageError
@@ -13,45 +13,50 @@ from stripedrag.indexes.documents import Scalar
 
 Where: TypeAlias = Mapping[str, Scalar | Sequence[Scalar] | Mapping[str, Scalar | Sequence[Scalar]]]
 
+# From `$eq`, `$gt`, `$gte`, `$lt` or `$lte` and a value, the SQL that compares a row of `metadata` so, and its values.
+Comparison: TypeAlias = Callable[[str, Scalar], tuple[str, list[Any]]]
+
 _COMPARED = {"$eq": "IS ?", "$gt": "> ?", "$gte": ">= ?", "$lt": "< ?", "$lte": "<= ?"}
 _NEGATED = {"$ne": "$eq", "$nin": "$in"}
 _OPERATORS = (*_COMPARED, "$ne", "$in", "$nin")
 
 
-def sql(where: Where) -> tuple[str, list[Any]]:
+def sqlite(operator: str, value: Scalar) -> tuple[str, list[Any]]:
+    """The comparison of SQLite's store, whose table `metadata` has values of any type in one column."""
+    # A comparison of a number with a text would hold for every text: SQLite sorts texts above all numbers.
+    kind = "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"
+    return f"value {_COMPARED[operator]}" + ("" if operator == "$eq" else f" AND typeof(value) {kind}"), [value]
+
+
+def sql(where: Where, comparison: Comparison = sqlite) -> tuple[str, list[Any]]:
     """The condition over the table `documents`, and its values. Raises `UsageError` for what is no filter."""
     if not isinstance(where, Mapping):
         raise UsageError(f"where is {where!r}; it must map names of metadata to values. Write {{'year': 1990}}.")
-    conditions, values = ["1"], []
+    conditions, values = ["TRUE"], []
     for name, wanted in where.items():
         tests = wanted if isinstance(wanted, Mapping) else {"$in" if _is_list(wanted) else "$eq": wanted}
         for operator, operand in tests.items():
-            condition, used = _condition(name, operator, operand)
+            condition, used = _condition(name, operator, operand, comparison)
             conditions.append(condition)
             values += used
     return " AND ".join(conditions), values
 
 
-def _condition(name: str, operator: str, operand: Any) -> tuple[str, list[Any]]:
+def _condition(name: str, operator: str, operand: Any, comparison: Comparison) -> tuple[str, list[Any]]:
     if operator not in _OPERATORS:
         raise UsageError(f"where has {operator!r} for {name!r}; choose one of {', '.join(_OPERATORS)}")
     if operator in _NEGATED:
-        condition, values = _condition(name, _NEGATED[operator], operand)
+        condition, values = _condition(name, _NEGATED[operator], operand, comparison)
         return f"NOT {condition}", values
     operands = operand if operator == "$in" else [operand]
     if not _is_list(operands) or not all(isinstance(value, str | int | float | bool | None) for value in operands):
         wanted = "a list of strings and numbers" if operator == "$in" else "a string, a number, a bool or None"
         raise UsageError(f"where has {operand!r} for {name!r}; {operator} takes {wanted}. Convert it.")
-    # A comparison of a number with a text would hold for every text: SQLite sorts texts above all numbers.
-    kind = "" if operator in ("$eq", "$in") else f" AND typeof(value) {_type_of(operand)}"
-    compared = " OR ".join(f"value {_COMPARED['$eq' if operator == '$in' else operator]}" for _ in operands) or "0"
-    inner = f"SELECT document FROM metadata WHERE name = ? AND ({compared}){kind}"
-    return f"key IN ({inner})", [name, *operands]
+    compared = [comparison("$eq" if operator == "$in" else operator, value) for value in operands]
+    any_of_them = " OR ".join(condition for condition, _ in compared) or "FALSE"
+    inner = f"SELECT document FROM metadata WHERE name = ? AND ({any_of_them})"
+    return f"key IN ({inner})", [name, *(value for _, values in compared for value in values)]
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _type_of(value: object) -> str:
-    return "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"

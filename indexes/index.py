@@ -25,8 +25,10 @@ from stripedrag.indexes.documents import Chunk, Document, Scored
 from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder, embedder_named
 from stripedrag.indexes.filters import Where
 from stripedrag.indexes.manifest import SCHEMA_VERSION, EmbedderRecord, Manifest, refuse_mismatch
+from stripedrag.indexes.postgres import AnyStaging, AnyStore, PostgresStore
+from stripedrag.indexes.postgres_server import is_postgres
 from stripedrag.indexes.search import Method, Searcher, Unit
-from stripedrag.indexes.store import Staging, Store
+from stripedrag.indexes.store import Store
 from stripedrag.indexes.verify import VerifyReport, verify
 
 if TYPE_CHECKING:
@@ -52,13 +54,14 @@ class AddReport:
 
 
 class Index:
-    """A searchable folder of documents. Made by `create` and `open`; close it, or use it in a `with` statement.
+    """Searchable documents in a folder or over Postgres. Made by `create` and `open`; close it, or use it in a `with`.
 
-    `path` is its folder, `embedder` the embedder in use, `manifest` what it was made with. `len(index)` counts chunks.
+    `place` is its folder, or its URI without a password; `embedder` the embedder in use, `manifest` what it was made
+    with. `len(index)` counts chunks.
     """
 
-    def __init__(self, path: Path, store: Store, embedder: Embedder) -> None:
-        self.path = path
+    def __init__(self, store: AnyStore, embedder: Embedder) -> None:
+        self.place: Path | str = store.place
         self.embedder = embedder
         self.manifest = store.manifest
         self._store = store
@@ -69,17 +72,19 @@ class Index:
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        place: str | Path,
         *,
         embedder: Embedder | None = None,
         passage_tokens: int | None = None,
         chunk_tokens: int | None = None,
     ) -> "Index":
-        """A new index without documents in the folder `path`, which must be missing or empty.
+        """A new index without documents at `place`, a folder or a schema, which must be missing or empty.
 
+        `place` is a path, or for Postgres a string `postgresql://user:password@host:port/database?index=NAME`.
         `embedder` None is MiniLM; `passage_tokens` None is all that the embedder reads at once, `chunk_tokens` None is
-        `CHUNK_TOKENS`, or a passage where that is less. Raises `UsageError` where the folder holds something, a passage
-        does not fit the embedder or a chunk a passage, and `SetupError` where the weights are missing.
+        `CHUNK_TOKENS`, or a passage where that is less. Raises `UsageError` where `place` holds something, a passage
+        does not fit the embedder or a chunk a passage, `SetupError` where the weights are missing or, for Postgres, the
+        extra `stripedrag[postgres]`, and `StoreError` where the server refuses.
         """
         embedder = MiniLMEmbedder() if embedder is None else embedder
         passage_tokens = embedder.max_tokens if passage_tokens is None else passage_tokens
@@ -99,25 +104,33 @@ class Index:
             chunk_tokens=chunk_tokens,
             created_by=f"stripedrag {__version__}",
         )
-        folder = Path(path).resolve()
-        return cls(folder, Store.create(folder, manifest), embedder)
+        if is_postgres(place):
+            return cls(PostgresStore.create(place, manifest), embedder)
+        return cls(Store.create(Path(place).resolve(), manifest), embedder)
 
     @classmethod
-    def open(cls, path: str | Path, *, embedder: Embedder | None = None) -> "Index":
-        """The index in the folder `path`; `embedder` None is the one that made it, by its name. Loads no model yet.
+    def open(cls, place: str | Path, *, embedder: Embedder | None = None) -> "Index":
+        """The index at `place`, as `create` takes it; loads no model yet.
 
+        `embedder` None is the one that made it, by its name.
         Raises `UsageError` where there is no index, `IndexMismatchError` where it was made by another embedder, other
-        weights, another chunker or another schema.
+        weights, another chunker or another schema, and `StoreError` where a server refuses.
         """
-        folder = Path(path).resolve()
         with ExitStack() as unless_well:
-            store = Store.open(folder)
+            store: AnyStore = PostgresStore.open(place) if is_postgres(place) else Store.open(Path(place).resolve())
             unless_well.callback(store.close)
             embedder = embedder_named(store.manifest.embedder.name) if embedder is None else embedder
-            refuse_mismatch(store.manifest, embedder, TileChunker.name, index=folder.name)
-            index = cls(folder, store, embedder)
+            refuse_mismatch(store.manifest, embedder, TileChunker.name, index=store.name)
+            index = cls(store, embedder)
             unless_well.pop_all()
         return index
+
+    @property
+    def path(self) -> Path:
+        """Its folder. Raises `UsageError` for an index over Postgres, which has none."""
+        if isinstance(self.place, str):
+            raise UsageError(f"index {self._store.name!r} is over Postgres and has no folder. Use its place.")
+        return self.place
 
     def close(self) -> None:
         """Closes the file and frees the vectors; harmless the second time."""
@@ -295,7 +308,7 @@ class Index:
 class _Batch:
     """Passages that wait until there are enough of them to embed together."""
 
-    def __init__(self, embedder: Embedder, staging: Staging, progress: Progress | None) -> None:
+    def __init__(self, embedder: Embedder, staging: AnyStaging, progress: Progress | None) -> None:
         self._embedder, self._staging, self._progress = embedder, staging, progress
         self._waiting: list[tuple[str, str, list[Chunk], NDArray[np.float32] | None]] = []
         self._embedded = 0

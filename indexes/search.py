@@ -7,7 +7,7 @@ chunks of one passage that is near in meaning those with the query's words come 
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -16,12 +16,11 @@ from stripedrag.indexes.documents import Chunk, Scored
 from stripedrag.indexes.fusion import reciprocal_ranks
 from stripedrag.indexes.layout import Groups, Layout
 from stripedrag.indexes.lexical import Lexical
-from stripedrag.indexes.vectors import Vectors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stripedrag.indexes.store import Store
+    from stripedrag.indexes.postgres import AnyStore
 
 Method = Literal["hybrid", "dense", "lexical"]
 Unit = Literal["chunk", "passage"]
@@ -30,13 +29,28 @@ Unit = Literal["chunk", "passage"]
 FUSED_CHUNKS = 2048
 
 
+class Nearest(Protocol):
+    """What a store has its vectors searched by: see `stripedrag.indexes.vectors.Vectors`."""
+
+    def refresh(self, store: Any) -> None:
+        """Outside a snapshot: does what takes long."""
+
+    def sync(self, store: Any) -> None:
+        """Inside a snapshot: takes over what that holds."""
+
+    def search(
+        self, query: "NDArray[np.float32]", k: int, rows: "NDArray[np.int64]", *, filtered: bool = False
+    ) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
+        """The best `k` of these rows, and their cosines."""
+
+
 class Searcher:
     """What is kept between the searches of one index."""
 
-    def __init__(self, store: "Store", dimension: int) -> None:
+    def __init__(self, store: "AnyStore", dimension: int) -> None:
         self._store = store
         self._lexical = Lexical()
-        self._vectors = Vectors(dimension, store.folder)
+        self._vectors: Nearest = store.nearest(dimension)
         self._layout: Layout | None = None
 
     def refresh(self) -> None:
@@ -91,7 +105,7 @@ class Searcher:
         """By position: is no white space, and is in a document that the filters admit."""
         allowed = ~layout.blank
         if where is not None:
-            allowed &= _in(layout.documents, self._store.documents_where(*filters.sql(where)))
+            allowed &= _in(layout.documents, self._store.documents_where(where))
         if doc_ids is not None:
             allowed &= _in(layout.documents, self._store.documents_named(doc_ids))
         return allowed

@@ -10,6 +10,7 @@ copied. WAL's gain, that readers go on during a long write, is had by staging: a
 which lock nothing while the embedder works for hours, and only the merge into the index is a transaction.
 """
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -25,11 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stripedrag.errors import StoreError, UsageError
+from stripedrag.indexes import filters
 from stripedrag.indexes.documents import Chunk, Document
 from stripedrag.indexes.manifest import Manifest, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from stripedrag.indexes.vectors import Vectors
 
 FILE = "index.sqlite"
 TIMEOUT_S = 30.0
@@ -120,7 +124,7 @@ class Store:
     """An open index file in `folder`. Made by `create` and `open`; not safe for two threads at once."""
 
     def __init__(self, folder: Path, database: sqlite3.Connection, manifest: Manifest) -> None:
-        self.folder = folder
+        self.place = self.folder = folder
         self.name = folder.name
         self.manifest = manifest
         self._connection: sqlite3.Connection | None = database
@@ -243,8 +247,9 @@ class Store:
         """Every document's row, in the order of the ids."""
         return self._rows("SELECT key FROM documents ORDER BY id")
 
-    def documents_where(self, condition: str, values: Sequence[Any]) -> "NDArray[np.int64]":
-        """The rows of the documents that an SQL condition over `documents` admits, ascending."""
+    def documents_where(self, where: filters.Where) -> "NDArray[np.int64]":
+        """The rows of the documents that a filter admits, ascending. Raises `UsageError` for what is no filter."""
+        condition, values = filters.sql(where)
         return self._rows(f"SELECT key FROM documents WHERE {condition} ORDER BY key", values)
 
     def documents_named(self, doc_ids: Collection[str]) -> "NDArray[np.int64]":
@@ -338,6 +343,12 @@ class Store:
                 for statement in _UNSTAGE:
                     database.execute(statement)
 
+    def nearest(self, dimension: int) -> "Vectors":
+        """What searches the vectors of this store; empty until it is refreshed."""
+        from stripedrag.indexes.vectors import Vectors
+
+        return Vectors(dimension, self.folder)
+
     def vector_file(self) -> VectorFile | None:
         """The file of vectors that was derived from this index; None where there is none."""
         row = self._database.execute("SELECT name, bytes, sha256, newest_row, passages FROM vector_file").fetchone()
@@ -357,7 +368,7 @@ class Store:
             self._database.execute("VACUUM")
 
     def faults(self) -> Iterator[str]:
-        """What SQLite finds wrong with its file, the references and the text index."""
+        """What is wrong with SQLite's file, the references, the text index and the file of vectors."""
         for (fault,) in self._database.execute("PRAGMA integrity_check(5)"):
             if fault != "ok":
                 yield f"{FILE} is damaged: {fault}"
@@ -370,6 +381,11 @@ class Store:
                 if "malformed" not in str(error):
                     raise
                 yield f"the text index does not match the {content}"
+        file = self.vector_file()
+        if file is not None and (self.folder / file.name).exists():  # a missing one is made anew by the next search
+            with (self.folder / file.name).open("rb") as written:
+                if hashlib.file_digest(written, "sha256").hexdigest() != file.sha256:
+                    yield f"{file.name} is damaged; delete it, and the next search makes it anew"
 
     @contextmanager
     def _write(self) -> Iterator[None]:

@@ -1,6 +1,5 @@
 """Reads an index whole and tells what is not as it was written."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +10,7 @@ import numpy as np
 from stripedrag.indexes.checks import content_sha256
 
 if TYPE_CHECKING:
-    from stripedrag.indexes.store import Store
+    from stripedrag.indexes.postgres import AnyStore
 
 MOST_FAULTS = 20
 
@@ -26,15 +25,15 @@ class VerifyReport:
     faults: tuple[str, ...]
 
 
-def verify(store: "Store", progress: Callable[[int], None] | None = None) -> VerifyReport:
-    """Checks SQLite's own structure, every document against its hash, every vector and the file of vectors."""
+def verify(store: "AnyStore", progress: Callable[[int], None] | None = None) -> VerifyReport:
+    """Checks the store's own structure, every document against its hash, and every vector."""
     with store.snapshot():
         counts = store.document_count(), store.passage_count(), store.chunk_count()
         faults = tuple(islice(_faults(store, progress), MOST_FAULTS))
     return VerifyReport(*counts, faults)
 
 
-def _faults(store: "Store", progress: Callable[[int], None] | None) -> Iterator[str]:
+def _faults(store: "AnyStore", progress: Callable[[int], None] | None) -> Iterator[str]:
     yield from store.faults()
     for doc_id in store.document_ids():
         chunks = store.chunks(doc_id)
@@ -48,8 +47,3 @@ def _faults(store: "Store", progress: Callable[[int], None] | None) -> Iterator[
     for rows, vectors in store.vectors():
         wrong = ~np.isclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3)
         yield from (f"the vector of passage {row} is no unit vector" for row in rows[wrong])
-    file = store.vector_file()
-    if file is not None and (store.folder / file.name).exists():  # where it is missing, the next search makes it anew
-        with (store.folder / file.name).open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
-                yield f"{file.name} is damaged; delete it, and the next search makes it anew"

@@ -224,7 +224,7 @@ def test_two_readers_and_a_writer_at_once(index: Index) -> None:
         index.add(Document(f"d{n}", "", f"generation {generation} of number {n}") for n in range(40))
 
     add(0)
-    command = [sys.executable, "-c", READER, str(CONFTEST), str(index.path)]
+    command = [sys.executable, "-c", READER, str(CONFTEST), str(index.place)]
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for reader in readers:
         assert reader.stdout.readline() == "ready\n"

@@ -135,14 +135,14 @@ def test_a_search_sees_what_was_added_replaced_and_deleted(index: Index, pets: l
 def test_a_search_sees_what_another_process_committed(index: Index, pets: list[Document], make_embedder: type) -> None:
     index.add(pets)
     assert ids(index, "homework", 1) == ["dogs"]
-    with Index.open(index.path, embedder=make_embedder()) as other:
+    with Index.open(index.place, embedder=make_embedder()) as other:
         other.delete(["dogs"])
         other.add([Document("new", "", "homework")])
         assert ids(index, "homework", 1) == ids(other, "homework", 1) == ["new"]
 
 
 def test_a_long_add_locks_nobody_out(index: Index, pets: list[Document], make_embedder: type) -> None:
-    with Index.open(index.path, embedder=make_embedder()) as other:
+    with Index.open(index.place, embedder=make_embedder()) as other:
 
         def documents() -> Iterator[Document]:
             for n in range(600):
@@ -185,7 +185,7 @@ def test_reopening_finds_the_same(index: Index, pets: list[Document], make_embed
     index.delete(["cats"])
     before = contents(index)
     index.close()
-    with Index.open(str(index.path), embedder=make_embedder()) as reopened:
+    with Index.open(str(index.place), embedder=make_embedder()) as reopened:
         assert contents(reopened) == before
 
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 Policy = Literal["rank", "best-last", "document", "edges"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-# A chunk repeats those before it where so much of its runs of words was in them.
-_REPEATED = 0.9
+# A chunk repeats those before it where all its runs of so many words were in them. All, as reports differ in numbers.
 _RUN_WORDS = 5
 _FEW_CHARS = 4  # a token has rarely fewer: where the search for the longest filling starts
 
@@ -180,13 +179,13 @@ class _Count:
 
 
 def _without_repeats(candidates: "Iterable[Scored]") -> "tuple[list[Scored], list[Scored]]":
-    """Those that say something new in the order given, and those whose runs of words were nearly all seen before."""
+    """Those that say something new in the order given, and those whose runs of words were all seen before."""
     seen: set[tuple[str, ...]] = set()
     new, repeats = [], []
     for scored in candidates:
         words = scored.chunk.text.lower().split()
         runs = {tuple(words[at : at + _RUN_WORDS]) for at in range(max(1, len(words) - _RUN_WORDS + 1))}
-        if words and len(runs & seen) >= _REPEATED * len(runs):
+        if words and runs <= seen:
             repeats.append(scored)
         else:
             new.append(scored)

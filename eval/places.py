@@ -26,6 +26,11 @@ def holds(passages: Sequence[Located], evidence: Sequence[Located]) -> bool | No
     return None if share is None else share == 1
 
 
+def touches(passage: Located, evidence: Sequence[Located]) -> bool:
+    """Whether a passage has a character of the evidence."""
+    return any(s.doc_id == passage.doc_id and s.start < passage.end and passage.start < s.end for s in evidence)
+
+
 def share_held(passages: Sequence[Located], evidence: Sequence[Located]) -> float | None:
     """How many of the characters of `evidence` lie in passages, from 0 to 1 (all of them); None where there is none."""
     if not evidence:

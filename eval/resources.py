@@ -14,7 +14,7 @@ from stripedrag.eval.schema import Passage, digest
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.index import Index
-from stripedrag.indexes.store import FILE
+from stripedrag.indexes.sqlite import FILE
 from stripedrag.jsonl import read_lines
 from stripedrag.rag.prompt import PromptFormat
 from stripedrag.rag.retriever import Span

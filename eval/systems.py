@@ -283,35 +283,34 @@ class ModelSystem:
 
 
 class RetrieverSystem:
-    """Ranks documents by their best chunk, and says at which budgets and in which best k all evidence is."""
+    """Ranks documents by their best passage, and says at which budgets and in which best k all evidence is."""
 
     operations = frozenset({"search"})
-    _CHUNKS = 200
+    _PASSAGES = 200
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def identity(self) -> Mapping[str, Any]:
-        """The embedder and how many chunks are ranked; the index's content belongs to the task."""
+        """The embedder and how many passages are ranked; the index's content belongs to the task."""
         from stripedrag.indexes.embedding import MiniLMEmbedder
 
         embedder = MiniLMEmbedder()
-        return {"embedder": embedder.name, "sha256": embedder.sha256, "chunks": self._CHUNKS}
+        return {"embedder": embedder.name, "sha256": embedder.sha256, "passages": self._PASSAGES}
 
     def perform(self, sample: Search, task: Any, resources: "Resources", meter: Meter) -> Ranking:
         """See `System`. Budgets count the reference tokenizer's tokens of the passages alone."""
         del meter
         index = task.index(resources)
-        found = index.search(sample.query, k=self._CHUNKS)
+        budgets, tops = (task.budgets, task.tops) if sample.evidence else ((), ())
+        found = index.search(sample.query, k=max((self._PASSAGES, *tops)), unit="passage")
+        passages = [scored.chunk for scored in found]
         inside: dict[int, bool] = {}
-        top: dict[int, bool] = {}
-        if sample.evidence:
-            for budget in task.budgets:
-                context = Retriever(index).retrieve(sample.query, budget_tokens=budget, tokenizer=resources.prompt)
-                inside[budget] = bool(holds(context.spans, sample.evidence))
-            best = [scored.chunk for scored in index.search(sample.query, k=max(task.tops, default=1))]
-            top = {k: bool(holds(best[:k], sample.evidence)) for k in task.tops}
-        doc_ids = dict.fromkeys(scored.chunk.doc_id for scored in found)
+        for budget in budgets:
+            context = Retriever(index).retrieve(sample.query, budget_tokens=budget, tokenizer=resources.prompt)
+            inside[budget] = bool(holds(context.spans, sample.evidence))
+        top = {k: bool(holds(passages[:k], sample.evidence)) for k in tops}
+        doc_ids = dict.fromkeys(passage.doc_id for passage in passages)
         return Ranking(doc_ids=tuple(doc_ids), evidence_in_budget=inside, evidence_in_top=top)
 
 

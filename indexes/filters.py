@@ -16,19 +16,11 @@ Where: TypeAlias = Mapping[str, Scalar | Sequence[Scalar] | Mapping[str, Scalar 
 # From `$eq`, `$gt`, `$gte`, `$lt` or `$lte` and a value, the SQL that compares a row of `metadata` so, and its values.
 Comparison: TypeAlias = Callable[[str, Scalar], tuple[str, list[Any]]]
 
-_COMPARED = {"$eq": "IS ?", "$gt": "> ?", "$gte": ">= ?", "$lt": "< ?", "$lte": "<= ?"}
 _NEGATED = {"$ne": "$eq", "$nin": "$in"}
-_OPERATORS = (*_COMPARED, "$ne", "$in", "$nin")
+_OPERATORS = ("$eq", "$gt", "$gte", "$lt", "$lte", "$ne", "$in", "$nin")
 
 
-def sqlite(operator: str, value: Scalar) -> tuple[str, list[Any]]:
-    """The comparison of SQLite's store, whose table `metadata` has values of any type in one column."""
-    # A comparison of a number with a text would hold for every text: SQLite sorts texts above all numbers.
-    kind = "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"
-    return f"value {_COMPARED[operator]}" + ("" if operator == "$eq" else f" AND typeof(value) {kind}"), [value]
-
-
-def sql(where: Where, comparison: Comparison = sqlite) -> tuple[str, list[Any]]:
+def sql(where: Where, comparison: Comparison) -> tuple[str, list[Any]]:
     """The condition over the table `documents`, and its values. Raises `UsageError` for what is no filter."""
     if not isinstance(where, Mapping):
         raise UsageError(f"where is {where!r}; it must map names of metadata to values. Write {{'year': 1990}}.")

@@ -25,10 +25,11 @@ from stripedrag.indexes.documents import Chunk, Document, Scored
 from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder, embedder_named
 from stripedrag.indexes.filters import Where
 from stripedrag.indexes.manifest import SCHEMA_VERSION, EmbedderRecord, Manifest, refuse_mismatch
-from stripedrag.indexes.postgres import AnyStaging, AnyStore, PostgresStore
+from stripedrag.indexes.postgres import PostgresStore
 from stripedrag.indexes.postgres_server import is_postgres
 from stripedrag.indexes.search import Method, Searcher, Unit
-from stripedrag.indexes.store import Store
+from stripedrag.indexes.sqlite import SQLiteStore
+from stripedrag.indexes.store import Staging, Store
 from stripedrag.indexes.verify import VerifyReport, verify
 
 if TYPE_CHECKING:
@@ -60,13 +61,13 @@ class Index:
     with. `len(index)` counts chunks.
     """
 
-    def __init__(self, store: AnyStore, embedder: Embedder) -> None:
+    def __init__(self, store: Store, embedder: Embedder) -> None:
         self.place: Path | str = store.place
         self.embedder = embedder
         self.manifest = store.manifest
         self._store = store
         self._chunks = TileChunker(embedder.tokenizer, store.manifest.chunk_tokens)
-        self._searcher = Searcher(store, embedder.dimension)
+        self._searcher = Searcher(store)
         self._lock = threading.RLock()
 
     @classmethod
@@ -106,7 +107,7 @@ class Index:
         )
         if is_postgres(place):
             return cls(PostgresStore.create(place, manifest), embedder)
-        return cls(Store.create(Path(place).resolve(), manifest), embedder)
+        return cls(SQLiteStore.create(Path(place).resolve(), manifest), embedder)
 
     @classmethod
     def open(cls, place: str | Path, *, embedder: Embedder | None = None) -> "Index":
@@ -117,7 +118,7 @@ class Index:
         weights, another chunker or another schema, and `StoreError` where a server refuses.
         """
         with ExitStack() as unless_well:
-            store: AnyStore = PostgresStore.open(place) if is_postgres(place) else Store.open(Path(place).resolve())
+            store: Store = PostgresStore.open(place) if is_postgres(place) else SQLiteStore.open(Path(place).resolve())
             unless_well.callback(store.close)
             embedder = embedder_named(store.manifest.embedder.name) if embedder is None else embedder
             refuse_mismatch(store.manifest, embedder, TileChunker.name, index=store.name)
@@ -136,7 +137,7 @@ class Index:
         """Closes the file and frees the vectors; harmless the second time."""
         with self._lock:
             self._store.close()
-            self._searcher = Searcher(self._store, self.embedder.dimension)
+            self._searcher = Searcher(self._store)
 
     def __enter__(self) -> Self:
         return self
@@ -181,7 +182,7 @@ class Index:
     def titles(self, doc_ids: Iterable[str]) -> dict[str, str]:
         """The titles of those of these documents that it holds."""
         with self._lock:
-            return self._store.titles(doc_ids)
+            return self._store.titles(list(doc_ids))
 
     def add(self, documents: Iterable[Document], *, progress: Progress | None = None) -> AddReport:
         """Adds documents, or replaces those with the same ids; one that is there as it is costs no embedding.
@@ -274,7 +275,7 @@ class Index:
         if surrogate := checks.lone_surrogate(query):
             raise UsageError(f"the query has {surrogate}, which is no character. Decode it as UTF-8 first.")
         with self._lock:
-            if not self._store.document_count():
+            if self._store.is_empty():
                 raise CorpusError(f"index {self._store.name!r} holds no document to search. Add some first.")
             vector = None
             if method != "lexical":
@@ -308,7 +309,7 @@ class Index:
 class _Batch:
     """Passages that wait until there are enough of them to embed together."""
 
-    def __init__(self, embedder: Embedder, staging: AnyStaging, progress: Progress | None) -> None:
+    def __init__(self, embedder: Embedder, staging: Staging, progress: Progress | None) -> None:
         self._embedder, self._staging, self._progress = embedder, staging, progress
         self._waiting: list[tuple[str, str, list[Chunk], NDArray[np.float32] | None]] = []
         self._embedded = 0

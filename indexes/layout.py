@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stripedrag.indexes.postgres import AnyStore
+    from stripedrag.indexes.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Layout:
     _fewest: "NDArray[np.int64]"
 
     @classmethod
-    def of(cls, store: "AnyStore") -> "Layout":
+    def of(cls, store: "Store") -> "Layout":
         """The layout of what `store` holds now; call it inside a snapshot."""
         rows, passages = store.chunk_rows()
         passage_rows, passage_documents = store.passage_rows()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stripedrag.indexes.layout import Groups, Layout
-    from stripedrag.indexes.postgres import AnyStore
+    from stripedrag.indexes.store import Store
 
 REACH = 6
 DECAY = 1.5
@@ -39,7 +39,7 @@ class Lexical:
         self._generation = -1
         self._common: set[str] = set()
 
-    def scores(self, query: str, store: "AnyStore", layout: "Layout") -> "NDArray[np.float32]":
+    def scores(self, query: str, store: "Store", layout: "Layout") -> "NDArray[np.float32]":
         """The score of each chunk (n,), by position; 0 where none of the query's words is near."""
         if self._generation != layout.generation:
             self._generation, self._common = layout.generation, set()

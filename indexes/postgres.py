@@ -1,44 +1,35 @@
 """The one truth of an index that several machines share: a schema of a Postgres database with pgvector 0.8 or later.
 
-`PostgresStore` has the methods of `stripedrag.indexes.store.Store`. Contract: a write is one transaction, as a whole or
-not at all; readers go on meanwhile and see the contents before it or after it; writers take turns, each until its
-commit. What the server refuses is raised as `StoreError`, never with a password.
+Readers go on during a write; writers take turns, each until its commit. No `StoreError` has a password.
 Limits: the connection is kept, so a pooler that changes it between transactions breaks staging; NUL characters, which
 Postgres cannot hold, and ids above 2000 bytes are refused; what Postgres takes for an English stop word finds nothing.
 The room of a write that failed is free again after a vacuum or `compact`.
 """
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 from unicodedata import combining, normalize
 
 import numpy as np
 
 from stripedrag.errors import CorpusError, UsageError
-from stripedrag.indexes import filters
 from stripedrag.indexes.documents import Chunk, Document, Scalar
 from stripedrag.indexes.lexical import words
 from stripedrag.indexes.manifest import Manifest, parse
 from stripedrag.indexes.postgres_server import Address, connected, enter, told
 from stripedrag.indexes.postgres_vectors import GRAPH_DIMENSIONS, INLINE, PostgresVectors, build_graph
+from stripedrag.indexes.store import ROWS_AT_ONCE, Store
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from psycopg import Connection, Cursor
 
-    from stripedrag.indexes.store import Staging, Store
-
-AnyStore: TypeAlias = "Store | PostgresStore"
-AnyStaging: TypeAlias = "Staging | PostgresStaging"
-
-_ROWS_AT_ONCE = 8192
 _PASSAGES_AT_ONCE = 512
 _MOST_ID_BYTES = 2000  # a B-tree's entry has 2704 at most
 
-# See the schema of `stripedrag.indexes.store`. The one row of `state` is the lock of the writers, too: each begins with
+# Cf. the schema of `stripedrag.indexes.sqlite`. The one row of `state` is the lock of the writers, too: each begins by
 # its generation. `words` are those that `_plain` leaves of a text, so that both stores find the same: Postgres's own
 # parser takes "end.Next" for the name of a host and keeps accents. An index has the beginning of a text of metadata: an
 # entry cannot be as long as a text.
@@ -97,18 +88,16 @@ _MERGE = (
         newest_chunk = newest_chunk + (SELECT count(*) FROM staged_chunks)""",
 )
 _UNSTAGE = "DROP TABLE IF EXISTS staged_documents, staged_metadata, staged_passages, staged_chunks"
-_CHUNKS = """SELECT chunks.id, documents.id, chunks.start, chunks.text FROM chunks
-    JOIN passages ON passages.id = chunks.passage JOIN documents ON documents.key = passages.document"""
 _COMPARED = {"$eq": "=", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 
 
-class PostgresStore:
-    """An open index in a schema of a database. Made by `create` and `open`; not safe for two threads at once."""
+class PostgresStore(Store):
+    """An open index in a schema of a database. Made by `create` and `open`."""
+
+    _AMONG = "= ANY(?)"
 
     def __init__(self, address: Address, database: "Connection", manifest: Manifest) -> None:
-        self.place = address.shown
-        self.name = address.index
-        self.manifest = manifest
+        super().__init__(address.shown, address.index, manifest)
         self._connection: Connection | None = database
 
     @classmethod
@@ -161,106 +150,49 @@ class PostgresStore:
         return self._connection
 
     def close(self) -> None:
-        """Closes the connection; harmless the second time."""
+        """See `Store.close`."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Inside it every read sees the same contents, whatever other processes commit."""
+        """See `Store.snapshot`."""
         with self._transaction() as is_outermost:
             if is_outermost:
                 self.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             yield
 
     def generation(self) -> int:
-        """Counts the writes that were committed, whoever made them; stored with them."""
+        """See `Store.generation`."""
         return self._number("SELECT generation FROM state")
 
-    def document_count(self) -> int:
-        """How many documents are stored."""
-        return self._number("SELECT count(*) FROM documents")
+    def execute(self, query: str, values: Sequence[Any] = ()) -> "Cursor":
+        """See `Store.execute`; the schema is the index's. Raises `StoreError` for what the server refuses."""
+        with told(f"index {self.name!r} is as it was"):
+            return self._database.execute(query.replace("?", "%s"), values or None, binary=True)
 
-    def passage_count(self) -> int:
-        """How many passages are stored, those of white space included."""
-        return self._number("SELECT count(*) FROM passages")
+    @staticmethod
+    def _listed(values: Collection[Any]) -> list[Any]:
+        return list(values)
 
-    def chunk_count(self) -> int:
-        """How many chunks are stored, those of white space included."""
-        return self._number("SELECT count(*) FROM chunks")
-
-    def document_ids(self) -> list[str]:
-        """The ids of all documents, sorted."""
-        return [doc_id for (doc_id,) in self.execute("SELECT id FROM documents ORDER BY id")]
-
-    def document_sha256(self, doc_id: str) -> str | None:
-        """The content hash a document was stored with; None where it is not stored."""
-        row = self.execute("SELECT sha256 FROM documents WHERE id = %s", (doc_id,)).fetchone()
-        return None if row is None else str(row[0])
-
-    def document(self, doc_id: str) -> Document:
-        """A stored document, as it was added. Raises `UsageError` where it is not stored."""
-        with self.snapshot():
-            row = self.execute("SELECT title, metadata FROM documents WHERE id = %s", (doc_id,)).fetchone()
-            if row is None:
-                raise UsageError(f"index {self.name!r} has no document {doc_id!r}. Add it first.")
-            title, metadata = row
-            text = "".join(chunk.text for chunk in self.chunks(doc_id))
-        return Document(id=doc_id, title=title, text=text, metadata=json.loads(metadata))
-
-    def titles(self, doc_ids: Iterable[str]) -> dict[str, str]:
-        """The titles of those of these documents that are stored."""
-        return dict(self.execute("SELECT id, title FROM documents WHERE id = ANY(%s)", (list(doc_ids),)).fetchall())
-
-    def chunks(self, doc_id: str) -> list[Chunk]:
-        """A document's chunks in order; none where it is not stored."""
-        found = self.execute(f"{_CHUNKS} WHERE documents.id = %s ORDER BY chunks.id", (doc_id,))
-        return [Chunk.at(doc_id, start, text) for _, doc_id, start, text in found]
-
-    def chunks_at(self, rows: Iterable[int]) -> dict[int, Chunk]:
-        """The chunks of these rows, by row."""
-        found = self.execute(f"{_CHUNKS} WHERE chunks.id = ANY(%s)", (list(rows),))
-        return {row: Chunk.at(doc_id, start, text) for row, doc_id, start, text in found}
-
-    def document_rows(self) -> "NDArray[np.int64]":
-        """Every document's row, in the order of the ids."""
-        return self._rows("SELECT key FROM documents ORDER BY id")
-
-    def documents_where(self, where: filters.Where) -> "NDArray[np.int64]":
-        """The rows of the documents that a filter admits, ascending. Raises `UsageError` for what is no filter."""
-        condition, values = filters.sql(where, _compared)
-        return self._rows(f"SELECT key FROM documents WHERE {condition.replace('?', '%s')} ORDER BY key", values)
-
-    def documents_named(self, doc_ids: Collection[str]) -> "NDArray[np.int64]":
-        """The rows of these documents, ascending. Raises `UsageError` where one is not stored."""
-        rows = self._rows("SELECT key FROM documents WHERE id = ANY(%s) ORDER BY key", (list(doc_ids),))
-        if len(rows) < len(set(doc_ids)):
-            missing = next(doc_id for doc_id in doc_ids if self.document_sha256(doc_id) is None)
-            raise UsageError(f"index {self.name!r} has no document {missing!r}. Add it first.")
-        return rows
-
-    def passage_rows(self) -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
-        """Every passage's row, ascending, and its document's."""
-        return self._pairs("SELECT id, document FROM passages ORDER BY document, id")
-
-    def chunk_rows(self) -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
-        """Every chunk's row, ascending, and its passage's."""
-        return self._pairs("SELECT id, passage FROM chunks ORDER BY passage, id")
-
-    def blank_chunk_rows(self) -> "NDArray[np.int64]":
-        """The rows of the chunks that are white space, ascending."""
-        return self._rows("SELECT id FROM chunks WHERE blank ORDER BY id")
+    @staticmethod
+    def _compared(operator: str, value: Scalar) -> tuple[str, list[Any]]:
+        # The table `metadata` has texts and numbers in columns of their own; None is neither.
+        if value is None:
+            return ("text IS NULL AND number IS NULL" if operator == "$eq" else "FALSE"), []
+        if not isinstance(value, str):
+            return f"number {_COMPARED[operator]} ?", [_decimal(value)]
+        if operator == "$eq":
+            return "left(text, 64) = left(?, 64) AND text = ?", [value, value]
+        return f"text {_COMPARED[operator]} ?", [value]
 
     def chunk_rows_with(self, word: str, *, limit: int) -> "NDArray[np.int64] | None":
-        """The rows, ascending, of the chunks that hold `word`, letters and digits alone; None where more than `limit`.
-
-        A word is found by its stem and without its accents.
-        """
+        """See `Store.chunk_rows_with`."""
         return self._rows_with(word, "SELECT id FROM chunks", limit)
 
     def document_rows_with(self, word: str, *, limit: int) -> "NDArray[np.int64] | None":
-        """The rows, ascending, of the documents that hold `word` in their title; else as `chunk_rows_with`."""
+        """See `Store.document_rows_with`."""
         return self._rows_with(word, "SELECT key FROM documents", limit)
 
     def _rows_with(self, word: str, select: str, limit: int) -> "NDArray[np.int64] | None":
@@ -269,27 +201,27 @@ class PostgresStore:
         return None if len(rows) > limit else np.sort(rows)
 
     def vectors(self, *, after: int = 0) -> "Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]":
-        """The rows above `after` of passages that have a vector, ascending, and their vectors, thousands at a time."""
+        """See `Store.vectors`."""
         query = """SELECT id, vector::real[] FROM passages
             WHERE id > %s AND vector IS NOT NULL ORDER BY id LIMIT %s"""
-        while batch := self.execute(query, (after, _ROWS_AT_ONCE)).fetchall():
+        while batch := self.execute(query, (after, ROWS_AT_ONCE)).fetchall():
             rows, vectors = zip(*batch, strict=True)
             after = rows[-1]
             yield np.array(rows, dtype=np.int64), np.array(vectors, dtype=np.float32)
 
     def passage_vectors(self, doc_id: str) -> "dict[str, NDArray[np.float32]]":
-        """The vectors of a document's passages by their texts; those of white space are left out."""
+        """See `Store.passage_vectors`."""
         query = """SELECT string_agg(chunks.text, '' ORDER BY chunks.id), passages.vector::real[] FROM documents
             JOIN passages ON passages.document = documents.key JOIN chunks ON chunks.passage = passages.id
             WHERE documents.id = %s AND passages.vector IS NOT NULL GROUP BY passages.id"""
         return {text: np.array(vector, dtype=np.float32) for text, vector in self.execute(query, (doc_id,))}
 
-    def nearest(self, dimension: int) -> "PostgresVectors":
-        """What searches the vectors of this store."""
+    def nearest(self) -> "PostgresVectors":
+        """See `Store.nearest`."""
         return PostgresVectors(self)
 
     def delete(self, doc_ids: Collection[str]) -> None:
-        """Deletes documents and their chunks. Raises `UsageError`, and deletes none, where one is not stored."""
+        """See `Store.delete`."""
         with self._write():
             deleted = self.execute("DELETE FROM documents WHERE id = ANY(%s) RETURNING id", (list(doc_ids),))
             if missing := set(doc_ids) - {doc_id for (doc_id,) in deleted}:
@@ -299,7 +231,7 @@ class PostgresStore:
 
     @contextmanager
     def staging(self) -> "Iterator[PostgresStaging]":
-        """A place beside the index for documents to come; gone at the end, merged or not."""
+        """See `Store.staging`."""
         for statement in (_UNSTAGE, *_STAGING):
             self.execute(statement)
         try:
@@ -309,10 +241,7 @@ class PostgresStore:
                 self.execute(_UNSTAGE)
 
     def compact(self) -> None:
-        """Gives the space of what was deleted back to the disk; needs as much free as the index has.
-
-        Waits for the readers and locks them out meanwhile.
-        """
+        """See `Store.compact`. Waits for the readers and locks them out meanwhile."""
         for how in ("", "(FULL, ANALYZE)"):  # the first gives back what a write left that failed
             self.execute(f"VACUUM {how} documents, metadata, passages, chunks")
 
@@ -324,29 +253,12 @@ class PostgresStore:
                 JOIN unnest(%s::bigint[], %s::text[]) AS given (row, plain) ON given.row = {table}.{row}
                 WHERE words <> {_WORDS}"""
             after = wrong = 0
-            while batch := self.execute(read, (after, _ROWS_AT_ONCE)).fetchall():
+            while batch := self.execute(read, (after, ROWS_AT_ONCE)).fetchall():
                 rows, texts = zip(*batch, strict=True)
                 after = rows[-1]
                 wrong += self._number(differing, (list(rows), [_plain(text) for text in texts]))
             if wrong:
                 yield f"the text index does not match the {content}"
-
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> "NDArray[np.int64]":
-        return np.fromiter((row for (row,) in self.execute(query, values)), dtype=np.int64)
-
-    def _pairs(self, query: str) -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
-        """Both columns of a query that an index answers; a merge numbers in the order that both queries sort by."""
-        pairs = np.array(self.execute(query).fetchall(), dtype=np.int64).reshape(-1, 2)
-        return pairs[:, 0].copy(), pairs[:, 1].copy()
-
-    def _number(self, query: str, values: Sequence[Any] = ()) -> int:
-        ((number,),) = self.execute(query, values)
-        return int(number)
-
-    def execute(self, query: str, values: Sequence[Any] = ()) -> "Cursor":
-        """Runs SQL in which the schema is the index's. Raises `StoreError` for what the server refuses."""
-        with told(f"index {self.name!r} is as it was"):
-            return self._database.execute(query, values or None, binary=True)
 
     def _copy(self, columns: str, types: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Puts rows of these types into `columns`, a table and its columns."""
@@ -376,7 +288,7 @@ class PostgresStore:
 
 
 class PostgresStaging:
-    """Documents and chunks that are not in the index yet. Made by `PostgresStore.staging`."""
+    """See `Staging`."""
 
     def __init__(self, store: PostgresStore) -> None:
         self._store = store
@@ -387,10 +299,7 @@ class PostgresStaging:
         self._document = self._passage = self._chunk = 0  # the last numbers given
 
     def put_document(self, document: Document, metadata: str, sha256: str) -> None:
-        """Stages a document without its text; `metadata` is its JSON, `sha256` its content hash.
-
-        Raises `CorpusError` for what Postgres does not hold: a NUL character, an id above 2000 bytes.
-        """
+        """See `Staging.put_document`. Raises `CorpusError` for a NUL character and an id above 2000 bytes."""
         names = {f"metadata {name!r}": f"{name}{value}" for name, value in document.metadata.items()}
         for field, value in {"title": document.title, "text": document.text, **names}.items():
             if "\0" in value:
@@ -408,7 +317,7 @@ class PostgresStaging:
             self._metadata.append((self._document, name, text, number))
 
     def put_passage(self, chunks: Sequence[Chunk], vector: "NDArray[np.float32] | None") -> None:
-        """Stages the chunks of a passage, in order, with its vector; None for a passage that is not to be found."""
+        """See `Staging.put_passage`."""
         self._passage += 1
         self._passages.append((self._passage, chunks[0].doc_id, vector))
         for chunk in chunks:
@@ -420,10 +329,7 @@ class PostgresStaging:
             self._flush()
 
     def merge(self) -> None:
-        """Puts all that was staged into the index in one transaction, in place of documents with the same ids.
-
-        Builds the graph when the index has become large enough for one.
-        """
+        """See `Staging.merge`. Builds the graph when the index has become large enough for one."""
         self._flush()
         store = self._store
         with store._write():
@@ -440,17 +346,6 @@ class PostgresStaging:
         ):
             self._store._copy(f"staged_{columns}", types.split(), rows)
             rows.clear()
-
-
-def _compared(operator: str, value: Scalar) -> tuple[str, list[Any]]:
-    """The comparison of a row of `metadata`, which has texts and numbers in columns of their own; None is neither."""
-    if value is None:
-        return ("text IS NULL AND number IS NULL" if operator == "$eq" else "FALSE"), []
-    if not isinstance(value, str):
-        return f"number {_COMPARED[operator]} ?", [_decimal(value)]
-    if operator == "$eq":
-        return "left(text, 64) = left(?, 64) AND text = ?", [value, value]
-    return f"text {_COMPARED[operator]} ?", [value]
 
 
 def _decimal(value: float | bool | None) -> Decimal | None:

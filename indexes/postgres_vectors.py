@@ -39,19 +39,16 @@ class PostgresVectors:
     def __init__(self, store: "PostgresStore") -> None:
         self._store = store
 
-    def refresh(self, store: "PostgresStore") -> None:
+    def refresh(self) -> None:
         """Nothing: the server keeps its index up to date."""
 
-    def sync(self, store: "PostgresStore") -> None:
+    def sync(self) -> None:
         """Nothing: a search sees what its snapshot holds."""
 
     def search(
         self, query: "NDArray[np.float32]", k: int, rows: "NDArray[np.int64]", *, filtered: bool = False
     ) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
-        """The `k` of these `rows` with the highest cosines (fewer where there are fewer), and the cosines; unordered.
-
-        `rows` are all passages that have a vector; where `filtered`, a part of them.
-        """
+        """See `Nearest.search`."""
         k = min(k, len(rows))
         by_graph = not filtered and len(rows) > max(EXACT_UP_TO, EXACT_TO_K * k)
         with self._store.snapshot():

@@ -7,7 +7,7 @@ chunks of one passage that is near in meaning those with the query's words come 
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from stripedrag.indexes.lexical import Lexical
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stripedrag.indexes.postgres import AnyStore
+    from stripedrag.indexes.store import Nearest, Store
 
 Method = Literal["hybrid", "dense", "lexical"]
 Unit = Literal["chunk", "passage"]
@@ -29,33 +29,18 @@ Unit = Literal["chunk", "passage"]
 FUSED_CHUNKS = 2048
 
 
-class Nearest(Protocol):
-    """What a store has its vectors searched by: see `stripedrag.indexes.vectors.Vectors`."""
-
-    def refresh(self, store: Any) -> None:
-        """Outside a snapshot: does what takes long."""
-
-    def sync(self, store: Any) -> None:
-        """Inside a snapshot: takes over what that holds."""
-
-    def search(
-        self, query: "NDArray[np.float32]", k: int, rows: "NDArray[np.int64]", *, filtered: bool = False
-    ) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
-        """The best `k` of these rows, and their cosines."""
-
-
 class Searcher:
     """What is kept between the searches of one index."""
 
-    def __init__(self, store: "AnyStore", dimension: int) -> None:
+    def __init__(self, store: "Store") -> None:
         self._store = store
         self._lexical = Lexical()
-        self._vectors: Nearest = store.nearest(dimension)
+        self._vectors: Nearest = store.nearest()
         self._layout: Layout | None = None
 
     def refresh(self) -> None:
         """Brings the file of vectors up to date where that is due, which takes minutes in a large index."""
-        self._vectors.refresh(self._store)
+        self._vectors.refresh()
 
     def search(
         self,
@@ -114,7 +99,7 @@ class Searcher:
         self, layout: Layout, vector: "NDArray[np.float32]", k: int, allowed: "NDArray[np.bool_]", *, filtered: bool
     ) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
         """The positions in the `k` best passages, best first, and the cosines of their passages."""
-        self._vectors.sync(self._store)
+        self._vectors.sync()
         passages = layout.passages
         admitted = np.zeros(len(passages.rows), dtype=np.bool_)
         admitted[passages.of[allowed]] = True

@@ -15,18 +15,17 @@ import hashlib
 import math
 import secrets
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stripedrag.errors import StoreError
-from stripedrag.indexes.store import VectorFile
+from stripedrag.indexes.sqlite import VectorFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stripedrag.indexes.store import Store
+    from stripedrag.indexes.sqlite import SQLiteStore
 
 SMALL = 16_384
 FLAT_UP_TO = 65_536
@@ -42,17 +41,17 @@ _SUFFIX = ".faiss"
 class Vectors:
     """A store's vectors. Empty until the first `sync`; not safe for two threads at once."""
 
-    def __init__(self, dimension: int, folder: Path) -> None:
-        self._dimension = dimension
-        self._folder = folder
+    def __init__(self, store: "SQLiteStore") -> None:
+        self._store, self._folder, self._dimension = store, store.folder, store.manifest.embedder.dimension
         self._seen: tuple[int, VectorFile | None] | None = None  # generation and file at the last refresh
         self._file: VectorFile | None = None
         self._filed: Any = None  # the FAISS index of the file
-        self._tail: Any = _empty(dimension)  # that of newer rows
+        self._tail: Any = _empty(self._dimension)  # that of newer rows
         self._newest_row = 0
 
-    def refresh(self, store: "Store") -> None:
+    def refresh(self) -> None:
         """Loads the store's file, or builds it where that is due. Takes long then: call it outside a snapshot."""
+        store = self._store
         seen = store.generation(), store.vector_file()
         if seen == self._seen:
             return
@@ -62,25 +61,21 @@ class Vectors:
         new = store.passage_count(after=newest)
         gone = counted - (store.passage_count() - new)
         if new + gone > max(SMALL, _STALE * counted):
-            self._build(store)
+            self._build()
         elif self._tail.ntotal > 2 * new + _ROWS_KEPT:  # rows that are gone
             self._use(self._file, self._filed)
         self._seen = seen[0], store.vector_file()
 
-    def sync(self, store: "Store") -> None:
+    def sync(self) -> None:
         """Takes over the rows that are newer than the file. Call it inside the store's snapshot."""
-        for rows, vectors in store.vectors(after=self._newest_row):
+        for rows, vectors in self._store.vectors(after=self._newest_row):
             self._tail.add_with_ids(vectors, rows)
             self._newest_row = int(rows[-1])
 
     def search(
         self, query: "NDArray[np.float32]", k: int, rows: "NDArray[np.int64]", *, filtered: bool = False
     ) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
-        """The `k` of these `rows` with the highest cosines (fewer where there are fewer), and the cosines; unordered.
-
-        `rows` ascend; those that have no vector are passed over. `filtered` says that they are a part of all there are:
-        no list of an IVF is left out then, as few of them may be in the lists near the query.
-        """
+        """See `Nearest.search`. Under a filter no list of an IVF is left out: few of `rows` may be near the query."""
         chosen = np.zeros(max(self._newest_row, rows[-1] if len(rows) else 0) + 1, dtype=np.bool_)
         chosen[rows] = True
         selector = _faiss().IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
@@ -114,9 +109,10 @@ class Vectors:
         self._file, self._filed, self._tail = file, filed, _empty(self._dimension)
         self._newest_row = file.newest_row if file else 0
 
-    def _build(self, store: "Store") -> None:
+    def _build(self) -> None:
         """Builds the index of all vectors and puts it into the folder; into memory alone where that is read-only."""
         self._use(None, None)
+        store = self._store
         blocks = list(store.vectors())
         if not blocks:
             return

@@ -10,7 +10,7 @@ import numpy as np
 from stripedrag.indexes.checks import content_sha256
 
 if TYPE_CHECKING:
-    from stripedrag.indexes.postgres import AnyStore
+    from stripedrag.indexes.store import Store
 
 MOST_FAULTS = 20
 
@@ -25,7 +25,7 @@ class VerifyReport:
     faults: tuple[str, ...]
 
 
-def verify(store: "AnyStore", progress: Callable[[int], None] | None = None) -> VerifyReport:
+def verify(store: "Store", progress: Callable[[int], None] | None = None) -> VerifyReport:
     """Checks the store's own structure, every document against its hash, and every vector."""
     with store.snapshot():
         counts = store.document_count(), store.passage_count(), store.chunk_count()
@@ -33,7 +33,7 @@ def verify(store: "AnyStore", progress: Callable[[int], None] | None = None) -> 
     return VerifyReport(*counts, faults)
 
 
-def _faults(store: "AnyStore", progress: Callable[[int], None] | None) -> Iterator[str]:
+def _faults(store: "Store", progress: Callable[[int], None] | None) -> Iterator[str]:
     yield from store.faults()
     for doc_id in store.document_ids():
         chunks = store.chunks(doc_id)

@@ -37,7 +37,7 @@ def index(
     from stripedrag.indexes.embedding import embedder_named
     from stripedrag.indexes.index import Index
     from stripedrag.indexes.readers import Skipped, read_documents
-    from stripedrag.indexes.store import FILE
+    from stripedrag.indexes.sqlite import FILE
 
     # Reading twice costs little beside embedding, finds every bad file before the work, and gives the bar its length.
     skipped: list[Skipped] = []

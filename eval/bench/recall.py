@@ -9,8 +9,7 @@ fusion, those with evidence come first. Differences are paired and intervals clu
 
 import sqlite3
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,18 +20,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from stripedrag.errors import CorpusError
-from stripedrag.eval.bench.report import Report, machine, plot
+from stripedrag.eval.bench.report import Report, machine, plot, quantiles_ms
 from stripedrag.eval.data_formats import DATA, Claim, CorpusQuestion, file_sha256
 from stripedrag.eval.metrics import ndcg
+from stripedrag.eval.places import holds, touches
 from stripedrag.eval.resources import read_corpus
+from stripedrag.eval.schema import Stretch
 from stripedrag.eval.statistics import difference, estimate
-from stripedrag.indexes.documents import Chunk
+from stripedrag.eval.tasks.corpus import refuse_places_outside
 from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.fusion import reciprocal_ranks
 from stripedrag.indexes.index import Index
 from stripedrag.indexes.lexical import words
-from stripedrag.indexes.store import FILE
+from stripedrag.indexes.sqlite import FILE
 from stripedrag.jsonl import read_lines
 from stripedrag.rag.retriever import Retriever
 from stripedrag.weights import cache_dir
@@ -47,7 +47,7 @@ K = 500  # of the searches that are timed
 OURS, RIVAL = "filled (ours)", "passages, fusion"
 
 T = TypeVar("T")
-Evidence = tuple[tuple[str, int, int], ...]
+Evidence = tuple[Stretch, ...]
 
 
 def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Report:
@@ -55,9 +55,8 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Rep
     asked = list(read_lines(questions, CorpusQuestion))
     embedder = CachingEmbedder()
     with cached_index(corpus, embedder) as index:
-        texts = {doc_id: index.document(doc_id).text for doc_id in index.document_ids()}
-        evidence = [_evidence(question, texts) for question in asked]
-        clusters = [places[0][0] for places in evidence]
+        evidence = [_evidence(question, index) for question in asked]
+        clusters = [places[0].doc_id for places in evidence]
         passages = _Passages(index)
         found = _Recalls(passages, Retriever(index))
         for question, places in zip(_tracked(asked, "asking"), evidence, strict=True):
@@ -121,8 +120,8 @@ class _Passages:
 
     def needed(self, ranking: "NDArray[np.int64]", evidence: Evidence) -> float:
         """How many tokens the passages have, best first, until they hold all the evidence; infinite if never."""
-        near = [at for doc_id in {doc_id for doc_id, _, _ in evidence} for at in self._of[doc_id]]
-        places = np.array([at for at in near if _touches(self.chunks[at], evidence)])
+        near = [at for doc_id in {stretch.doc_id for stretch in evidence} for at in self._of[doc_id]]
+        places = np.array([at for at in near if touches(self.chunks[at], evidence)])
         ranks = np.flatnonzero(np.isin(ranking, places))
         if len(ranks) < len(places):
             return float("inf")
@@ -156,20 +155,17 @@ class _Recalls:
     def ask(self, question: str, evidence: Evidence) -> None:
         """Asks one question of every method."""
         contexts = (self._retriever.retrieve(question, budget_tokens=budget).spans for budget in BUDGETS)
-        ours = [_covers(((span.doc_id, span.start, span.end) for span in spans), evidence) for spans in contexts]
+        ours = [bool(holds(spans, evidence)) for spans in contexts]
         self._hits.setdefault(OURS, []).append(ours)
         rankings = self._passages.rankings(question)
         for method, ranking in rankings.items():
             needed = self._passages.needed(ranking, evidence)
             self._hits.setdefault(method, []).append([needed <= budget for budget in BUDGETS])
         best, chunks = rankings[RIVAL][:RERANKED], self._passages.chunks
-        reranked = sorted(best.tolist(), key=lambda at: not _touches(chunks[at], evidence))
+        reranked = sorted(best.tolist(), key=lambda at: not touches(chunks[at], evidence))
         for k in TOPS:
-            found = [
-                _covers(((chunks[at].doc_id, chunks[at].start, chunks[at].end) for at in order[:k]), evidence)
-                for order in (best.tolist(), reranked)
-            ]
-            self._tops[k].append((found[0], found[1], float(self._passages.tokens[reranked[:k]].sum())))
+            plain, ideal = (holds([chunks[at] for at in order[:k]], evidence) for order in (best.tolist(), reranked))
+            self._tops[k].append((bool(plain), bool(ideal), float(self._passages.tokens[reranked[:k]].sum())))
 
     def curves(self, clusters: Sequence[str]) -> dict[str, list[dict[str, float]]]:
         """Recall with its 95 % interval, by method and budget."""
@@ -214,36 +210,16 @@ def _tracked(items: Sequence[T], what: str) -> Iterable[T]:
     return track(items, what, console=Console(stderr=True), transient=True)
 
 
-def _evidence(question: CorpusQuestion, texts: dict[str, str]) -> Evidence:
+def _evidence(question: CorpusQuestion, index: Index) -> Evidence:
     """The places of a question's evidence without the white space at their ends."""
+    refuse_places_outside(question, index)
     places = []
     for span in question.gold_spans:
-        if span.doc_id not in texts or span.end > len(texts[span.doc_id]):
-            raise CorpusError(
-                f"question {question.id!r} has evidence at {span.doc_id!r} {span.start}:{span.end}, "
-                f"where the corpus has no text. Mend its gold_spans."
-            )
-        text = texts[span.doc_id][span.start : span.end]
+        text = index.document(span.doc_id).text[span.start : span.end]
         if inner := text.strip():
             start = span.start + text.index(inner)
-            places.append((span.doc_id, start, start + len(inner)))
+            places.append(Stretch(doc_id=span.doc_id, start=start, end=start + len(inner)))
     return tuple(places)
-
-
-def _touches(chunk: Chunk, evidence: Evidence) -> bool:
-    return any(chunk.doc_id == doc_id and chunk.start < end and start < chunk.end for doc_id, start, end in evidence)
-
-
-def _covers(stretches: Iterable[tuple[str, int, int]], evidence: Evidence) -> bool:
-    """Whether all the evidence lies in these stretches together."""
-    taken = sorted(stretches)
-    for doc_id, start, end in evidence:
-        for doc, first, last in taken:
-            if doc == doc_id and first <= start < last:
-                start = last
-        if start < end:
-            return False
-    return True
 
 
 def _share(hits: Sequence[bool], clusters: Sequence[str]) -> dict[str, float]:
@@ -253,16 +229,8 @@ def _share(hits: Sequence[bool], clusters: Sequence[str]) -> dict[str, float]:
 
 def _times(index: Index, queries: Sequence[str], repeats: int) -> dict[str, float]:
     """Milliseconds of a search for `K` chunks, the query's embedding apart: the median of `repeats` of each query."""
-    queries = queries[:200]
-    seconds = np.array([[_seconds(partial(index.search, query, k=K)) for query in queries] for _ in range(repeats)])
-    each = 1e3 * np.median(seconds, axis=0)
-    return {"k": K, "queries": len(queries), "p50_ms": float(np.median(each)), "p95_ms": float(np.quantile(each, 0.95))}
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    searches = [partial(index.search, query, k=K) for query in queries[:200]]
+    return {"k": K, "queries": len(searches)} | quantiles_ms(searches, repeats)
 
 
 def _judged(embedder: CachingEmbedder) -> dict[str, Any]:

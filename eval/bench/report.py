@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stripedrag import __version__
@@ -32,10 +33,16 @@ def interleaved(repeats: int, **sides: Callable[[], object]) -> dict[str, list[f
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in range(repeats + 1):
         for name, side in sides.items():
-            taken = _seconds(side)
+            taken = seconds_of(side)
             if repetition:
                 seconds[name].append(taken)
     return seconds
+
+
+def quantiles_ms(runs: Sequence[Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Over these runs, of each one's median of `repeats`, in milliseconds."""
+    each = 1e3 * np.median([[seconds_of(run) for run in runs] for _ in range(repeats)], axis=0)
+    return {"p50_ms": float(np.median(each)), "p95_ms": float(np.quantile(each, 0.95))}
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -129,16 +136,17 @@ def machine() -> dict[str, Any]:
 def _read_bandwidth() -> float:
     """Bytes a second of a sum over 512 MiB, the best of five: how fast a decode step can read its weights, at most."""
     data = torch.ones(2**27)
-    return data.nbytes / min(_seconds(data.sum) for _ in range(5))
+    return data.nbytes / min(seconds_of(data.sum) for _ in range(5))
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
     """Operations a second of a (2048, 2048) product, the best of five: what arithmetic can reach, at most."""
     a = torch.ones(2048, 2048, dtype=dtype)
-    return 2 * 2048**3 / min(_seconds(lambda: a @ a) for _ in range(5))
+    return 2 * 2048**3 / min(seconds_of(lambda: a @ a) for _ in range(5))
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """Wall seconds of one run."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

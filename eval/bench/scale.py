@@ -21,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stripedrag.eval.bench.recall import CORPUS, QUESTIONS, CachingEmbedder, cached_index
-from stripedrag.eval.bench.report import Report, machine, plot
+from stripedrag.eval.bench.report import Report, machine, plot, quantiles_ms, seconds_of
 from stripedrag.eval.data_formats import CorpusQuestion
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.index import Index
 from stripedrag.indexes.layout import Layout
-from stripedrag.indexes.store import Store
-from stripedrag.indexes.vectors import Vectors
+from stripedrag.indexes.sqlite import SQLiteStore
 from stripedrag.jsonl import read_lines
 from stripedrag.weights import cache_dir
 
@@ -48,7 +47,7 @@ def run(repeats: int) -> Report:
     with cached_index(CORPUS, embedder) as index:
         ids = random.Random(0).sample(index.document_ids(), 3000)
         texts = [chunk.text for doc_id in ids for chunk in index.chunks(doc_id) if len(chunk.text) > 80]
-        with closing(Store.open(index.path)) as store:
+        with closing(SQLiteStore.open(index.path)) as store:
             vectors = np.concatenate([block for _, block in store.vectors()])
     asked = np.stack([embedder.embed_query(query) for query in queries])
     rows = []
@@ -112,12 +111,12 @@ def _documents(texts: Sequence[str], chunks: int) -> Iterator[Document]:
 def _measure(place: Path, queries: Sequence[str], vectors: "NDArray[np.float32]", repeats: int) -> dict[str, Any]:
     before = _resident()
     with Index.open(place, embedder=_Asked(dict(zip(queries, vectors, strict=True)))) as index:
-        opened = _seconds(partial(index.search, queries[0], k=K))
+        opened = seconds_of(partial(index.search, queries[0], k=K))
         row: dict[str, Any] = {"chunks": len(index), "first_search_s": opened, "bytes": _sizes(place)}
         options: dict[str, dict[str, Any]] = {name: {"method": name} for name in ("dense", "lexical", "hybrid")}
         options["hybrid, a tenth of the documents"] = {"where": {"tenth": 3}}
         row["search_ms"] = {
-            name: _quantiles([partial(index.search, query, k=K, **how) for query in queries], repeats)
+            name: quantiles_ms([partial(index.search, query, k=K, **how) for query in queries], repeats)
             for name, how in options.items()
         }
         row["found"] = {name: len(index.search(queries[0], k=1000, **how)) for name, how in options.items()}
@@ -127,10 +126,10 @@ def _measure(place: Path, queries: Sequence[str], vectors: "NDArray[np.float32]"
 
 def _recall(place: Path, queries: "NDArray[np.float32]") -> float:
     """Share of the exact `K` nearest passages that the index finds."""
-    with closing(Store.open(place)) as store:
-        layout, searched = Layout.of(store), Vectors(queries.shape[1], place)
-        searched.refresh(store)
-        searched.sync(store)
+    with closing(SQLiteStore.open(place)) as store:
+        layout, searched = Layout.of(store), store.nearest()
+        searched.refresh()
+        searched.sync()
         blocks = list(store.vectors())
         rows = np.concatenate([rows for rows, _ in blocks])
         cosines = np.concatenate([vectors @ queries.T for _, vectors in blocks])
@@ -140,18 +139,6 @@ def _recall(place: Path, queries: "NDArray[np.float32]") -> float:
             found, _ = searched.search(query, K, layout.passages.rows)
             shares.append(len(np.intersect1d(nearest, found)) / K)
     return float(np.mean(shares))
-
-
-def _quantiles(searches: Sequence[Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Over the queries, of each one's median of `repeats`, in milliseconds."""
-    each = 1e3 * np.median([[_seconds(search) for search in searches] for _ in range(repeats)], axis=0)
-    return {"p50": float(np.median(each)), "p95": float(np.quantile(each, 0.95))}
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _sizes(place: Path) -> dict[str, int]:
@@ -178,7 +165,7 @@ def _table(figures: dict[str, Any]) -> str:
         f"{'hybrid':>13} {'filtered':>13} {'own GB':>7} {'mapped GB':>9}",
     ]
     for row in figures["rows"]:
-        times = "".join(f"{ms['p50']:7.1f} / {ms['p95']:<5.1f}" for ms in row["search_ms"].values())
+        times = "".join(f"{ms['p50_ms']:7.1f} / {ms['p95_ms']:<5.1f}" for ms in row["search_ms"].values())
         resident = row["resident_bytes"]
         lines.append(
             f"{row['chunks']:9,} {row['build_s']:8.1f} {row['bytes']['index'] / 1e9:9.2f} "
@@ -190,7 +177,7 @@ def _table(figures: dict[str, Any]) -> str:
 
 def _plot(figures: dict[str, Any], path: Path) -> None:
     series = {
-        name: [(row["chunks"], row["search_ms"][name]["p50"]) for row in figures["rows"]]
+        name: [(row["chunks"], row["search_ms"][name]["p50_ms"]) for row in figures["rows"]]
         for name in figures["rows"][0]["search_ms"]
     }
     plot(path, series, f"A search for {figures['k']} chunks", "chunks", "median milliseconds", log_x=True)

@@ -65,7 +65,7 @@ class CorpusFields(Record):
         index = self.index(resources)
         by_document: dict[str, list[CorpusQuestion]] = {}
         for question in resources.rng("questions").sample(found, len(found)):
-            _refuse_places_outside(question, index)
+            refuse_places_outside(question, index)
             _refuse_gold_apart(question)
             by_document.setdefault(question.gold_spans[0].doc_id, []).append(question)
         return by_document
@@ -84,8 +84,13 @@ class CorpusFields(Record):
         return (d for d in documents if d.id in kept)
 
 
-def _refuse_places_outside(question: CorpusQuestion, index: Index) -> None:
+def refuse_places_outside(question: CorpusQuestion, index: Index) -> None:
+    """Raises `CorpusError` where the question has gold in a document that the index has not, or past its end."""
     for place in (*question.gold_spans, *question.gold_passages):
+        if not index.titles([place.doc_id]):
+            raise CorpusError(
+                f"{question.id!r} has gold in document {place.doc_id!r}, which the corpus has not. Mend either."
+            )
         length = len(index.document(place.doc_id).text)
         if place.end > length:
             raise CorpusError(

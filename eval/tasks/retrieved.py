@@ -5,10 +5,11 @@ from random import Random
 from typing import Literal
 
 from stripedrag.errors import UsageError
+from stripedrag.eval.places import touches
 from stripedrag.eval.resources import Resources, passage_of
 from stripedrag.eval.schema import Passage, Stretch
 from stripedrag.eval.tasks.corpus import in_turn
-from stripedrag.indexes.documents import Chunk, Document, Scored
+from stripedrag.indexes.documents import Document, Scored
 from stripedrag.indexes.index import Index
 from stripedrag.rag.retriever import Context, Policy, Retriever
 
@@ -83,7 +84,7 @@ class Source:
     def only_evidence(self, question: str, evidence: Sequence[Stretch], budget: int) -> tuple[Passage, ...]:
         """The chunks with evidence, best first, that fit."""
         found = self._index.search(question, k=len(self._index))
-        return self.filled((scored for scored in found if _touches(scored.chunk, evidence)), budget)
+        return self.filled((scored for scored in found if touches(scored.chunk, evidence)), budget)
 
     def beginning(self, doc_id: str, budget: int) -> tuple[Passage, ...]:
         """A document's first chunks, up to the first that does not fit."""
@@ -119,11 +120,7 @@ class Source:
 
 def _evidence_first(found: Sequence[Scored], evidence: Sequence[Stretch]) -> list[Scored]:
     """What has a part of the evidence, then the rest, each in the order found."""
-    return sorted(found, key=lambda scored: not _touches(scored.chunk, evidence))
-
-
-def _touches(chunk: Chunk, evidence: Sequence[Stretch]) -> bool:
-    return any(s.doc_id == chunk.doc_id and s.start < chunk.end and chunk.start < s.end for s in evidence)
+    return sorted(found, key=lambda scored: not touches(scored.chunk, evidence))
 
 
 def _passages(context: Context) -> tuple[Passage, ...]:

@@ -12,6 +12,8 @@ from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
 from stripedrag.eval.bench.filter import parameters, rows_of
 from stripedrag.eval.bench.report import Bandwidth, interleaved, medians, peak_bytes, plot
 from stripedrag.eval.cli import app
+from stripedrag.eval.places import holds, touches
+from stripedrag.eval.schema import Stretch
 from stripedrag.kernels import ops
 
 
@@ -123,16 +125,18 @@ def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
     assert figures["search"]["p95_ms"] >= figures["search"]["p50_ms"] > 0
 
     asked.write_text(json.dumps(questions[0] | {"gold_spans": [{"doc_id": "Veyrac", "start": 5, "end": 10**6}]}))
-    with pytest.raises(CorpusError, match="question 'Veyrac' has evidence at 'Veyrac' 5:1000000, where the corpus has"):
+    with pytest.raises(CorpusError, match="question 'Veyrac' has gold at 5:1000000 of document 'Veyrac', which has"):
         recall.run(1, corpus, asked)
 
 
-def test_evidence_has_to_be_covered_to_its_last_character():
-    from stripedrag.eval.bench.recall import _covers
+def test_evidence_is_held_to_its_last_character_by_what_touches_it():
+    def places(*stretches):
+        return [Stretch(doc_id=doc_id, start=start, end=end) for doc_id, start, end in stretches]
 
-    evidence = (("a", 10, 20), ("b", 0, 5))
-    assert _covers([("b", 0, 9), ("a", 15, 25), ("a", 5, 15)], evidence)
-    assert not _covers([("b", 0, 9), ("a", 16, 25), ("a", 5, 15)], evidence)
-    assert not _covers([("b", 0, 9), ("a", 5, 19)], evidence)
-    assert not _covers([("a", 0, 30)], evidence)
-    assert not _covers([], evidence)
+    evidence = places(("a", 10, 20), ("b", 0, 5))
+    assert holds(places(("b", 0, 9), ("a", 15, 25), ("a", 5, 15)), evidence)
+    assert not holds(places(("b", 0, 9), ("a", 16, 25), ("a", 5, 15)), evidence)
+    assert not holds(places(("b", 0, 9), ("a", 5, 19)), evidence)
+    assert not holds(places(("a", 0, 30)), evidence)
+    assert not holds([], evidence)
+    assert [touches(p, evidence) for p in places(("a", 0, 10), ("a", 19, 30), ("c", 0, 9))] == [False, True, False]

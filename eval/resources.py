@@ -14,7 +14,6 @@ from stripedrag.eval.schema import Passage, digest
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.index import Index
-from stripedrag.indexes.sqlite import FILE
 from stripedrag.jsonl import read_lines
 from stripedrag.rag.prompt import PromptFormat
 from stripedrag.rag.retriever import Span
@@ -68,7 +67,7 @@ class Resources:
         """The index of these documents, made where the run has none yet; `content` identifies them."""
         place = self.folder / "indexes" / f"{name}-{digest(content)[:12]}"
         if place.name not in self._indexes:
-            make = Index.open if (place / FILE).exists() else Index.create
+            make = Index.open if Index.is_at(place) else Index.create
             index = make(place, embedder=self._embedder)
             if not index.document_count:  # new, or left by a run that was killed while it embedded
                 found = documents()

@@ -126,6 +126,11 @@ class Index:
             unless_well.pop_all()
         return index
 
+    @staticmethod
+    def is_at(place: str | Path) -> bool:
+        """Whether there is an index at `place`, as `create` takes it. Raises `StoreError` where a server refuses."""
+        return PostgresStore.is_at(place) if is_postgres(place) else SQLiteStore.is_at(Path(place))
+
     @property
     def path(self) -> Path:
         """Its folder. Raises `UsageError` for an index over Postgres, which has none."""
@@ -160,6 +165,12 @@ class Index:
         """How many documents it holds."""
         with self._lock:
             return self._store.document_count()
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of the disk."""
+        with self._lock:
+            return self._store.size_bytes()
 
     def document_ids(self) -> list[str]:
         """The ids of all documents, sorted."""

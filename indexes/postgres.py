@@ -143,6 +143,16 @@ class PostgresStore(Store):
             (text,) = database.execute(f"SELECT json FROM {address.schema}.manifest").fetchone() or ("null",)
             return cls(address, database, parse(text, index=address.index))
 
+    @staticmethod
+    def is_at(uri: str) -> bool:
+        """Whether the schema that `uri` names holds an index. Raises as `open` does where the server does not say."""
+        address = Address.parse(uri)
+        with ExitStack() as stack:
+            database = stack.enter_context(connected(address))
+            stack.callback(database.close)
+            stack.enter_context(told(f"cannot open {address.shown}"))
+            return database.execute(_IS_THERE, (address.index,)).fetchone() is not None
+
     @property
     def _database(self) -> "Connection":
         if self._connection is None:
@@ -244,6 +254,11 @@ class PostgresStore(Store):
         """See `Store.compact`. Waits for the readers and locks them out meanwhile."""
         for how in ("", "(FULL, ANALYZE)"):  # the first gives back what a write left that failed
             self.execute(f"VACUUM {how} documents, metadata, passages, chunks")
+
+    def size_bytes(self) -> int:
+        """See `Store.size_bytes`."""
+        tables = "pg_class WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace"
+        return self._number(f"SELECT sum(pg_total_relation_size(oid)) FROM {tables}")
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the text index; for the server's own files there is `pg_amcheck`."""

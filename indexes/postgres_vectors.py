@@ -11,6 +11,8 @@ once. Measured with 300,000 vectors of 384 dimensions that mix MiniLM's, on two 
 | 500 | 0.21 s | 0.06 s | .998 |
 | 1000 | 0.21 s | 0.04 s | .994 |
 | 2048 | 0.21 s | 0.12 s | .999 |
+
+Of vectors in tight clusters the graph finds less: .74 to .91 of 120,000 in 400 random ones.
 """
 
 from typing import TYPE_CHECKING

@@ -159,11 +159,16 @@ class SQLiteStore(Store):
         """The store in `folder`. Raises `UsageError` where there is none, `IndexMismatchError` for another schema."""
         if not folder.exists():
             raise UsageError(f"no index at {folder}: there is no such folder. Create it with Index.create.")
-        if not (folder / FILE).is_file():
+        if not cls.is_at(folder):
             raise UsageError(f"{folder} is no index: it has no file {FILE}. Create one in an empty folder.")
         with _connected(folder / FILE, mode="rw", doing=f"cannot open {folder} as an index") as database:
             (text,) = database.execute("SELECT json FROM manifest").fetchone() or ("null",)
             return cls(folder, database, parse(text, index=folder.name))
+
+    @staticmethod
+    def is_at(folder: Path) -> bool:
+        """Whether `folder` holds an index."""
+        return (folder / FILE).is_file()
 
     @property
     def _database(self) -> sqlite3.Connection:
@@ -278,6 +283,10 @@ class SQLiteStore(Store):
             for table in ("words", "title_words"):
                 self._database.execute(f"INSERT INTO {table} ({table}) VALUES ('optimize')")
             self._database.execute("VACUUM")
+
+    def size_bytes(self) -> int:
+        """See `Store.size_bytes`."""
+        return sum(file.stat().st_size for file in self.folder.iterdir())
 
     def faults(self) -> Iterator[str]:
         """What is wrong with SQLite's file, the references, the text index and the file of vectors."""

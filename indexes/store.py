@@ -134,6 +134,10 @@ class Store(ABC):
         """Gives the space of what was deleted back to the disk; needs as much free as the index has."""
 
     @abstractmethod
+    def size_bytes(self) -> int:
+        """What it takes of the disk, files that are derived from it included."""
+
+    @abstractmethod
     def faults(self) -> Iterator[str]:
         """What is wrong with the store's own structure, in words."""
 

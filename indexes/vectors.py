@@ -4,11 +4,11 @@ Contract: rows of a store are never used twice and the store names the file that
 disagree: rows that are newer than the file are searched beside it, rows that are gone are passed over, and a file that
 is missing, damaged or mostly out of date is built again. Below `SMALL` vectors there is no file, and search is exact.
 
-| vectors | FAISS | a vector's bytes | recall@500 |
+| vectors | FAISS | a vector's bytes | recall@500, measured at |
 |---|---|---|---|
 | to `FLAT_UP_TO` | flat | 4 d | 1 |
-| to `SQ8_UP_TO` | flat, 8-bit scalar quantizer | d | see README |
-| above | IVF, 8-bit scalar quantizer; all lists under a filter | d | see README |
+| to `SQ8_UP_TO` | flat, 8-bit scalar quantizer | d | .994, 200,000 |
+| above | IVF, 8-bit scalar quantizer; all lists under a filter | d | .986, 1,000,000 |
 """
 
 import hashlib

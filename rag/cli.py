@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,7 +33,12 @@ app = typer.Typer(
 )
 err = Console(stderr=True, highlight=False)
 
-IndexPath = Annotated[Path, typer.Argument(help="The folder of an index.", show_default=False)]
+IndexPlace = Annotated[
+    str,
+    typer.Argument(
+        help="An index: its folder, or postgresql://user@host/database?index=NAME.", metavar="INDEX", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PolicyName = Annotated[
     Policy,
@@ -89,7 +93,7 @@ def setup(as_json: Json = False) -> None:
 
 @app.command()
 def ask(
-    index: IndexPath,
+    index: IndexPlace,
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
     context_tokens: Annotated[
         int, typer.Option(help="Tokens that prompt and answer may have together.")
@@ -128,7 +132,7 @@ def ask(
 
 @app.command()
 def retrieve(
-    index: IndexPath,
+    index: IndexPlace,
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
     budget_tokens: Annotated[int, typer.Option(help="Tokens to fill, by the embedder's tokenizer.")] = CONTEXT_TOKENS,
     policy: PolicyName = "rank",

@@ -1,15 +1,22 @@
 """The commands that make an index and look after it: index, delete, compact, verify. See `stripedrag.rag.cli`."""
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryFile, gettempdir
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
 from stripedrag.errors import StoreError, UsageError
-from stripedrag.rag.cli import IndexPath, Json, app, err, print_json, quiet_libraries
+from stripedrag.indexes.postgres_server import Address, is_postgres
+from stripedrag.rag.cli import IndexPlace, Json, app, err, print_json, quiet_libraries
+
+if TYPE_CHECKING:
+    from stripedrag.indexes.documents import Document
 
 _MOST_SHOWN = 20  # of what was left out
 
@@ -19,7 +26,10 @@ def index(
     path: Annotated[
         Path, typer.Argument(help="A file or a folder: txt, md, html, pdf, docx, jsonl.", show_default=False)
     ],
-    to: Annotated[Path, typer.Option("--to", help="The index: made where it is missing, else added to.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="The index, a folder or postgresql://…: made where it is missing, else added to."),
+    ],
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Wordpieces in a chunk of a new index, the unit that a search finds; 64.")
     ] = None,
@@ -37,29 +47,34 @@ def index(
     from stripedrag.indexes.embedding import embedder_named
     from stripedrag.indexes.index import Index
     from stripedrag.indexes.readers import Skipped, read_documents
-    from stripedrag.indexes.sqlite import FILE
 
-    # Reading twice costs little beside embedding, finds every bad file before the work, and gives the bar its length.
-    skipped: list[Skipped] = []
-    chars = sum(len(document.text) for document in read_documents(path, skipped=skipped))
-    for left_out in skipped[:_MOST_SHOWN]:
-        err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
-    if len(skipped) > _MOST_SHOWN:
-        err.print(f"and {len(skipped) - _MOST_SHOWN} more; --json tells them all", markup=False)
-    is_new = not (to / FILE).exists()
     chosen = None if embedder is None else embedder_named(embedder)
-    make = partial(Index.create, chunk_tokens=chunk_tokens) if is_new else Index.open
-    opened = make(to, embedder=chosen)
-    kept = opened.manifest.chunk_tokens
-    if chunk_tokens not in (None, kept):
-        opened.close()
-        raise UsageError(f"{to} is an index of {kept} wordpieces a chunk and keeps them; leave --chunk-tokens out")
+    make = Index.open if Index.is_at(to) else partial(Index.create, chunk_tokens=chunk_tokens)
+    skipped: list[Skipped] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with opened as target, Progress(*columns, console=err, transient=True) as bar:
-        task, embedded = bar.add_task("indexing", total=chars), 0
+    with ExitStack() as stack:
+        bar = stack.enter_context(Progress(*columns, console=err, transient=True))
+        # All is read before anything is embedded: what is wrong with the files shows early, and the bar has a length.
+        read = stack.enter_context(TemporaryFile("w+", encoding="utf-8"))
+        task = bar.add_task("reading", total=None)
+        found = read_documents(path, skipped=skipped)
+        chars = _keep(found, read, lambda number: bar.update(task, description=f"reading ({number} documents)"))
+        for left_out in skipped[:_MOST_SHOWN]:
+            err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
+        if len(skipped) > _MOST_SHOWN:
+            err.print(f"and {len(skipped) - _MOST_SHOWN} more; --json tells them all", markup=False)
+        target = stack.enter_context(make(to, embedder=chosen))
+        kept = target.manifest.chunk_tokens
+        if chunk_tokens not in (None, kept):
+            raise UsageError(
+                f"{_shown(to)} is an index of {kept} wordpieces a chunk and keeps them; leave --chunk-tokens out"
+            )
+        bar.reset(task, total=chars, description="indexing")
+        embedded = 0
 
         def documents() -> Iterator[Document]:
-            for document in read_documents(path, skipped=[]):
+            for line in read:
+                document = Document(**json.loads(line))
                 yield document
                 bar.advance(task, len(document.text))
 
@@ -76,14 +91,39 @@ def index(
         print_json(fields)
     else:
         typer.echo(
-            f"{to}: {total_documents} documents, {total_chunks} chunks "
+            f"{_shown(to)}: {total_documents} documents, {total_chunks} chunks "
             f"({report.added} added, {report.updated} updated, {report.unchanged} unchanged)"
         )
 
 
+def _shown(place: str) -> str:
+    """The place as it was written, without a password."""
+    return Address.parse(place).shown if is_postgres(place) else place
+
+
+def _keep(documents: "Iterable[Document]", file: IO[str], tell: Callable[[int], None]) -> int:
+    """Writes documents into `file`, one JSON object a line, and goes back to its beginning; returns their characters.
+
+    `tell` hears how many there are so far. Raises `StoreError` where the disk is full.
+    """
+    chars = 0
+    try:
+        for number, document in enumerate(documents, start=1):
+            file.write(json.dumps(dataclasses.asdict(document)) + "\n")
+            chars += len(document.text)
+            tell(number)
+        file.seek(0)
+    except OSError as error:
+        raise StoreError(
+            f"{gettempdir()}, where documents wait until all are read, takes no more: {error.strerror}. Free some, "
+            f"or set TMPDIR to a folder that has more."
+        ) from error
+    return chars
+
+
 @app.command()
 def delete(
-    index: IndexPath,
+    index: IndexPlace,
     doc_ids: Annotated[list[str], typer.Argument(help="The ids of documents.", show_default=False)],
     as_json: Json = False,
 ) -> None:
@@ -96,29 +136,26 @@ def delete(
     if as_json:
         print_json({"deleted": deleted, "documents": left})
     else:
-        typer.echo(f"{index}: {deleted} documents deleted, {left} left; `stripedrag compact` frees their space")
+        typer.echo(f"{_shown(index)}: {deleted} documents deleted, {left} left; `stripedrag compact` frees their space")
 
 
 @app.command()
-def compact(index: IndexPath, as_json: Json = False) -> None:
+def compact(index: IndexPlace, as_json: Json = False) -> None:
     """Give the space of deleted and replaced documents back to the disk."""
     from stripedrag.indexes.index import Index
 
-    def size() -> int:
-        return sum(file.stat().st_size for file in index.iterdir())
-
     with Index.open(index) as opened:
-        before = size()
+        before = opened.size_bytes
         opened.compact()
-        after = size()
+        after = opened.size_bytes
     if as_json:
         print_json({"bytes_before": before, "bytes_after": after})
     else:
-        typer.echo(f"{index}: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now")
+        typer.echo(f"{_shown(index)}: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now")
 
 
 @app.command()
-def verify(index: IndexPath, as_json: Json = False) -> None:
+def verify(index: IndexPlace, as_json: Json = False) -> None:
     """Read an index whole and tell what is not as it was written; exits with 1 where something is not."""
     from rich.progress import Progress
 
@@ -130,8 +167,8 @@ def verify(index: IndexPath, as_json: Json = False) -> None:
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
-        typer.echo(f"{index}: {report.documents} documents, {report.passages} passages, {report.chunks} chunks")
+        typer.echo(f"{_shown(index)}: {report.documents} documents, {report.passages} passages, {report.chunks} chunks")
         for fault in report.faults:
             typer.echo(f"  {fault}")
     if report.faults:
-        raise StoreError(f"{index} has faults. Index its documents anew, or take a copy that was kept.")
+        raise StoreError(f"{_shown(index)} has faults. Index its documents anew, or take a copy that was kept.")

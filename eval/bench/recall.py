@@ -32,7 +32,6 @@ from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.fusion import reciprocal_ranks
 from stripedrag.indexes.index import Index
 from stripedrag.indexes.lexical import words
-from stripedrag.indexes.sqlite import FILE
 from stripedrag.jsonl import read_lines
 from stripedrag.rag.retriever import Retriever
 from stripedrag.weights import cache_dir
@@ -201,7 +200,7 @@ class _Recalls:
 def cached_index(corpus: Path, embedder: MiniLMEmbedder) -> Index:
     """The index of a corpus file, kept in the cache: embedding it is what takes long."""
     place = cache_dir() / "bench" / f"recall-{file_sha256(corpus)[:12]}"
-    index = (Index.open if (place / FILE).exists() else Index.create)(place, embedder=embedder)
+    index = (Index.open if Index.is_at(place) else Index.create)(place, embedder=embedder)
     index.add(_tracked(read_corpus(corpus), f"indexing {corpus.name}"))
     return index
 

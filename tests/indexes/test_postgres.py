@@ -646,3 +646,26 @@ def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch, module: str) -
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SetupError, match=r"^postgresql://u@h/d\?index=i .*Run pip install 'stripedrag\[postgres\]'\.$"):
         Index.open("postgresql://u:s3cret@h/d?index=i")
+
+
+@pytest.mark.weights
+def test_the_commands_take_a_uri_and_show_no_password(uri: str, tmp_path: Path) -> None:
+    secret = uri.replace("postgres@", "postgres:hunter2@")
+    (tmp_path / "a.txt").write_text("The lighthouse of Veyrac was built in 1862.")
+    (tmp_path / "b.txt").write_text("The lighthouse of Orlat was built in 1901.")
+
+    def run(*arguments: object) -> str:
+        script = Path(sys.executable).with_name("stripedrag")
+        done = subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "hunter2" not in done.stdout + done.stderr
+        return done.stdout
+
+    assert "2 documents, 2 chunks (1 added" in run("index", tmp_path / "a.txt", "--to", secret) + run(
+        "index", tmp_path / "b.txt", "--to", secret
+    )
+    assert "built in 1901" in run("retrieve", secret, "When was the lighthouse of Orlat built?")
+    assert "1 documents deleted, 1 left" in run("delete", secret, "a.txt")
+    assert "MB now" in run("compact", secret)
+    assert "1 documents, 1 passages, 1 chunks" in run("verify", secret)
+    assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == []

@@ -23,7 +23,7 @@ Policy = Literal["rank", "best-last", "document", "edges"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 # A chunk repeats those before it where all its runs of so many words were in them. All, as reports differ in numbers.
-_RUN_WORDS = 5
+RUN_WORDS = 5
 _FEW_CHARS = 4  # a token has rarely fewer: where the search for the longest filling starts
 
 
@@ -178,14 +178,20 @@ class _Count:
         return self._known[key]
 
 
+def runs_of_words(text: str) -> set[tuple[str, ...]]:
+    """All `RUN_WORDS` words in a row of a text, in lower case; a shorter text is one run, white space none."""
+    words = text.lower().split()
+    runs = range(max(1, len(words) - RUN_WORDS + 1)) if words else ()
+    return {tuple(words[at : at + RUN_WORDS]) for at in runs}
+
+
 def _without_repeats(candidates: "Iterable[Scored]") -> "tuple[list[Scored], list[Scored]]":
     """Those that say something new in the order given, and those whose runs of words were all seen before."""
     seen: set[tuple[str, ...]] = set()
     new, repeats = [], []
     for scored in candidates:
-        words = scored.chunk.text.lower().split()
-        runs = {tuple(words[at : at + _RUN_WORDS]) for at in range(max(1, len(words) - _RUN_WORDS + 1))}
-        if words and runs <= seen:
+        runs = runs_of_words(scored.chunk.text)
+        if runs and runs <= seen:
             repeats.append(scored)
         else:
             new.append(scored)

@@ -1,16 +1,16 @@
 """How much of the evidence fits a budget: filling it with our ranking, against fusion over passages and its parts.
 
-Recall at a budget is the share of questions whose whole evidence (white space aside) lies in the context. Ours is
-`Retriever.retrieve` as it ships, at each budget. The rivals rank the passages of the same index, which the same vectors
-stand for: BM25 (FTS5, Porter stems, titles with each passage), the cosine, and the fusion of both by reciprocal ranks;
-they take passages in rank order while these fit. A reranker is bounded by an oracle: of the best 100 passages by
-fusion, those with evidence come first. Differences are paired and intervals clustered by document.
+Recall at a budget is the share of questions whose whole evidence (white space aside) lies in the context, at its own
+place or repeated with the words around it (`stripedrag.eval.bench.repeats`). Ours is `Retriever.retrieve` as it ships,
+at each budget. The rivals take passages of some 256 tokens in rank order while these fit: by BM25 (FTS5, Porter stems),
+by MiniLM's cosine, and by the fusion of both through reciprocal ranks. Titled passages are the same with the document's
+title before each, as ours have it. A reranker is bounded by an oracle: of the best 100 titled passages by fusion, those
+with evidence come first. Differences are paired and intervals clustered by document.
 """
 
-import sqlite3
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from stripedrag.eval.bench.passages import Bm25, Passages
+from stripedrag.eval.bench.repeats import Repeats
 from stripedrag.eval.bench.report import Report, machine, plot, quantiles_ms
 from stripedrag.eval.data_formats import DATA, Claim, CorpusQuestion, file_sha256
 from stripedrag.eval.metrics import ndcg
-from stripedrag.eval.places import holds, touches
+from stripedrag.eval.places import Located, touches
 from stripedrag.eval.resources import read_corpus
 from stripedrag.eval.schema import Stretch
 from stripedrag.eval.statistics import difference, estimate
 from stripedrag.eval.tasks.corpus import refuse_places_outside
 from stripedrag.indexes.embedding import MiniLMEmbedder
-from stripedrag.indexes.fusion import reciprocal_ranks
 from stripedrag.indexes.index import Index
-from stripedrag.indexes.lexical import words
 from stripedrag.jsonl import read_lines
 from stripedrag.rag.retriever import Retriever
 from stripedrag.weights import cache_dir
@@ -39,11 +39,10 @@ from stripedrag.weights import cache_dir
 CORPUS, QUESTIONS = DATA / "rag_qa" / "corpus.jsonl.xz", DATA / "rag_qa" / "questions.jsonl.xz"
 ABSTRACTS, CLAIMS = DATA / "scifact" / "corpus.jsonl.xz", DATA / "scifact" / "queries.jsonl.xz"
 BUDGETS = (1024, 2048, 4096, 8192, 16_384, 32_768, 131_072)
-DEPTH = 3000  # passages of each ranking: more than the largest budget takes
 RERANKED = 100  # passages that the oracle sees
 TOPS = (1, 2, 5, 10, 20, 50)
 K = 500  # of the searches that are timed
-OURS, RIVAL = "filled (ours)", "passages, fusion"
+OURS, RIVALS = "filled (ours)", ("passages, fusion", "titled passages, fusion")
 
 T = TypeVar("T")
 Evidence = tuple[Stretch, ...]
@@ -53,22 +52,23 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Rep
     """Recall against budget of every method on `corpus`, and the time of a search; on our own data SciFact, too."""
     asked = list(read_lines(questions, CorpusQuestion))
     embedder = CachingEmbedder()
-    with cached_index(corpus, embedder) as index:
+    with cached_index(corpus, embedder) as index, cached_index(corpus, embedder, titles=False) as untitled:
         evidence = [_evidence(question, index) for question in asked]
         clusters = [places[0].doc_id for places in evidence]
-        passages = _Passages(index)
-        found = _Recalls(passages, Retriever(index))
+        repeated = Repeats(index, (piece for places in evidence for piece in places))
+        titled = Passages(index)
+        found = _Recalls(Retriever(index), repeated, Passages(untitled), titled)
         for question, places in zip(_tracked(asked, "asking"), evidence, strict=True):
             found.ask(question.question, places)
         figures = {
             "bench": "recall",
             "machine": machine(),
             "corpus": {"file": corpus.name, "sha256": file_sha256(corpus), "documents": index.document_count}
-            | {"passages": len(passages.chunks), "chunks": len(index)},
+            | {"passages": len(titled.chunks), "chunks": len(index)},
             "questions": {"file": questions.name, "sha256": file_sha256(questions), "number": len(asked)}
             | {"documents": len(set(clusters))},
             "curves": found.curves(clusters),
-            "ours_less_fusion": found.differences(clusters),
+            "ours_less": found.differences(clusters),
             "top_k": found.tops(clusters),
             "search": _times(index, [question.question for question in asked], repeats),
         }
@@ -91,80 +91,38 @@ class CachingEmbedder(MiniLMEmbedder):
         return self._kept[query]
 
 
-class _Passages:
-    """The passages of an index in the order of (document, start), ranked in the ways that are compared with ours."""
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-        # A dense search for everything returns every passage once, with the index's own cuts.
-        whole = index.search("everything", k=len(index), unit="passage", method="dense")
-        self.chunks = sorted((scored.chunk for scored in whole), key=lambda chunk: (chunk.doc_id, chunk.start))
-        self._at = {chunk.id: place for place, chunk in enumerate(self.chunks)}
-        self._of: dict[str, list[int]] = {}
-        for place, chunk in enumerate(self.chunks):
-            self._of.setdefault(chunk.doc_id, []).append(place)
-        encode = index.embedder.tokenizer.encode_batch_fast
-        self.tokens = np.array([len(e) for e in encode([c.text for c in self.chunks], add_special_tokens=False)])
-        titles = index.titles({chunk.doc_id for chunk in self.chunks})
-        self._words = _Bm25(f"{titles[chunk.doc_id]}\n{chunk.text}" for chunk in self.chunks)
-
-    def rankings(self, query: str) -> "dict[str, NDArray[np.int64]]":
-        """Places in `chunks`, best first, by method."""
-        hits = self._index.search(query, k=DEPTH, unit="passage", method="dense")
-        dense = np.array([self._at[scored.chunk.id] for scored in hits])
-        lexical = self._words.ranking(query)
-        scores = reciprocal_ranks([dense, lexical], len(self.chunks))
-        fused = np.argsort(-scores, kind="stable")[: np.count_nonzero(scores)]
-        return {"passages, BM25": lexical, "passages, cosine": dense, RIVAL: fused}
-
-    def needed(self, ranking: "NDArray[np.int64]", evidence: Evidence) -> float:
-        """How many tokens the passages have, best first, until they hold all the evidence; infinite if never."""
-        near = [at for doc_id in {stretch.doc_id for stretch in evidence} for at in self._of[doc_id]]
-        places = np.array([at for at in near if touches(self.chunks[at], evidence)])
-        ranks = np.flatnonzero(np.isin(ranking, places))
-        if len(ranks) < len(places):
-            return float("inf")
-        return float(self.tokens[ranking[: ranks[-1] + 1]].sum())
-
-
-class _Bm25:
-    """Okapi BM25 of texts by SQLite's FTS5: k1 = 1.2, b = .75."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._database = sqlite3.connect(":memory:")
-        self._database.execute("CREATE VIRTUAL TABLE texts USING fts5 (text, tokenize = 'porter unicode61')")
-        self._database.executemany("INSERT INTO texts (rowid, text) VALUES (?, ?)", enumerate(texts))
-
-    def ranking(self, query: str) -> "NDArray[np.int64]":
-        """Places of the texts that hold a word of the query, best first."""
-        terms = " OR ".join(f'"{word}"' for word in words(query))
-        query_text = "SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rank, rowid"
-        rows = self._database.execute(query_text, (terms,)) if terms else ()
-        return np.fromiter((row for (row,) in rows), dtype=np.int64)
-
-
 class _Recalls:
     """What each method found, question by question."""
 
-    def __init__(self, passages: _Passages, retriever: Retriever) -> None:
-        self._passages, self._retriever = passages, retriever
+    def __init__(self, retriever: Retriever, repeats: Repeats, plain: Passages, titled: Passages) -> None:
+        self._retriever, self._repeats, self._plain, self._titled = retriever, repeats, plain, titled
         self._hits: dict[str, list[list[bool]]] = {}
         self._tops: dict[int, list[tuple[bool, bool, float]]] = {k: [] for k in TOPS}
 
     def ask(self, question: str, evidence: Evidence) -> None:
         """Asks one question of every method."""
-        contexts = (self._retriever.retrieve(question, budget_tokens=budget).spans for budget in BUDGETS)
-        ours = [bool(holds(spans, evidence)) for spans in contexts]
-        self._hits.setdefault(OURS, []).append(ours)
-        rankings = self._passages.rankings(question)
-        for method, ranking in rankings.items():
-            needed = self._passages.needed(ranking, evidence)
-            self._hits.setdefault(method, []).append([needed <= budget for budget in BUDGETS])
-        best, chunks = rankings[RIVAL][:RERANKED], self._passages.chunks
-        reranked = sorted(best.tolist(), key=lambda at: not touches(chunks[at], evidence))
+        contexts: dict[str, Iterable[Sequence[Located]]] = {
+            OURS: [self._retriever.retrieve(question, budget_tokens=budget).spans for budget in BUDGETS]
+        }
+        rankings = self._titled.rankings(question)
+        for passages, ranked, name in (
+            (self._plain, self._plain.rankings(question), "passages"),
+            (self._titled, rankings, "titled passages"),
+        ):
+            contexts |= {
+                f"{name}, {method}": [passages.filling(ranking, budget) for budget in BUDGETS]
+                for method, ranking in ranked.items()
+            }
+        for method, filled in contexts.items():
+            self._hits.setdefault(method, []).append([self._repeats.found(context, evidence) for context in filled])
+        best = rankings["fusion"][:RERANKED].tolist()
+        chunks = self._titled.chunks
+        reranked = sorted(best, key=lambda at: not touches(chunks[at], evidence))
         for k in TOPS:
-            plain, ideal = (holds([chunks[at] for at in order[:k]], evidence) for order in (best.tolist(), reranked))
-            self._tops[k].append((bool(plain), bool(ideal), float(self._passages.tokens[reranked[:k]].sum())))
+            plain, ideal = (
+                self._repeats.found([chunks[at] for at in order[:k]], evidence) for order in (best, reranked)
+            )
+            self._tops[k].append((plain, ideal, float(self._titled.tokens[reranked[:k]].sum())))
 
     def curves(self, clusters: Sequence[str]) -> dict[str, list[dict[str, float]]]:
         """Recall with its 95 % interval, by method and budget."""
@@ -176,13 +134,16 @@ class _Recalls:
             for method, hits in self._hits.items()
         }
 
-    def differences(self, clusters: Sequence[str]) -> list[dict[str, float]]:
-        """Ours less the fusion over passages, at each budget."""
-        ours, theirs = (np.array(self._hits[method], dtype=float) for method in (OURS, RIVAL))
-        return [
-            {"budget_tokens": budget, **asdict(difference(ours[:, at].tolist(), theirs[:, at].tolist(), clusters))}
-            for at, budget in enumerate(BUDGETS)
-        ]
+    def differences(self, clusters: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+        """Ours less each of the `RIVALS`, at each budget."""
+        hits = {method: np.array(self._hits[method], dtype=float).T.tolist() for method in (OURS, *RIVALS)}
+        return {
+            rival: [
+                {"budget_tokens": budget, **asdict(difference(ours, theirs, clusters))}
+                for budget, ours, theirs in zip(BUDGETS, hits[OURS], hits[rival], strict=True)
+            ]
+            for rival in RIVALS
+        }
 
     def tops(self, clusters: Sequence[str]) -> list[dict[str, Any]]:
         """Recall of the best k passages, as they are and behind a reranker that cannot err, and their mean tokens."""
@@ -197,11 +158,14 @@ class _Recalls:
         ]
 
 
-def cached_index(corpus: Path, embedder: MiniLMEmbedder) -> Index:
-    """The index of a corpus file, kept in the cache: embedding it is what takes long."""
-    place = cache_dir() / "bench" / f"recall-{file_sha256(corpus)[:12]}"
+def cached_index(corpus: Path, embedder: MiniLMEmbedder, *, titles: bool = True) -> Index:
+    """The index of a corpus file, with its titles or without, kept in the cache: embedding it is what takes long."""
+    place = cache_dir() / "bench" / f"recall-{file_sha256(corpus)[:12]}{'' if titles else '-untitled'}"
+    documents = read_corpus(corpus)
+    if not titles:
+        documents = [replace(document, title="") for document in documents]
     index = (Index.open if Index.is_at(place) else Index.create)(place, embedder=embedder)
-    index.add(_tracked(read_corpus(corpus), f"indexing {corpus.name}"))
+    index.add(_tracked(documents, f"indexing {corpus.name}"))
     return index
 
 
@@ -237,7 +201,7 @@ def _judged(embedder: CachingEmbedder) -> dict[str, Any]:
     claims = [claim for claim in read_lines(CLAIMS, Claim) if claim.split == "test"]
     with cached_index(ABSTRACTS, embedder) as index:
         documents = [index.document(doc_id) for doc_id in index.document_ids()]
-        bm25 = _Bm25(f"{document.title}\n{document.text}" for document in documents)
+        bm25 = Bm25(f"{document.title}\n{document.text}" for document in documents)
         scores: dict[str, list[float]] = {"ours": [], "BM25": []}
         for claim in _tracked(claims, "asking SciFact"):
             relevant = {doc_id for doc_id, grade in claim.qrels.items() if grade > 0}
@@ -259,15 +223,15 @@ def _table(figures: dict[str, Any]) -> str:
         f"{corpus['file']}: {corpus['documents']:,} documents, {corpus['passages']:,} passages, {corpus['chunks']:,} "
         f"chunks; {questions['number']:,} questions on {questions['documents']} documents",
         "",
-        f"{'recall at a budget of tokens':32}" + "".join(f"{budget:>10,}" for budget in BUDGETS),
+        f"{'recall at a budget of tokens':34}" + "".join(f"{budget:>10,}" for budget in BUDGETS),
     ]
     for method, curve in curves.items():
-        lines.append(f"{method:32}" + "".join(f"{point['recall']:10.3f}" for point in curve))
-    lines.append(f"{'  95 % of ours, from':32}" + "".join(f"{point['low']:10.3f}" for point in curves[OURS]))
-    lines.append(f"{'  to':32}" + "".join(f"{point['high']:10.3f}" for point in curves[OURS]))
-    apart = figures["ours_less_fusion"]
-    lines.append(f"{'ours less fusion':32}" + "".join(f"{point['mean']:+10.3f}" for point in apart))
-    lines.append(f"{'  p':32}" + "".join(f"{point['p']:10.4f}" for point in apart))
+        lines.append(f"{method:34}" + "".join(f"{point['recall']:10.3f}" for point in curve))
+    lines.append(f"{'  95 % of ours, from':34}" + "".join(f"{point['low']:10.3f}" for point in curves[OURS]))
+    lines.append(f"{'  to':34}" + "".join(f"{point['high']:10.3f}" for point in curves[OURS]))
+    for rival, points in figures["ours_less"].items():
+        lines.append(f"{f'ours less {rival}':34}" + "".join(f"{point['mean']:+10.3f}" for point in points))
+        lines.append(f"{'  p':34}" + "".join(f"{point['p']:10.4f}" for point in points))
     lines += ["", f"{'passages':>8} {'tokens':>8} {'as ranked':>10} {f'oracle over the best {RERANKED}':>28}"]
     for top in figures["top_k"]:
         recalls = top["top_k"]["recall"], top["oracle_reranked"]["recall"]

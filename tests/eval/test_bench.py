@@ -10,10 +10,12 @@ from hyena_inputs import assert_close, make
 from stripedrag.errors import CorpusError, UsageError
 from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
 from stripedrag.eval.bench.filter import parameters, rows_of
+from stripedrag.eval.bench.repeats import Repeats
 from stripedrag.eval.bench.report import Bandwidth, interleaved, medians, peak_bytes, plot
 from stripedrag.eval.cli import app
 from stripedrag.eval.places import holds, touches
 from stripedrag.eval.schema import Stretch
+from stripedrag.indexes import Document, Index
 from stripedrag.kernels import ops
 
 
@@ -119,14 +121,44 @@ def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
     asked.write_text("\n".join(map(json.dumps, questions)))
     figures = recall.run(1, corpus, asked).figures
     assert {name: [point["recall"] for point in curve] for name, curve in figures["curves"].items()} == {
-        name: [1.0] * len(recall.BUDGETS) for name in (recall.OURS, recall.RIVAL, "passages, BM25", "passages, cosine")
+        name: [1.0] * len(recall.BUDGETS)
+        for name in (
+            recall.OURS,
+            *(f"{unit}, {by}" for unit in ("passages", "titled passages") for by in ("BM25", "cosine", "fusion")),
+        )
     }
+    assert {rival: points[0]["mean"] for rival, points in figures["ours_less"].items()} == dict.fromkeys(
+        recall.RIVALS, 0
+    )
     assert [top["oracle_reranked"]["recall"] for top in figures["top_k"]] == [1.0] * len(recall.TOPS)
     assert figures["search"]["p95_ms"] >= figures["search"]["p50_ms"] > 0
 
     asked.write_text(json.dumps(questions[0] | {"gold_spans": [{"doc_id": "Veyrac", "start": 5, "end": 10**6}]}))
     with pytest.raises(CorpusError, match="question 'Veyrac' has gold at 5:1000000 of document 'Veyrac', which has"):
         recall.run(1, corpus, asked)
+
+
+@pytest.mark.weights
+def test_evidence_counts_where_it_is_repeated_with_the_words_around_it(tmp_path):
+    said = "The lighthouse of Veyrac was built by Ada Lorne in 1862 on a rock."
+    texts = {"a": said, "b": f"A guide says: {said} It is closed.", "c": "Ada Lorne lived in 1862.", "d": "Ada Lorne"}
+    index = Index.create(tmp_path / "index")
+    index.add(Document(doc_id, "", text) for doc_id, text in texts.items())
+    start = said.index("1862")
+    piece = Stretch(doc_id="a", start=start, end=start + 4)
+    repeats = Repeats(index, [piece, Stretch(doc_id="d", start=0, end=9)])
+
+    def chunk(doc_id, length=None):
+        return Stretch(doc_id=doc_id, start=0, end=length or len(index.document(doc_id).text))
+
+    assert repeats.found([chunk("a")], [piece])
+    assert repeats.found([chunk("b")], [piece])
+    assert not repeats.found([chunk("b", len("A guide says: " + said) - 1)], [piece])  # a word short
+    assert not repeats.found([chunk("c")], [piece])
+    assert not repeats.found(
+        [chunk("a"), chunk("b"), chunk("c")], [Stretch(doc_id="d", start=0, end=9)]
+    )  # too few words
+    assert not repeats.found([], [piece])
 
 
 def test_evidence_is_held_to_its_last_character_by_what_touches_it():

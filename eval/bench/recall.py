@@ -53,6 +53,7 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Rep
     asked = list(read_lines(questions, CorpusQuestion))
     embedder = CachingEmbedder()
     with cached_index(corpus, embedder) as index, cached_index(corpus, embedder, titles=False) as untitled:
+        here, search = machine(), _times(index, [question.question for question in asked], repeats)
         evidence = [_evidence(question, index) for question in asked]
         clusters = [places[0].doc_id for places in evidence]
         repeated = Repeats(index, (piece for places in evidence for piece in places))
@@ -62,7 +63,7 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Rep
             found.ask(question.question, places)
         figures = {
             "bench": "recall",
-            "machine": machine(),
+            "machine": here,
             "corpus": {"file": corpus.name, "sha256": file_sha256(corpus), "documents": index.document_count}
             | {"passages": len(titled.chunks), "chunks": len(index)},
             "questions": {"file": questions.name, "sha256": file_sha256(questions), "number": len(asked)}
@@ -70,7 +71,7 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Rep
             "curves": found.curves(clusters),
             "ours_less": found.differences(clusters),
             "top_k": found.tops(clusters),
-            "search": _times(index, [question.question for question in asked], repeats),
+            "search": search,
         }
     if corpus == CORPUS:
         figures["scifact"] = _judged(embedder)

@@ -6,7 +6,7 @@ Limits: a vector depends a little on the texts it shares a batch with (padding; 
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -87,6 +87,10 @@ class SentenceTransformerEmbedder:
         self._source = model
         self._dimension, self._max_tokens = dimension, max_tokens
         self._device, self._dtype, self._backend = device, dtype, backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model: who gets a copy, in another process or on another machine, loads its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_model", "tokenizer", "_folder")}
 
     @cached_property
     def sha256(self) -> str:
@@ -227,6 +231,10 @@ class MiniLMEmbedder(SentenceTransformerEmbedder):
             device=device,
             dtype=dtype,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy takes the weights of the machine that it is on."""
+        return partial(MiniLMEmbedder, device=self._device, dtype=self._dtype), ()
 
 
 def embedder_named(name: str) -> Embedder:

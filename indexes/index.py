@@ -10,7 +10,7 @@ Limits: one process writes at a time. Threads may share an `Index`; their calls 
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,28 +20,25 @@ from typing import TYPE_CHECKING, Self, get_args
 from stripedrag import __version__
 from stripedrag.errors import CorpusError, UsageError
 from stripedrag.indexes import checks
-from stripedrag.indexes.chunking import MIN_CHUNK_TOKENS, TileChunker
+from stripedrag.indexes.chunking import TileChunker
 from stripedrag.indexes.documents import Chunk, Document, Scored
 from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder, embedder_named
 from stripedrag.indexes.filters import Where
 from stripedrag.indexes.manifest import SCHEMA_VERSION, EmbedderRecord, Manifest, refuse_mismatch
 from stripedrag.indexes.postgres import PostgresStore
 from stripedrag.indexes.postgres_server import is_postgres
+from stripedrag.indexes.preparing import Changed, Cutter, Prepare, Progress, prepare
 from stripedrag.indexes.search import Method, Searcher, Unit
 from stripedrag.indexes.sqlite import SQLiteStore
-from stripedrag.indexes.store import Staging, Store
+from stripedrag.indexes.store import Store
 from stripedrag.indexes.verify import VerifyReport, verify
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from tokenizers import Tokenizer
 
-# Passages embedded and staged together: enough to sort by length, few enough (under 2 MB of text and vectors) to hold.
-PASSAGES_AT_ONCE = 512
 CHUNK_TOKENS = 64
-HEADING_TOKENS = 40
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,7 @@ class Index:
         self.embedder = embedder
         self.manifest = store.manifest
         self._store = store
-        self._chunks = TileChunker(embedder.tokenizer, store.manifest.chunk_tokens)
+        self._cutter = Cutter(embedder.tokenizer, store.manifest.passage_tokens, store.manifest.chunk_tokens)
         self._searcher = Searcher(store)
         self._lock = threading.RLock()
 
@@ -161,6 +158,16 @@ class Index:
         return True
 
     @property
+    def tokenizer(self) -> "Tokenizer":
+        """The embedder's."""
+        return self.embedder.tokenizer
+
+    @property
+    def chunk_tokens(self) -> int:
+        """The most wordpieces that a chunk has."""
+        return self.manifest.chunk_tokens
+
+    @property
     def document_count(self) -> int:
         """How many documents it holds."""
         with self._lock:
@@ -195,44 +202,53 @@ class Index:
         with self._lock:
             return self._store.titles(list(doc_ids))
 
-    def add(self, documents: Iterable[Document], *, progress: Progress | None = None) -> AddReport:
+    def add(
+        self, documents: Iterable[Document], *, progress: Progress | None = None, prepare: Prepare = prepare
+    ) -> AddReport:
         """Adds documents, or replaces those with the same ids; one that is there as it is costs no embedding.
 
         All of them come in at once when the last is embedded; an error, Ctrl-C or a kill before that leaves the index
         as it was. Of a document that changed only the passages that are new are embedded. `progress` is called with the
-        number of passages embedded since its last call. Raises `CorpusError` for no document at all, an id that comes
-        twice, and a document without id, with white space only, with lone surrogates or with metadata that are not
-        scalars; `StoreError` where the disk is full.
+        number of passages embedded since its last call; `prepare` embeds them elsewhere (see
+        `stripedrag.indexes.ray_workers`). Raises `CorpusError` for no document at all, an id that comes twice, and a
+        document without id, with white space only, with lone surrogates or with metadata that are not scalars;
+        `StoreError` where the disk is full.
         """
         seen: set[str] = set()
         added = updated = passages = 0
         with self._lock, self._store.staging() as staging:
-            batch = _Batch(self.embedder, staging, progress)
-            for document in documents:
-                metadata = checks.metadata_json(document)
-                if document.id in seen:
-                    raise CorpusError(f"document {document.id!r} comes twice in one add. Make the ids unique.")
-                seen.add(document.id)
-                sha256 = checks.content_sha256(document)
-                stored = self._store.document_sha256(document.id)
-                if stored == sha256:
-                    continue
-                added, updated = (added + 1, updated) if stored is None else (added, updated + 1)
-                staging.put_document(document, metadata, sha256)
-                heading = self._heading(document.title)
-                known = {}
-                if stored is not None and self._heading(self._store.titles([document.id])[document.id]) == heading:
-                    known = self._store.passage_vectors(document.id)
-                for passage in self._passages(heading).cut(document):
-                    chunks = list(self._chunks.tiles(document.id, passage.text, passage.start))
-                    batch.put(heading, passage.text, chunks, known.get(passage.text))
+
+            def changed() -> Iterator[Changed]:
+                nonlocal added, updated
+                for document in documents:
+                    metadata = checks.metadata_json(document)
+                    if document.id in seen:
+                        raise CorpusError(f"document {document.id!r} comes twice in one add. Make the ids unique.")
+                    seen.add(document.id)
+                    sha256 = checks.content_sha256(document)
+                    stored = self._store.document_sha256(document.id)
+                    if stored == sha256:
+                        continue
+                    added, updated = (added + 1, updated) if stored is None else (added, updated + 1)
+                    staging.put_document(document, metadata, sha256)
+                    yield Changed(document, {} if stored is None else self._known(document))
+
+            for chunks, vector, is_new in prepare(changed(), self._cutter, self.embedder, progress):
+                staging.put_passage(chunks, vector)
+                passages += is_new
             if not seen:
                 raise CorpusError("the corpus is empty: there is no document to add. Give at least one.")
-            passages = batch.flush()
             if added or updated:
                 staging.merge()
                 self._searcher.refresh()
         return AddReport(added=added, updated=updated, unchanged=len(seen) - added - updated, passages=passages)
+
+    def _known(self, document: Document) -> "dict[str, NDArray[np.float32]]":
+        """The vectors of the stored document's passages, where they were embedded under the heading of this one."""
+        stored = self._store.titles([document.id])[document.id]
+        if self._cutter.heading(stored) != self._cutter.heading(document.title):
+            return {}
+        return self._store.passage_vectors(document.id)
 
     def delete(self, doc_ids: Iterable[str]) -> int:
         """Deletes documents and returns how many. Raises `UsageError`, and deletes none, where one is not there."""
@@ -299,50 +315,6 @@ class Index:
                 where=where,
                 doc_ids=None if doc_ids is None else _listed(doc_ids),
             )
-
-    def _heading(self, title: str) -> str:
-        """What stands before each passage of a document when it is embedded: its title, as far as there is room."""
-        tokenizer, passage_tokens = self.embedder.tokenizer, self.manifest.passage_tokens
-        room = min(HEADING_TOKENS, passage_tokens // 4, passage_tokens - MIN_CHUNK_TOKENS) - 1
-        encoding = tokenizer.encode(title, add_special_tokens=False)
-        if len(encoding) > room:
-            title = title[: encoding.offsets[room][0]] if room > 0 else ""
-        return f"{title.strip()}\n" if title.strip() else ""
-
-    def _passages(self, heading: str) -> TileChunker:
-        """Cuts passages that the embedder can read under this heading."""
-        tokenizer, passage_tokens = self.embedder.tokenizer, self.manifest.passage_tokens
-        # One more than it has: where the two meet, a tokenizer may see something else than in each.
-        taken = len(tokenizer.encode(heading, add_special_tokens=False)) + 1 if heading else 0
-        return TileChunker(tokenizer, passage_tokens - taken)
-
-
-class _Batch:
-    """Passages that wait until there are enough of them to embed together."""
-
-    def __init__(self, embedder: Embedder, staging: Staging, progress: Progress | None) -> None:
-        self._embedder, self._staging, self._progress = embedder, staging, progress
-        self._waiting: list[tuple[str, str, list[Chunk], NDArray[np.float32] | None]] = []
-        self._embedded = 0
-
-    def put(self, heading: str, text: str, chunks: list[Chunk], vector: "NDArray[np.float32] | None") -> None:
-        """Takes a passage under its heading; `vector` is None where it is not known."""
-        self._waiting.append((heading, text, chunks, vector))
-        if len(self._waiting) == PASSAGES_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> int:
-        """Embeds and stages all that wait; returns how many were embedded so far. White space gets no vector."""
-        texts = [head + text for head, text, _, vector in self._waiting if vector is None and not text.isspace()]
-        new: Iterator[NDArray[np.float32]] = iter(())
-        if texts:
-            embedded = self._embedder.embed(texts, progress=self._progress)
-            new = iter(checks.unit_vectors(self._embedder, embedded, len(texts)))
-        for _, text, chunks, vector in self._waiting:
-            self._staging.put_passage(chunks, next(new) if vector is None and not text.isspace() else vector)
-        self._waiting = []
-        self._embedded += len(texts)
-        return self._embedded
 
 
 def _listed(doc_ids: Iterable[str]) -> Sequence[str]:

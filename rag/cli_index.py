@@ -37,6 +37,10 @@ def index(
         str | None,
         typer.Option(help="For a new index: a sentence-transformers model, a folder or a hub id; MiniLM by default."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Embed on so many workers of a Ray cluster (stripedrag[ray]); here where it is left out."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Index documents. What is in the index already and has not changed costs nothing."""
@@ -46,6 +50,8 @@ def index(
     from stripedrag.indexes.documents import Document
     from stripedrag.indexes.embedding import embedder_named
     from stripedrag.indexes.index import Index
+    from stripedrag.indexes.preparing import prepare
+    from stripedrag.indexes.ray_workers import RayWorkers
     from stripedrag.indexes.readers import Skipped, read_documents
 
     chosen = None if embedder is None else embedder_named(embedder)
@@ -83,7 +89,7 @@ def index(
             embedded += passages
             bar.update(task, description=f"indexing ({embedded} passages embedded)")
 
-        report = target.add(documents(), progress=count)
+        report = target.add(documents(), progress=count, prepare=prepare if workers is None else RayWorkers(workers))
         total_documents, total_chunks = target.document_count, len(target)
     if as_json:
         fields = dataclasses.asdict(report) | {"documents": total_documents, "total_chunks": total_chunks}

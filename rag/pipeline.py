@@ -12,7 +12,7 @@ from stripedrag.indexes.index import Index
 from stripedrag.rag.answer import Answer, Timings, Usage, cite
 from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, POLICY
 from stripedrag.rag.prompt import PromptFormat
-from stripedrag.rag.retriever import Context, Policy, Retriever
+from stripedrag.rag.retriever import Context, Policy, Retriever, Searchable
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class Pipeline:
 
     def __init__(
         self,
-        index: Index,
+        index: Searchable,
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         *,
@@ -41,12 +41,12 @@ class Pipeline:
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
         self.retriever = Retriever(index, policy=policy)
         self.prompt = PromptFormat(tokenizer, template_options(model_name))
-        self._owns_index = False
+        self._opened = ExitStack()
 
     @classmethod
     def open(
         cls,
-        index: str | Path | Index,
+        index: str | Path | Searchable,
         *,
         model: str | Path | None = None,
         policy: Policy = POLICY,
@@ -54,26 +54,25 @@ class Pipeline:
         device: "str | torch.device | None" = None,
         window_tokens: int | None = None,
     ) -> "Pipeline":
-        """A pipeline over an index (a path or an open one) with a model, as `load_model` names it; None is the default.
+        """A pipeline over an index with a model, as `load_model` names it; None is the default.
 
+        The index is a place, an open one, or what stands in for one (`stripedrag.rag.llama_index_search`).
         `window_tokens` asks for a longer window than the model was trained on, see `load_model`. Raises what
         `Index.open` and `load_model` raise.
         """
         from stripedrag.model.loading import DEFAULT_MODEL, load_model
 
         with ExitStack() as unless_well:
-            opened = index if isinstance(index, Index) else unless_well.enter_context(Index.open(index))
+            opened = unless_well.enter_context(Index.open(index)) if isinstance(index, str | Path) else index
             name = DEFAULT_MODEL if model is None else model
             loaded, tokenizer = load_model(name, dtype=dtype, device=device, window_tokens=window_tokens)
             pipeline = cls(opened, loaded, tokenizer, model_name=str(name), policy=policy)
-            pipeline._owns_index = opened is not index
-            unless_well.pop_all()
+            pipeline._opened = unless_well.pop_all()
         return pipeline
 
     def close(self) -> None:
         """Close the index, if `open` opened it."""
-        if self._owns_index:
-            self.index.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +143,7 @@ class Pipeline:
         if not context.spans:
             raise BudgetError(
                 f"context_tokens is {context_tokens}, which leaves {budget} for passages, and the best chunk alone has "
-                f"more; raise it (chunks of this index have up to {self.index.manifest.chunk_tokens} wordpieces)"
+                f"more; raise it (its chunks have about {self.index.chunk_tokens} wordpieces)"
             )
         return AnswerStream(self, question, context, context_tokens, answer_tokens, sampling, retrieval_s)
 

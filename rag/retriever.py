@@ -7,7 +7,7 @@ of prompts or models beyond a tokenizer's count.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 from stripedrag.errors import UsageError
 
 if TYPE_CHECKING:
-    from stripedrag.indexes.documents import Scored
+    from stripedrag.indexes.documents import Chunk, Scored
     from stripedrag.indexes.filters import Where
-    from stripedrag.indexes.index import Index
 
 Policy = Literal["rank", "best-last", "document", "edges"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -38,6 +37,26 @@ class Sized(Protocol):
     """Something that has a length."""
 
     def __len__(self) -> int: ...
+
+
+class Searchable(Protocol):
+    """What is asked of an index: of `stripedrag.indexes.Index`, or of what stands in for it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Counts where a caller gives none."""
+
+    @property
+    def chunk_tokens(self) -> int:
+        """About how many tokens a chunk has."""
+
+    def search(
+        self, query: str, *, k: int, where: "Where | None" = None, doc_ids: Iterable[str] | None = None
+    ) -> "list[Scored]":
+        """The `k` best chunks for a query, best first; fewer where there are no more."""
+
+    def titles(self, doc_ids: Collection[str]) -> dict[str, str]:
+        """The titles of documents that a search has found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +105,7 @@ class Retriever:
     document's spans in their order and the documents by their best span. Raises `UsageError` for another name.
     """
 
-    def __init__(self, index: "Index", *, policy: Policy = "rank") -> None:
+    def __init__(self, index: Searchable, *, policy: Policy = "rank") -> None:
         if policy not in POLICIES:
             raise UsageError(f"no order policy {policy!r}; choose one of {', '.join(POLICIES)}")
         self.index = index
@@ -117,7 +136,7 @@ class Retriever:
             raise UsageError(f"max_chunks is {max_chunks}; it is at least 1, or None for as many as fit")
         doc_ids = None if doc_ids is None else list(doc_ids)
         # Twice what would fill the budget with full chunks, and again twice that while everything still fits.
-        k = max_chunks or 8 + 2 * math.ceil(budget_tokens / self.index.manifest.chunk_tokens)
+        k = max_chunks or 8 + 2 * math.ceil(budget_tokens / self.index.chunk_tokens)
         while True:
             found = self.index.search(question, k=k, where=where, doc_ids=doc_ids)
             context = self.fill(found, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
@@ -140,7 +159,7 @@ class Retriever:
         """
         new, repeats = (list(candidates), []) if keep_repeats else _without_repeats(candidates)
         titles = self.index.titles({scored.chunk.doc_id for scored in new})
-        count = _Count(tokenizer or self.index.embedder.tokenizer, render)
+        count = _Count(tokenizer or self.index.tokenizer, render)
         fitting = _longest(new, titles, count, budget_tokens)
         spans = _joined(new[:fitting], titles)
         dropped = [_dropped(scored, "budget") for scored in new[fitting:]]
@@ -227,24 +246,30 @@ def _longest(candidates: "Sequence[Scored]", titles: dict[str, str], count: _Cou
 
 
 def _joined(taken: "Sequence[Scored]", titles: dict[str, str]) -> list[Span]:
-    """The chunks as spans, those that touch joined, in the order of each span's first chunk in `taken`."""
+    """The chunks as spans, those that touch or overlap joined, in the order of each span's first chunk in `taken`."""
     spans: list[tuple[int, Span]] = []
-    pieces: list[tuple[int, Scored]] = []
+    pieces: list[tuple[int, Scored, str]] = []
 
     def close() -> None:
         first = pieces[0][1].chunk
-        text = "".join(scored.chunk.text for _, scored in pieces)
-        score = max(scored.score for _, scored in pieces)
+        text = "".join(piece for _, _, piece in pieces)
+        score = max(scored.score for _, scored, _ in pieces)
         span = Span(first.doc_id, titles[first.doc_id], first.start, first.start + len(text), text, score)
-        spans.append((min(place for place, _ in pieces), span))
+        spans.append((min(place for place, _, _ in pieces), span))
         pieces.clear()
 
+    last: Chunk | None = None  # the one that ends last of those in `pieces`
     for place, scored in sorted(enumerate(taken), key=lambda one: (one[1].chunk.doc_id, one[1].chunk.start)):
-        if pieces:
-            before = pieces[-1][1].chunk
-            if (before.doc_id, before.end) != (scored.chunk.doc_id, scored.chunk.start):
+        chunk, shared = scored.chunk, ""
+        if last is not None:
+            shared = last.text[chunk.start - last.start :]
+            touches = last.doc_id == chunk.doc_id and chunk.start <= last.end
+            if not touches or not (chunk.text.startswith(shared) or shared.startswith(chunk.text)):
                 close()
-        pieces.append((place, scored))
+                last, shared = None, ""
+        pieces.append((place, scored, chunk.text[len(shared) :]))
+        if last is None or chunk.end > last.end:
+            last = chunk
     if pieces:
         close()
     return [span for _, span in sorted(spans, key=lambda one: one[0])]

@@ -2,6 +2,7 @@
 
 BENCHES = {
     "decode": "stripedrag.eval.bench.decode",
+    "embed": "stripedrag.eval.bench.embed",
     "filter": "stripedrag.eval.bench.filter",
     "generate": "stripedrag.eval.bench.generate",
     "layer": "stripedrag.eval.bench.layer",

@@ -4,7 +4,7 @@ import time
 import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -71,7 +71,6 @@ def test_tiles_rebuild_the_document_and_never_exceed_the_limit(
 
 
 @pytest.mark.weights
-@settings(deadline=None)
 @given(text=texts, chunk_tokens=st.sampled_from([32, 33, 254]))
 def test_tiles_rebuild_the_document_and_never_exceed_the_limit_of_minilm(
     minilm: MiniLMEmbedder, text: str, chunk_tokens: int

@@ -154,7 +154,7 @@ def test_a_long_add_locks_nobody_out(index: Index, pets: list[Document], make_em
         assert other.document_count == len(pets) + 600
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(
         st.tuples(st.booleans(), st.dictionaries(st.sampled_from("abcde"), st.sampled_from("uvwxyz"), min_size=1)),

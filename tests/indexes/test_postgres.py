@@ -148,7 +148,7 @@ TESTS = st.one_of(
 NAMES = st.sampled_from(["year", "ki'nd", "%s"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     metadata=st.lists(st.dictionaries(NAMES, SCALARS), min_size=1, max_size=8),
     wheres=st.lists(st.dictionaries(NAMES, TESTS, max_size=2), min_size=4, max_size=4),

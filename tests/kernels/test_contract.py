@@ -76,7 +76,7 @@ def test_golden_filters(backend, name, dtype, golden_dir, tolerances):
         assert_close(state.iir, golden[f"iir_state_{moment}"], tolerances["state", torch.float32])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_splitting_a_sequence_and_carrying_the_state_changes_nothing(data):
     backend = data.draw(st.sampled_from([n for n, b in BACKENDS.items() if b.refuses(CPU) is None]))

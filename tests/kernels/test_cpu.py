@@ -21,7 +21,7 @@ _ANY_SHAPE = "test_any_shape_gives_the_outputs_states_and_gradients_of_the_defin
 pytestmark = pytest.mark.skipif(cpu.refuses(CPU) is not None, reason=str(cpu.refuses(CPU)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_shape_gives_the_outputs_states_and_gradients_of_the_definition(data):
     heads, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))

@@ -120,7 +120,7 @@ def test_doctor_reports_one_object():
         (("ask", "nowhere", "why?"), "nowhere"),
         (("retrieve", "nowhere", "why?"), "nowhere"),
         (("index", "nowhere", "--to", "x"), "there is no such file or folder"),
-        (("bench", "nothing"), "no bench 'nothing'; there is decode, filter, generate, layer"),
+        (("bench", "nothing"), "no bench 'nothing'; there is decode, embed, filter, generate, layer"),
         (("bench", "generate", "--repeats", "0"), "repeats is 0; it is at least 1"),
         (("index", sys.executable, "--to", f"{__file__}/x"), "cannot read"),
         (("ask",), "Missing argument"),

@@ -11,7 +11,7 @@ from stripedrag.rag.answer import cite
 from stripedrag.rag.completion import Completion
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(context_tokens=st.integers(256, 4096), answer_tokens=st.integers(1, 24))
 def test_prompt_and_answer_stay_within_the_context(pipeline, context_tokens, answer_tokens):
     answer = pipeline.ask("Who discovered oxygen?", context_tokens, answer_tokens=answer_tokens)

@@ -17,7 +17,7 @@ def span(text, title="Title"):
     return Span("doc", title, 0, len(text), text, 1.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(question=TEXTS, texts=st.lists(TEXTS, max_size=4))
 def test_a_prompt_is_the_sum_of_its_pieces(tokenizer, question, texts):
     prompt = PromptFormat(tokenizer)
@@ -26,7 +26,7 @@ def test_a_prompt_is_the_sum_of_its_pieces(tokenizer, question, texts):
     assert len(prompt.ids(question, spans)) == prompt.overhead_tokens(question) + pieces
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(question=TEXTS, text=TEXTS)
 def test_documents_and_questions_make_no_control_tokens(tokenizer, question, text):
     prompt = PromptFormat(tokenizer)

@@ -23,7 +23,7 @@ def minilm():
     return MiniLMEmbedder()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(question=st.sampled_from(QUESTIONS), budget=st.integers(1, 6000), policy=st.sampled_from(POLICIES))
 def test_the_budget_is_never_exceeded_and_never_left_with_room_for_a_whole_chunk(
     index, tokenizer, chunk_sizes, question, budget, policy
@@ -35,7 +35,7 @@ def test_the_budget_is_never_exceeded_and_never_left_with_room_for_a_whole_chunk
         assert budget - context.tokens < max(chunk_sizes.values()) + 2  # joining may save or cost a token
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(question=st.sampled_from(QUESTIONS), budget=st.integers(1, 6000))
 def test_every_chunk_that_was_found_is_in_a_span_or_among_the_dropped(index, chunk_sizes, question, budget):
     context = Retriever(index).retrieve(question, budget_tokens=budget)

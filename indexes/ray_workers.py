@@ -1,0 +1,187 @@
+"""Ingest fanned out over Ray: documents are cut and embedded by the workers of a cluster, the index is written here.
+
+    index.add(documents, prepare=RayWorkers(8))
+
+Contract: the same index as without it (a vector differs by what it shares a batch with). Each document counts once,
+whatever workers are killed: Ray does their work again, what comes back is put in order and checked for what is missing
+or comes twice, and only the merge at the end changes the index.
+Limits: `documents` are read here, `DOCUMENTS_AT_ONCE` held at a time. A copy of the embedder goes to each worker;
+all-MiniLM-L6-v2 is then taken from the worker's own machine (`stripedrag setup`), and has to be the same.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate, groupby, islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stripedrag import errors
+from stripedrag.errors import IndexMismatchError, SetupError, StoreError, StripedragError, UsageError
+from stripedrag.indexes.documents import Chunk, Document
+from stripedrag.indexes.preparing import Changed, Cutter, Prepared, Progress, prepare
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from stripedrag.indexes.embedding import Embedder
+
+DOCUMENTS_AT_ONCE = 16_384
+DOCUMENTS_A_TASK = 64
+
+
+class RayWorkers:
+    """A `stripedrag.indexes.preparing.Prepare` by up to `workers` actors of `cpus` each, on Ray Data.
+
+    Uses the cluster that Ray is connected to or that RAY_ADDRESS names; where there is none, starts one on this machine
+    and ends it. Raises `UsageError` for `workers` below 1, `SetupError` without the extra `stripedrag[ray]`, and
+    `StoreError` where Ray gives up.
+    """
+
+    def __init__(self, workers: int, *, cpus: float = 1) -> None:
+        if workers < 1:
+            raise UsageError(f"workers is {workers}; it is at least 1")
+        self.workers, self.cpus = workers, cpus
+
+    def __call__(
+        self, changed: Iterable[Changed], cutter: Cutter, embedder: "Embedder", progress: Progress | None = None
+    ) -> Iterator[Prepared]:
+        """See `Prepare`. Raises what cutting and embedding raise on a worker."""
+        changed = iter(changed)
+        with ExitStack() as stack:
+            connected = False
+            while window := list(islice(changed, DOCUMENTS_AT_ONCE)):
+                if not connected:  # nothing new: no cluster
+                    stack.enter_context(_cluster())
+                    connected = True
+                yield from self._window(window, cutter, embedder, progress)
+
+    def _window(
+        self, window: list[Changed], cutter: Cutter, embedder: "Embedder", progress: Progress | None
+    ) -> Iterator[Prepared]:
+        from ray import data
+
+        rows = [
+            {"number": number, "id": d.id, "title": d.title, "text": d.text, "known": list(known)}
+            for number, (d, known) in enumerate(window)
+        ]
+        blocks = min(len(rows), max(2 * self.workers, len(rows) // DOCUMENTS_A_TASK))
+        dataset = data.from_items(rows, override_num_blocks=blocks).map_batches(
+            _Worker,
+            fn_constructor_args=(cutter, embedder, embedder.sha256),
+            batch_format="pyarrow",
+            batch_size=DOCUMENTS_A_TASK,
+            concurrency=(1, self.workers),
+            num_cpus=self.cpus,
+            zero_copy_batch=True,
+        )
+        waiting: dict[int, dict[str, Any]] = {}  # what came before documents that stand before it
+        done = 0
+        with _told():
+            for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
+                for row in table.to_pylist():
+                    if row["error"] is not None:
+                        raise getattr(errors, row["error"])(row["message"])
+                    if row["number"] < done or row["number"] in waiting:
+                        raise StoreError(f"Ray gave document {window[row['number']].document.id!r} twice. Add again.")
+                    waiting[row["number"]] = row
+                while done in waiting:
+                    prepared = list(_rebuilt(window[done], waiting.pop(done), embedder.dimension))
+                    if progress is not None:
+                        progress(sum(one.is_new for one in prepared))
+                    yield from prepared
+                    done += 1
+        if done < len(window):
+            raise StoreError(f"Ray lost document {window[done].document.id!r}. Add again.")
+
+
+class _Worker:
+    """An actor: cuts and embeds a table of documents."""
+
+    def __init__(self, cutter: Cutter, embedder: "Embedder", sha256: str) -> None:
+        self._cutter, self._embedder, self._sha256 = cutter, embedder, sha256
+
+    def __call__(self, table: "pyarrow.Table") -> "pyarrow.Table":
+        """A row for each document; or one with an error of ours, which Ray would wrap in pages of its own."""
+        import pyarrow as pa
+
+        try:
+            rows = self._prepared(table.to_pylist())
+        except StripedragError as error:
+            rows = [{"error": type(error).__name__, "message": str(error)}]
+        lengths = pa.list_(pa.list_(pa.int64()))
+        columns = {"number": pa.int64(), "passages": lengths, "vectors": pa.binary(), "error": pa.string()}
+        return pa.Table.from_pylist(rows, schema=pa.schema(columns | {"message": pa.string()}))
+
+    def _prepared(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """By document the lengths of its chunks, passage by passage, and the vectors of the new passages."""
+        if self._embedder.sha256 != self._sha256:
+            raise IndexMismatchError(
+                f"a worker's {self._embedder.name} has weights of sha256 {self._embedder.sha256[:12]}…; the index is "
+                f"made with {self._sha256[:12]}…. Put the same weights on every machine."
+            )
+        elsewhere = np.zeros(self._embedder.dimension, dtype=np.float32)  # stands for a vector that is known there
+        documents = [
+            Changed(Document(row["id"], row["title"], row["text"]), dict.fromkeys(row["known"], elsewhere))
+            for row in rows
+        ]
+        made = []
+        prepared = prepare(documents, self._cutter, self._embedder)
+        for row, (_, of_one) in zip(rows, groupby(prepared, key=lambda one: one.chunks[0].doc_id), strict=True):
+            whole = list(of_one)
+            new = [one.vector.astype("<f4") for one in whole if one.is_new and one.vector is not None]
+            made.append(
+                {
+                    "number": row["number"],
+                    "passages": [[len(chunk.text) for chunk in one.chunks] for one in whole],
+                    "vectors": b"".join(vector.tobytes() for vector in new),
+                }
+            )
+        return made
+
+
+def _rebuilt(changed: Changed, row: dict[str, Any], dimension: int) -> Iterator[Prepared]:
+    """A document's passages from the lengths of their chunks and the vectors of the new ones."""
+    document, known = changed
+    vectors = iter(np.frombuffer(row["vectors"], dtype="<f4").astype(np.float32).reshape(-1, dimension))
+    start = 0
+    for lengths in row["passages"]:
+        ends = list(accumulate(lengths, initial=start))
+        chunks = [Chunk.at(document.id, first, document.text[first:end]) for first, end in pairwise(ends)]
+        text, start = document.text[start : ends[-1]], ends[-1]
+        vector = known.get(text)
+        is_new = vector is None and not text.isspace()
+        yield Prepared(chunks, next(vectors) if is_new else vector, is_new)
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """A connection to Ray: the one there is, or one for as long as this lasts."""
+    try:
+        import ray
+        from ray import data
+    except ImportError as error:
+        raise SetupError(f"Ray is not here: {error}. Run pip install 'stripedrag[ray]'.") from error
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            with _told():
+                ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            stack.callback(ray.shutdown)
+        context = data.DataContext.get_current()
+        stack.callback(setattr, context, "enable_progress_bars", context.enable_progress_bars)
+        context.enable_progress_bars = False
+        yield
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What Ray gives up on, as a `StoreError`."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RayError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StoreError(f"the index is as it was: Ray gave up ({reason}). Look into Ray's own logs.") from error

@@ -1,0 +1,63 @@
+"""A LlamaIndex retriever in the place of an index: its nodes fill our window.
+
+store = VectorStoreIndex.from_vector_store(any_vector_store)
+pipeline = Pipeline.open(LlamaIndexSearch(store.as_retriever()))
+"""
+
+import copy
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from stripedrag.errors import UsageError
+from stripedrag.indexes.documents import Chunk, Scored
+from stripedrag.indexes.embedding import MiniLMEmbedder
+
+if TYPE_CHECKING:
+    from llama_index.core.base.base_retriever import BaseRetriever
+
+    from stripedrag.indexes.filters import Where
+    from stripedrag.rag.retriever import Tokenizer
+
+_TITLES = ("title", "file_name")
+
+
+class LlamaIndexSearch:
+    """What `Retriever` and `Pipeline` ask of an index, by any LlamaIndex retriever; `k` sets its `similarity_top_k`.
+
+    A node is a chunk of its source document where it says at which characters it begins, else a document of its own;
+    its title is the metadata's "title" or "file_name". `tokenizer` counts where no other is given (None: MiniLM's);
+    `chunk_tokens` is about how many tokens a node has. Filters belong into the retriever: `search` refuses its own.
+    """
+
+    def __init__(
+        self, retriever: "BaseRetriever", *, tokenizer: "Tokenizer | None" = None, chunk_tokens: int = 256
+    ) -> None:
+        self._retriever = copy.copy(retriever)
+        self._titles: dict[str, str] = {}
+        self.tokenizer = MiniLMEmbedder().tokenizer if tokenizer is None else tokenizer
+        self.chunk_tokens = chunk_tokens
+
+    def search(
+        self, query: str, *, k: int, where: "Where | None" = None, doc_ids: Iterable[str] | None = None
+    ) -> list[Scored]:
+        """The retriever's nodes for a query, in its order; `k` at most. Raises `UsageError` for a blank query."""
+        if where is not None or doc_ids is not None:
+            raise UsageError("a LlamaIndex retriever takes no where and no doc_ids. Give it MetadataFilters instead.")
+        if not query.strip():
+            raise UsageError(f"the query {query!r} is blank. Ask something.")
+        if hasattr(self._retriever, "similarity_top_k"):
+            self._retriever.similarity_top_k = k
+        found = []
+        for rank, scored in enumerate(self._retriever.retrieve(query)[:k], start=1):
+            node, start = scored.node, getattr(scored.node, "start_char_idx", None)
+            if start is None or node.ref_doc_id is None:
+                doc_id, start = node.node_id, 0
+            else:
+                doc_id = node.ref_doc_id
+            self._titles[doc_id] = next((str(node.metadata[name]) for name in _TITLES if node.metadata.get(name)), "")
+            found.append(Scored(Chunk.at(doc_id, start, node.get_content()), scored.score or 0.0, rank))
+        return found
+
+    def titles(self, doc_ids: Collection[str]) -> dict[str, str]:
+        """The titles of documents that a search has found."""
+        return {doc_id: self._titles[doc_id] for doc_id in doc_ids}

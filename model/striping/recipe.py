@@ -84,6 +84,10 @@ class Recipe(_Part):
         min_length=1,
     )
 
+    def goes_on_from(self, other: "Recipe") -> bool:
+        """Whether it is `other`, or that with more stages after its own."""
+        return self.model_copy(update={"stages": self.stages[: len(other.stages)]}) == other
+
     @model_validator(mode="after")
     def _names_each_layer_once(self) -> "Recipe":
         layers = self.hyena_layers

@@ -64,8 +64,9 @@ class Run:
     ) -> None:
         """What the teacher says is kept in `teacher_cache`, by default in `folder`.
 
-        Raises `CheckpointError` for a teacher that cannot be striped so, `UsageError` where the folder holds a run of
-        another recipe, model or corpus.
+        A recipe may have stages more than the one that the folder's run was begun with: they are gone on with. Raises
+        `CheckpointError` for a teacher that cannot be striped so, `UsageError` where the folder holds a run of another
+        recipe, model or corpus.
         """
         self.folder, self.recipe, self.framing, self.corpus = folder, recipe, framing, corpus
         self.processes = processes or Processes()
@@ -76,22 +77,30 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
             self.sayings = Teacher(teacher, teacher_cache or folder / "teacher")
             model = hashlib.sha256(self.sayings.key + framing.fingerprint()).hexdigest()
-            self._claim("recipe.json", recipe.model_dump_json(indent=1), "of another recipe")
+            self._claim_recipe()
             self._claim("model.sha256", model, "of another model or tokenizer")
             self._claim("data.sha256", corpus.fingerprint(), "on other data")
 
+    def _claim_recipe(self) -> None:
+        """Keep the recipe, or one that goes on where the kept one ends; refuse another."""
+        path = self.folder / "recipe.json"
+        kept = Recipe.model_validate_json(path.read_bytes()) if path.exists() else None
+        if kept is not None and not self.recipe.goes_on_from(kept):
+            raise self._another("of another recipe")
+        if kept != self.recipe and self.processes.is_first:
+            _write(path, f"{self.recipe.model_dump_json(indent=1)}\n")
+
     def _claim(self, name: str, content: str, kind: str) -> None:
-        """Keep what the run is of, or refuse another one; a recipe is the same if it says the same."""
+        """Keep what the run is of, or refuse another one."""
         path = self.folder / name
-        if not path.exists():
-            if self.processes.is_first:
-                _write(path, f"{content}\n")
-            return
-        kept = path.read_text().strip()
-        if path.suffix == ".json":
-            kept = Recipe.model_validate_json(kept).model_dump_json(indent=1)
-        if kept != content:
-            raise UsageError(f"{self.folder} holds a run {kind}; choose another folder, or remove it")
+        if path.exists():
+            if path.read_text().strip() != content:
+                raise self._another(kind)
+        elif self.processes.is_first:
+            _write(path, f"{content}\n")
+
+    def _another(self, kind: str) -> UsageError:
+        return UsageError(f"{self.folder} holds a run {kind}; choose another folder, or remove it")
 
     def hyena_layers(self, progress: Progress) -> list[int]:
         """The layers that the recipe names, or those that cost least of all; the costs are kept in `ranking.json`."""

@@ -374,6 +374,20 @@ def test_another_recipe_is_refused_in_the_folder_of_a_run(tmp_path):
         Run(tmp_path, recipe().model_copy(update={"seed": 1}), teacher_of(), FRAMING, CORPUS)
 
 
+def test_a_run_goes_on_with_stages_that_its_recipe_gets_later(tmp_path):
+    whole, begun = recipe(), recipe().model_copy(update={"stages": recipe().stages[:1]})
+
+    def run(folder, steps):
+        return Run(tmp_path / folder, steps, teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+
+    run("later", begun)
+    for (name, a), b in zip(run("at once", whole).named_parameters(), run("later", whole).parameters(), strict=True):
+        assert torch.equal(a, b), name
+    for another in (begun, whole.model_copy(update={"stages": whole.stages[::-1]})):
+        with pytest.raises(UsageError, match="holds a run of another recipe"):
+            run("later", another)
+
+
 def test_another_corpus_and_another_network_are_refused_in_the_folder_of_a_run(tmp_path):
     Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
     with pytest.raises(UsageError, match="holds a run on other data"):

@@ -78,7 +78,7 @@ def _batches(embedder: MiniLMEmbedder, texts: list[str], lengths: list[int]) -> 
     for at in range(0, len(texts), PASSAGES_AT_ONCE):
         some = sorted(range(at, min(at + PASSAGES_AT_ONCE, len(texts))), key=lambda n: -lengths[n])
         for first in range(0, len(some), BATCH_TEXTS):
-            features = model.tokenize([texts[n] for n in some[first : first + BATCH_TEXTS]])
+            features = model.preprocess([texts[n] for n in some[first : first + BATCH_TEXTS]])
             batches.append({name: value.to(model.device) for name, value in features.items() if hasattr(value, "to")})
     return batches
 

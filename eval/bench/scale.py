@@ -6,6 +6,7 @@ is built by `Index.add` and searched in a process of its own, whose resident mem
 cosines. What a search cannot beat: reading all vectors at the machine's bandwidth.
 """
 
+import math
 import random
 import shutil
 import time
@@ -34,7 +35,8 @@ from stripedrag.weights import cache_dir
 SIZES = (10_000, 100_000, 1_000_000)
 K = 500
 QUERIES = 100
-_CHUNKS_A_DOCUMENT = 100
+_PARAGRAPHS = 100  # of a document; a short one shares a chunk with its neighbour
+_CHUNKS_A_DOCUMENT = 95
 _NOISE = 0.3
 
 
@@ -103,8 +105,8 @@ def _documents(texts: Sequence[str], chunks: int) -> Iterator[Document]:
         first, second = (draws.choice(texts).split() for _ in range(2))
         return " ".join([*first[: len(first) // 2], *second[len(second) // 2 :]])
 
-    for number in range(chunks // _CHUNKS_A_DOCUMENT):
-        text = "\n\n".join(paragraph() for _ in range(_CHUNKS_A_DOCUMENT))
+    for number in range(math.ceil(chunks / _CHUNKS_A_DOCUMENT)):
+        text = "\n\n".join(paragraph() for _ in range(_PARAGRAPHS))
         yield Document(f"d{number:06}", "", text, {"tenth": number % 10})
 
 

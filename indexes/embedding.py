@@ -6,7 +6,7 @@ Limits: a vector depends a little on the texts it shares a batch with (padding; 
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -23,6 +23,7 @@ Backend: TypeAlias = Literal["torch", "onnx"]
 
 BATCH_TEXTS = 32
 MINILM = "all-MiniLM-L6-v2"
+_OWN = ("_folder", "_model", "sha256", "tokenizer")  # what each copy of an embedder finds for itself
 
 
 class Embedder(Protocol):
@@ -90,7 +91,7 @@ class SentenceTransformerEmbedder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model: who gets a copy, in another process or on another machine, loads its own."""
-        return {name: value for name, value in vars(self).items() if name not in ("_model", "tokenizer", "_folder")}
+        return {name: value for name, value in vars(self).items() if name not in _OWN}
 
     @cached_property
     def sha256(self) -> str:
@@ -232,9 +233,9 @@ class MiniLMEmbedder(SentenceTransformerEmbedder):
             dtype=dtype,
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy takes the weights of the machine that it is on."""
-        return partial(MiniLMEmbedder, device=self._device, dtype=self._dtype), ()
+        vars(self).update(state, _source=weights.find(weights.MINILM).parent)
 
 
 def embedder_named(name: str) -> Embedder:

@@ -183,18 +183,17 @@ class _Count:
 
     def __init__(self, tokenizer: Tokenizer, render: Callable[[Span], str] | None) -> None:
         self._tokenizer, self._render = tokenizer, render
-        self._known: dict[tuple[str, int, int], int] = {}
+        self._known: dict[Span, int] = {}
 
     def of(self, spans: Iterable[Span]) -> int:
         """The tokens of all of them."""
         return sum(self._one(span) for span in spans)
 
     def _one(self, span: Span) -> int:
-        key = (span.doc_id, span.start, span.end)
-        if key not in self._known:
+        if span not in self._known:
             text = self._render(span) if self._render else span.text
-            self._known[key] = len(self._tokenizer.encode(text, add_special_tokens=False))
-        return self._known[key]
+            self._known[span] = len(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._known[span]
 
 
 def runs_of_words(text: str) -> set[tuple[str, ...]]:

@@ -77,9 +77,9 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
             self.sayings = Teacher(teacher, teacher_cache or folder / "teacher")
             model = hashlib.sha256(self.sayings.key + framing.fingerprint()).hexdigest()
-            self._claim_recipe()
             self._claim("model.sha256", model, "of another model or tokenizer")
             self._claim("data.sha256", corpus.fingerprint(), "on other data")
+            self._claim_recipe()  # the last: a refused run leaves a kept recipe as it was
 
     def _claim_recipe(self) -> None:
         """Keep the recipe, or one that goes on where the kept one ends; refuse another."""

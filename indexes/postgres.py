@@ -97,8 +97,7 @@ class PostgresStore(Store):
     _AMONG = "= ANY(?)"
 
     def __init__(self, address: Address, database: "Connection", manifest: Manifest) -> None:
-        super().__init__(address.shown, address.index, manifest)
-        self._connection: Connection | None = database
+        super().__init__(address.shown, address.index, manifest, database)
 
     @classmethod
     def create(cls, uri: str, manifest: Manifest) -> "PostgresStore":
@@ -153,18 +152,6 @@ class PostgresStore(Store):
             stack.enter_context(told(f"cannot open {address.shown}"))
             return database.execute(_IS_THERE, (address.index,)).fetchone() is not None
 
-    @property
-    def _database(self) -> "Connection":
-        if self._connection is None:
-            raise UsageError(f"index {self.name!r} is closed. Open it again with Index.open.")
-        return self._connection
-
-    def close(self) -> None:
-        """See `Store.close`."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """See `Store.snapshot`."""
@@ -180,7 +167,8 @@ class PostgresStore(Store):
     def execute(self, query: str, values: Sequence[Any] = ()) -> "Cursor":
         """See `Store.execute`; the schema is the index's. Raises `StoreError` for what the server refuses."""
         with told(f"index {self.name!r} is as it was"):
-            return self._database.execute(query.replace("?", "%s"), values or None, binary=True)
+            cursor: Cursor = self._database.execute(query.replace("?", "%s"), values or None, binary=True)
+        return cursor
 
     @staticmethod
     def _listed(values: Collection[Any]) -> list[Any]:

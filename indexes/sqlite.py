@@ -119,9 +119,8 @@ class SQLiteStore(Store):
     _AMONG = "IN (SELECT value FROM json_each(?))"
 
     def __init__(self, folder: Path, database: sqlite3.Connection, manifest: Manifest) -> None:
-        super().__init__(folder, folder.name, manifest)
+        super().__init__(folder, folder.name, manifest, database)
         self.folder = folder
-        self._connection: sqlite3.Connection | None = database
         database.execute("PRAGMA foreign_keys = ON")
 
     @classmethod
@@ -170,18 +169,6 @@ class SQLiteStore(Store):
         """Whether `folder` holds an index."""
         return (folder / FILE).is_file()
 
-    @property
-    def _database(self) -> sqlite3.Connection:
-        if self._connection is None:
-            raise UsageError(f"index {self.name!r} is closed. Open it again with Index.open.")
-        return self._connection
-
-    def close(self) -> None:
-        """See `Store.close`."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """See `Store.snapshot`."""
@@ -195,7 +182,8 @@ class SQLiteStore(Store):
 
     def execute(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         """See `Store.execute`."""
-        return self._database.execute(query, values)
+        cursor: sqlite3.Cursor = self._database.execute(query, values)
+        return cursor
 
     @staticmethod
     def _listed(values: Collection[Any]) -> str:

@@ -71,12 +71,21 @@ class Store(ABC):
 
     _AMONG: ClassVar[str]  # the condition that a value is in the list which `_listed` makes
 
-    def __init__(self, place: Path | str, name: str, manifest: Manifest) -> None:
+    def __init__(self, place: Path | str, name: str, manifest: Manifest, connection: Any) -> None:
         self.place, self.name, self.manifest = place, name, manifest
+        self._connection = connection  # of PEP 249; None once it is closed
 
-    @abstractmethod
+    @property
+    def _database(self) -> Any:
+        if self._connection is None:
+            raise UsageError(f"index {self.name!r} is closed. Open it again with Index.open.")
+        return self._connection
+
     def close(self) -> None:
         """Ends the connection; harmless the second time."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     @abstractmethod
     def snapshot(self) -> AbstractContextManager[None]:

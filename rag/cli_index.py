@@ -12,7 +12,6 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 
 from stripedrag.errors import StoreError, UsageError
-from stripedrag.indexes.postgres_server import Address, is_postgres
 from stripedrag.rag.cli import IndexPlace, Json, app, err, print_json, quiet_libraries
 
 if TYPE_CHECKING:
@@ -104,6 +103,8 @@ def index(
 
 def _shown(place: str) -> str:
     """The place as it was written, without a password."""
+    from stripedrag.indexes.postgres_server import Address, is_postgres
+
     return Address.parse(place).shown if is_postgres(place) else place
 
 

@@ -25,14 +25,15 @@ class LlamaIndexSearch:
     """What `Retriever` and `Pipeline` ask of an index, by any LlamaIndex retriever; `k` sets its `similarity_top_k`.
 
     A node is a chunk of its source document where it says at which characters it begins, else a document of its own;
-    its title is the metadata's "title" or "file_name". `tokenizer` counts where no other is given (None: MiniLM's);
+    its title is the metadata's "title" or "file_name". A retriever without `similarity_top_k` gives as many nodes as it
+    does, which may leave a window nearly empty. `tokenizer` counts where no other is given (None: MiniLM's);
     `chunk_tokens` is about how many tokens a node has. Filters belong into the retriever: `search` refuses its own.
     """
 
     def __init__(
         self, retriever: "BaseRetriever", *, tokenizer: "Tokenizer | None" = None, chunk_tokens: int = 256
     ) -> None:
-        self._retriever = copy.copy(retriever)
+        self._retriever = retriever
         self._titles: dict[str, str] = {}
         self.tokenizer = MiniLMEmbedder().tokenizer if tokenizer is None else tokenizer
         self.chunk_tokens = chunk_tokens
@@ -45,10 +46,11 @@ class LlamaIndexSearch:
             raise UsageError("a LlamaIndex retriever takes no where and no doc_ids. Give it MetadataFilters instead.")
         if not query.strip():
             raise UsageError(f"the query {query!r} is blank. Ask something.")
-        if hasattr(self._retriever, "similarity_top_k"):
-            self._retriever.similarity_top_k = k
+        retriever = copy.copy(self._retriever)  # the caller's keeps its own k, and threads do not share one
+        if hasattr(retriever, "similarity_top_k"):
+            retriever.similarity_top_k = k
         found = []
-        for rank, scored in enumerate(self._retriever.retrieve(query)[:k], start=1):
+        for rank, scored in enumerate(retriever.retrieve(query)[:k], start=1):
             node, start = scored.node, getattr(scored.node, "start_char_idx", None)
             if start is None or node.ref_doc_id is None:
                 doc_id, start = node.node_id, 0

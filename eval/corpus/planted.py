@@ -1,7 +1,7 @@
 """Facts planted in documents, and questions about them, for training. No wording, name or attribute is an evaluation's.
 
 A fact stands in one sentence among those of a real document, with like facts of others beside it, so that an answer has
-to be found by its name and not by its form.
+to be found by its name and not by its form; and with facts of other kinds, so that much is asked about few tokens.
 """
 
 import re
@@ -339,37 +339,45 @@ KINDS = (
 
 
 def plant(document: Text, rng: Random, number: int = 0) -> list[Asked]:
-    """Questions on a document into which one to four facts of one kind were put, each a sentence of its own.
+    """Questions on a document into which facts of one to three kinds were put, up to four of a kind, each a sentence.
 
-    One in four documents states two values under one name, both of which are asked for. `number` is part of the ids.
+    One kind in four states two values under one name, both of which are asked for. `number` is part of the ids.
     """
-    kind = rng.choice(KINDS)
-    names = list(dict.fromkeys(kind.name(rng) for _ in range(rng.randrange(1, 5))))
-    facts = [(name, kind.value(rng)) for name in names]
-    thing = facts[0][1].split("|")[0]
-    facts = [(name, "|".join([thing, *value.split("|")[1:]]) if "|" in value else value) for name, value in facts]
-    if "|" not in facts[0][1] and rng.random() < 0.25:
-        facts.append((facts[0][0], kind.value(rng)))
-    rng.shuffle(facts)
     sentences = [s for s in re.split(r"(?<=[.!?]) +", document.text) if s]
-    for name, value in facts:
-        sentences.insert(rng.randrange(len(sentences) + 1), _filled(rng.choice(kind.sentences), name, value))
+    told = [(kind, _facts(kind, rng)) for kind in rng.sample(KINDS, rng.randrange(1, 4))]
+    for kind, facts in told:
+        for name, value in facts:
+            sentences.insert(rng.randrange(len(sentences) + 1), _filled(rng.choice(kind.sentences), name, value))
     passage = " ".join(sentences)
     asked = []
-    for name in dict.fromkeys(name for name, _ in facts):
-        values = list(dict.fromkeys(value for named, value in facts if named == name))
-        answers = sorted((value.split("|")[-1] for value in values), key=passage.find)
-        asked.append(
-            Asked(
-                id=f"planted:{number}:{document.id}:{name}",
-                source="planted",
-                title=document.title,
-                passage=passage,
-                question=_filled(rng.choice(kind.questions), name, values[0]),
-                answers=(" and ".join(answers),),
+    for which, (kind, facts) in enumerate(told):
+        for name in dict.fromkeys(name for name, _ in facts):
+            values = list(dict.fromkeys(value for named, value in facts if named == name))
+            answers = sorted((value.split("|")[-1] for value in values), key=passage.find)
+            asked.append(
+                Asked(
+                    id=f"planted:{number}:{document.id}:{which}:{name}",
+                    source="planted",
+                    title=document.title,
+                    passage=passage,
+                    question=_filled(rng.choice(kind.questions), name, values[0]),
+                    answers=(" and ".join(answers),),
+                )
             )
-        )
     return asked
+
+
+def _facts(kind: Kind, rng: Random) -> list[tuple[str, str]]:
+    """Names and values of one kind; what they are about, if the kind says it, is the same in all."""
+    names = list(dict.fromkeys(kind.name(rng) for _ in range(rng.randrange(1, 5))))
+    facts = [(name, kind.value(rng)) for name in names]
+    if "|" in facts[0][1]:
+        thing = facts[0][1].split("|")[0]
+        return [(name, "|".join([thing, *value.split("|")[1:]])) for name, value in facts]
+    if rng.random() < 0.25:
+        facts.append((facts[0][0], kind.value(rng)))
+        rng.shuffle(facts)
+    return facts
 
 
 def _filled(pattern: str, name: str, value: str) -> str:

@@ -252,7 +252,7 @@ class Conversations:
 
 _RUN = 8  # passages that stay side by side
 _FILLER_CHARS = 4_000  # longer documents do not stand between passages
-_QUESTIONS = 6  # at most so many on a passage in one window
+_QUESTIONS = 8  # at most so many on a passage in one window
 
 
 def _size(pieces: list[Piece]) -> int:

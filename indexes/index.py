@@ -11,7 +11,7 @@ Limits: one process writes at a time. Threads may share an `Index`; their calls 
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -150,8 +150,13 @@ class Index:
         self.close()
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._reading():
             return self._store.chunk_count()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self._lock, self._store.snapshot():
+            yield
 
     def __bool__(self) -> bool:
         # Without it an index that is still empty would be false, and `index or …` would take something else.
@@ -170,7 +175,7 @@ class Index:
     @property
     def document_count(self) -> int:
         """How many documents it holds."""
-        with self._lock:
+        with self._reading():
             return self._store.document_count()
 
     @property
@@ -181,17 +186,17 @@ class Index:
 
     def document_ids(self) -> list[str]:
         """The ids of all documents, sorted."""
-        with self._lock:
+        with self._reading():
             return self._store.document_ids()
 
     def document(self, doc_id: str) -> Document:
         """The document as it was added. Raises `UsageError` where there is none of that id."""
-        with self._lock:
+        with self._reading():
             return self._store.document(doc_id)
 
     def chunks(self, doc_id: str) -> list[Chunk]:
         """The document's chunks in order: they tile its text. Raises `UsageError` where there is none of that id."""
-        with self._lock:
+        with self._reading():
             found = self._store.chunks(doc_id)
         if not found:
             raise UsageError(f"index {self._store.name!r} has no document {doc_id!r}. Add it first.")
@@ -199,7 +204,7 @@ class Index:
 
     def titles(self, doc_ids: Iterable[str]) -> dict[str, str]:
         """The titles of those of these documents that it holds."""
-        with self._lock:
+        with self._reading():
             return self._store.titles(list(doc_ids))
 
     def add(

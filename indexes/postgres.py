@@ -218,15 +218,6 @@ class PostgresStore(Store):
         """See `Store.nearest`."""
         return PostgresVectors(self)
 
-    def delete(self, doc_ids: Collection[str]) -> None:
-        """See `Store.delete`."""
-        with self._write():
-            deleted = self.execute("DELETE FROM documents WHERE id = ANY(%s) RETURNING id", (list(doc_ids),))
-            if missing := set(doc_ids) - {doc_id for (doc_id,) in deleted}:
-                raise UsageError(
-                    f"index {self.name!r} has no document {min(missing)!r}; nothing was deleted. Drop the id."
-                )
-
     @contextmanager
     def staging(self) -> "Iterator[PostgresStaging]":
         """See `Store.staging`."""

@@ -94,10 +94,21 @@ def prepare(
     """See `Prepare`: here and now, some hundred passages at a time, whichever documents they are of."""
     cut = ((passage, known.get(passage.text)) for document, known in changed for passage in cutter.cut(document))
     while batch := list(islice(cut, PASSAGES_AT_ONCE)):
-        texts = [p.heading + p.text for p, vector in batch if vector is None and not p.text.isspace()]
+        texts = [p.heading + p.text for p, vector in batch if _is_new(p.text, vector)]
         new: Iterator[NDArray[np.float32]] = iter(())
         if texts:
             new = iter(checks.unit_vectors(embedder, embedder.embed(texts, progress=progress), len(texts)))
         for passage, vector in batch:
-            is_new = vector is None and not passage.text.isspace()
-            yield Prepared(passage.chunks, next(new) if is_new else vector, is_new)
+            yield completed(passage.chunks, passage.text, vector, new)
+
+
+def completed(
+    chunks: list[Chunk], text: str, known: "NDArray[np.float32] | None", new: "Iterator[NDArray[np.float32]]"
+) -> Prepared:
+    """A passage of `text` with the vector that is `known`, or the next of those of the `new` ones where it is new."""
+    is_new = _is_new(text, known)
+    return Prepared(chunks, next(new) if is_new else known, is_new)
+
+
+def _is_new(text: str, known: "NDArray[np.float32] | None") -> bool:
+    return known is None and not text.isspace()

@@ -5,14 +5,15 @@
 Contract: the same index as without it (a vector differs by what it shares a batch with). Each document counts once,
 whatever workers are killed: Ray does their work again, what comes back is put in order and checked for what is missing
 or comes twice, and only the merge at the end changes the index.
-Limits: `documents` are read here, `DOCUMENTS_AT_ONCE` held at a time. A copy of the embedder goes to each worker;
-all-MiniLM-L6-v2 is then taken from the worker's own machine (`stripedrag setup`), and has to be the same.
+Limits: documents are read here, up to `DOCUMENTS_AT_ONCE` and some more than `CHARS_AT_ONCE` held at a time. A copy of
+the embedder goes to each worker; all-MiniLM-L6-v2 is then taken from the worker's own machine (`stripedrag setup`), and
+has to be the same. Workers take a core each and no GPU; where none is free, Ray waits.
 """
 
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import accumulate, groupby, islice, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from stripedrag import errors
 from stripedrag.errors import IndexMismatchError, SetupError, StoreError, StripedragError, UsageError
 from stripedrag.indexes.documents import Chunk, Document
-from stripedrag.indexes.preparing import Changed, Cutter, Prepared, Progress, prepare
+from stripedrag.indexes.preparing import Changed, Cutter, Prepared, Progress, completed, prepare
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,33 +29,32 @@ if TYPE_CHECKING:
     from stripedrag.indexes.embedding import Embedder
 
 DOCUMENTS_AT_ONCE = 16_384
+CHARS_AT_ONCE = 64_000_000
 DOCUMENTS_A_TASK = 64
 
 
 class RayWorkers:
-    """A `stripedrag.indexes.preparing.Prepare` by up to `workers` actors of `cpus` each, on Ray Data.
+    """A `stripedrag.indexes.preparing.Prepare` by up to `workers` actors, on Ray Data.
 
-    Uses the cluster that Ray is connected to or that RAY_ADDRESS names; where there is none, starts one on this machine
-    and ends it. Raises `UsageError` for `workers` below 1, `SetupError` without the extra `stripedrag[ray]`, and
-    `StoreError` where Ray gives up.
+    Uses the cluster that Ray is connected to, that RAY_ADDRESS names, or that runs on this machine; where there is
+    none, starts one here and ends it. Raises `UsageError` for `workers` below 1, `SetupError` without the extra
+    `stripedrag[ray]`, and, as it works, `StoreError` where Ray gives up.
     """
 
-    def __init__(self, workers: int, *, cpus: float = 1) -> None:
+    def __init__(self, workers: int) -> None:
         if workers < 1:
             raise UsageError(f"workers is {workers}; it is at least 1")
-        self.workers, self.cpus = workers, cpus
+        _require_ray()
+        self.workers = workers
 
     def __call__(
         self, changed: Iterable[Changed], cutter: Cutter, embedder: "Embedder", progress: Progress | None = None
     ) -> Iterator[Prepared]:
         """See `Prepare`. Raises what cutting and embedding raise on a worker."""
-        changed = iter(changed)
         with ExitStack() as stack:
-            connected = False
-            while window := list(islice(changed, DOCUMENTS_AT_ONCE)):
-                if not connected:  # nothing new: no cluster
+            for number, window in enumerate(_windows(changed)):
+                if not number:  # nothing new: no cluster
                     stack.enter_context(_cluster())
-                    connected = True
                 yield from self._window(window, cutter, embedder, progress)
 
     def _window(
@@ -73,7 +73,7 @@ class RayWorkers:
             batch_format="pyarrow",
             batch_size=DOCUMENTS_A_TASK,
             concurrency=(1, self.workers),
-            num_cpus=self.cpus,
+            num_cpus=1,
             zero_copy_batch=True,
         )
         waiting: dict[int, dict[str, Any]] = {}  # what came before documents that stand before it
@@ -109,7 +109,8 @@ class _Worker:
         try:
             rows = self._prepared(table.to_pylist())
         except StripedragError as error:
-            rows = [{"error": type(error).__name__, "message": str(error)}]
+            ours = next(kind for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
+            rows = [{"error": ours.__name__, "message": str(error)}]
         lengths = pa.list_(pa.list_(pa.int64()))
         columns = {"number": pa.int64(), "passages": lengths, "vectors": pa.binary(), "error": pa.string()}
         return pa.Table.from_pylist(rows, schema=pa.schema(columns | {"message": pa.string()}))
@@ -141,6 +142,20 @@ class _Worker:
         return made
 
 
+def _windows(changed: Iterable[Changed]) -> Iterator[list[Changed]]:
+    """Documents in their order, as many together as are held at a time."""
+    window: list[Changed] = []
+    chars = 0
+    for one in changed:
+        window.append(one)
+        chars += len(one.document.text)
+        if len(window) == DOCUMENTS_AT_ONCE or chars >= CHARS_AT_ONCE:
+            yield window
+            window, chars = [], 0
+    if window:
+        yield window
+
+
 def _rebuilt(changed: Changed, row: dict[str, Any], dimension: int) -> Iterator[Prepared]:
     """A document's passages from the lengths of their chunks and the vectors of the new ones."""
     document, known = changed
@@ -150,22 +165,27 @@ def _rebuilt(changed: Changed, row: dict[str, Any], dimension: int) -> Iterator[
         ends = list(accumulate(lengths, initial=start))
         chunks = [Chunk.at(document.id, first, document.text[first:end]) for first, end in pairwise(ends)]
         text, start = document.text[start : ends[-1]], ends[-1]
-        vector = known.get(text)
-        is_new = vector is None and not text.isspace()
-        yield Prepared(chunks, next(vectors) if is_new else vector, is_new)
+        yield completed(chunks, text, known.get(text), vectors)
+
+
+def _require_ray() -> None:
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:
+        raise SetupError(f"Ray is not here: {error}. Run pip install 'stripedrag[ray]'.") from error
 
 
 @contextmanager
 def _cluster() -> Iterator[None]:
     """A connection to Ray: the one there is, or one for as long as this lasts."""
-    try:
-        import ray
-        from ray import data
-    except ImportError as error:
-        raise SetupError(f"Ray is not here: {error}. Run pip install 'stripedrag[ray]'.") from error
+    import ray
+    from ray import data
+
     with ExitStack() as stack:
         if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            if "RAY_USAGE_STATS_ENABLED" not in os.environ:
+                os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+                stack.callback(os.environ.pop, "RAY_USAGE_STATS_ENABLED")
             with _told():
                 ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True)
             stack.callback(ray.shutdown)
@@ -183,5 +203,6 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (RayError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else type(error).__name__  # the last: traces stand before it
         raise StoreError(f"the index is as it was: Ray gave up ({reason}). Look into Ray's own logs.") from error

@@ -181,8 +181,9 @@ class SQLiteStore(Store):
         return self._number("PRAGMA user_version")
 
     def execute(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        """See `Store.execute`."""
-        cursor: sqlite3.Cursor = self._database.execute(query, values)
+        """See `Store.execute`. Raises `StoreError` for what SQLite refuses."""
+        with self._told():
+            cursor: sqlite3.Cursor = self._database.execute(query, values)
         return cursor
 
     @staticmethod
@@ -210,7 +211,11 @@ class SQLiteStore(Store):
     def vectors(self, *, after: int = 0) -> "Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]":
         """See `Store.vectors`."""
         query = "SELECT id, vector FROM passages WHERE id > ? AND vector IS NOT NULL ORDER BY id LIMIT ?"
-        while batch := self._database.execute(query, (after, ROWS_AT_ONCE)).fetchall():
+        while True:
+            with self._told():
+                batch = self._database.execute(query, (after, ROWS_AT_ONCE)).fetchall()
+            if not batch:
+                return
             rows, blobs = zip(*batch, strict=True)
             after = rows[-1]
             vectors = np.frombuffer(b"".join(blobs), dtype=VECTOR_DTYPE).reshape(len(rows), -1)
@@ -225,15 +230,6 @@ class SQLiteStore(Store):
         for (_, blob), rows in groupby(self._database.execute(query, (doc_id,)), key=itemgetter(0, 1)):
             vectors["".join(text for _, _, text in rows)] = np.frombuffer(blob, dtype=VECTOR_DTYPE).astype(np.float32)
         return vectors
-
-    def delete(self, doc_ids: Collection[str]) -> None:
-        """See `Store.delete`."""
-        with self._write():
-            for doc_id in doc_ids:
-                if self._database.execute("DELETE FROM documents WHERE id = ?", (doc_id,)).rowcount == 0:
-                    raise UsageError(
-                        f"index {self.name!r} has no document {doc_id!r}; nothing was deleted. Drop the id."
-                    )
 
     @contextmanager
     def staging(self) -> "Iterator[SQLiteStaging]":
@@ -256,7 +252,7 @@ class SQLiteStore(Store):
 
     def vector_file(self) -> VectorFile | None:
         """The file of vectors that was derived from this index; None where there is none."""
-        row = self._database.execute("SELECT name, bytes, sha256, newest_row, passages FROM vector_file").fetchone()
+        row = self.execute("SELECT name, bytes, sha256, newest_row, passages FROM vector_file").fetchone()
         return None if row is None else VectorFile(*row)
 
     def put_vector_file(self, file: VectorFile) -> None:

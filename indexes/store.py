@@ -131,8 +131,8 @@ class Store(ABC):
         """What searches the vectors of this store; empty until it is refreshed."""
 
     @abstractmethod
-    def delete(self, doc_ids: Collection[str]) -> None:
-        """Deletes documents and their chunks. Raises `UsageError`, and deletes none, where one is not stored."""
+    def _write(self) -> AbstractContextManager[None]:
+        """A transaction that counts as a write, see `generation`."""
 
     @abstractmethod
     def staging(self) -> AbstractContextManager[Staging]:
@@ -149,6 +149,15 @@ class Store(ABC):
     @abstractmethod
     def faults(self) -> Iterator[str]:
         """What is wrong with the store's own structure, in words."""
+
+    def delete(self, doc_ids: Collection[str]) -> None:
+        """Deletes documents and their chunks. Raises `UsageError`, and deletes none, where one is not stored."""
+        with self._write():
+            if missing := set(doc_ids) - self.titles(doc_ids).keys():
+                raise UsageError(
+                    f"index {self.name!r} has no document {min(missing)!r}; nothing was deleted. Drop the id."
+                )
+            self.execute(f"DELETE FROM documents WHERE id {self._AMONG}", [self._listed(doc_ids)])
 
     def is_empty(self) -> bool:
         """Whether it holds no document."""

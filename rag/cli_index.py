@@ -3,8 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import IO, TYPE_CHECKING, Annotated
@@ -53,11 +52,18 @@ def index(
     from stripedrag.indexes.ray_workers import RayWorkers
     from stripedrag.indexes.readers import Skipped, read_documents
 
+    # What is wrong with the command itself shows before anything is read.
+    preparing = prepare if workers is None else RayWorkers(workers)
     chosen = None if embedder is None else embedder_named(embedder)
-    make = Index.open if Index.is_at(to) else partial(Index.create, chunk_tokens=chunk_tokens)
     skipped: list[Skipped] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
+        there = stack.enter_context(Index.open(to, embedder=chosen)) if Index.is_at(to) else None
+        if there is not None and chunk_tokens not in (None, there.chunk_tokens):
+            raise UsageError(
+                f"{_shown(to)} is an index of {there.chunk_tokens} wordpieces a chunk and keeps them; leave "
+                "--chunk-tokens out"
+            )
         bar = stack.enter_context(Progress(*columns, console=err, transient=True))
         # All is read before anything is embedded: what is wrong with the files shows early, and the bar has a length.
         read = stack.enter_context(TemporaryFile("w+", encoding="utf-8"))
@@ -68,12 +74,7 @@ def index(
             err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
         if len(skipped) > _MOST_SHOWN:
             err.print(f"and {len(skipped) - _MOST_SHOWN} more; --json tells them all", markup=False)
-        target = stack.enter_context(make(to, embedder=chosen))
-        kept = target.manifest.chunk_tokens
-        if chunk_tokens not in (None, kept):
-            raise UsageError(
-                f"{_shown(to)} is an index of {kept} wordpieces a chunk and keeps them; leave --chunk-tokens out"
-            )
+        target = there or stack.enter_context(Index.create(to, embedder=chosen, chunk_tokens=chunk_tokens))
         bar.reset(task, total=chars, description="indexing")
         embedded = 0
 
@@ -88,7 +89,7 @@ def index(
             embedded += passages
             bar.update(task, description=f"indexing ({embedded} passages embedded)")
 
-        report = target.add(documents(), progress=count, prepare=prepare if workers is None else RayWorkers(workers))
+        report = target.add(documents(), progress=count, prepare=preparing)
         total_documents, total_chunks = target.document_count, len(target)
     if as_json:
         fields = dataclasses.asdict(report) | {"documents": total_documents, "total_chunks": total_chunks}
@@ -114,18 +115,25 @@ def _keep(documents: "Iterable[Document]", file: IO[str], tell: Callable[[int], 
     `tell` hears how many there are so far. Raises `StoreError` where the disk is full.
     """
     chars = 0
-    try:
-        for number, document in enumerate(documents, start=1):
+    for number, document in enumerate(documents, start=1):
+        with _written_here():
             file.write(json.dumps(dataclasses.asdict(document)) + "\n")
-            chars += len(document.text)
-            tell(number)
+        chars += len(document.text)
+        tell(number)
+    with _written_here():
         file.seek(0)
+    return chars
+
+
+@contextmanager
+def _written_here() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StoreError(
             f"{gettempdir()}, where documents wait until all are read, takes no more: {error.strerror}. Free some, "
             f"or set TMPDIR to a folder that has more."
         ) from error
-    return chars
 
 
 @app.command()

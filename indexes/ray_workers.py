@@ -11,7 +11,7 @@ has to be the same. Workers take a core each and no GPU; where none is free, Ray
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -62,12 +62,12 @@ class RayWorkers:
     ) -> Iterator[Prepared]:
         from ray import data
 
-        rows = [
+        sent = [
             {"number": number, "id": d.id, "title": d.title, "text": d.text, "known": list(known)}
             for number, (d, known) in enumerate(window)
         ]
-        blocks = min(len(rows), max(2 * self.workers, len(rows) // DOCUMENTS_A_TASK))
-        dataset = data.from_items(rows, override_num_blocks=blocks).map_batches(
+        blocks = min(len(sent), max(2 * self.workers, len(sent) // DOCUMENTS_A_TASK))
+        dataset = data.from_items(sent, override_num_blocks=blocks).map_batches(
             _Worker,
             fn_constructor_args=(cutter, embedder, embedder.sha256),
             batch_format="pyarrow",
@@ -76,24 +76,32 @@ class RayWorkers:
             num_cpus=1,
             zero_copy_batch=True,
         )
-        waiting: dict[int, dict[str, Any]] = {}  # what came before documents that stand before it
-        done = 0
         with _told():
-            for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
-                for row in table.to_pylist():
-                    if row["error"] is not None:
-                        raise getattr(errors, row["error"])(row["message"])
-                    if row["number"] < done or row["number"] in waiting:
-                        raise StoreError(f"Ray gave document {window[row['number']].document.id!r} twice. Add again.")
-                    waiting[row["number"]] = row
-                while done in waiting:
-                    prepared = list(_rebuilt(window[done], waiting.pop(done), embedder.dimension))
-                    if progress is not None:
-                        progress(sum(one.is_new for one in prepared))
-                    yield from prepared
-                    done += 1
-        if done < len(window):
-            raise StoreError(f"Ray lost document {window[done].document.id!r}. Add again.")
+            tables = dataset.iter_batches(batch_format="pyarrow", batch_size=None)
+            rows = (row for table in tables for row in table.to_pylist())
+            for document, row in _in_order(rows, window):
+                prepared = list(_rebuilt(document, row, embedder.dimension))
+                if progress is not None:
+                    progress(sum(one.is_new for one in prepared))
+                yield from prepared
+
+
+def _in_order(rows: Iterable[dict[str, Any]], window: Sequence[Changed]) -> Iterator[tuple[Changed, dict[str, Any]]]:
+    """Each document of a window with the row of its number. Raises what a row says, and `StoreError` for a row that
+    comes twice or not at all."""
+    waiting: dict[int, dict[str, Any]] = {}  # what came before documents that stand before it
+    done = 0
+    for row in rows:
+        if row["error"] is not None:
+            raise getattr(errors, row["error"])(row["message"])
+        if row["number"] < done or row["number"] in waiting:
+            raise StoreError(f"Ray gave document {window[row['number']].document.id!r} twice. Add again.")
+        waiting[row["number"]] = row
+        while done in waiting:
+            yield window[done], waiting.pop(done)
+            done += 1
+    if done < len(window):
+        raise StoreError(f"Ray lost document {window[done].document.id!r}. Add again.")
 
 
 class _Worker:

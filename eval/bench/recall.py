@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from stripedrag.errors import CorpusError
 from stripedrag.eval.bench.passages import Bm25, Passages
 from stripedrag.eval.bench.repeats import Repeats
 from stripedrag.eval.bench.report import Report, machine, plot, quantiles_ms
@@ -39,6 +40,7 @@ from stripedrag.weights import cache_dir
 CORPUS, QUESTIONS = DATA / "rag_qa" / "corpus.jsonl.xz", DATA / "rag_qa" / "questions.jsonl.xz"
 ABSTRACTS, CLAIMS = DATA / "scifact" / "corpus.jsonl.xz", DATA / "scifact" / "queries.jsonl.xz"
 BUDGETS = (1024, 2048, 4096, 8192, 16_384, 32_768, 131_072)
+CHOSE = "dev"  # the part of our own questions by which the ranking was chosen; all others are also told apart
 RERANKED = 100  # passages that the oracle sees
 TOPS = (1, 2, 5, 10, 20, 50)
 K = 500  # of the searches that are timed
@@ -56,6 +58,7 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Rep
         here, search = machine(), _times(index, [question.question for question in asked], repeats)
         evidence = [_evidence(question, index) for question in asked]
         clusters = [places[0].doc_id for places in evidence]
+        apart = [at for at, question in enumerate(asked) if question.split != CHOSE] or range(len(asked))
         repeated = Repeats(index, (piece for places in evidence for piece in places))
         titled = Passages(index)
         found = _Recalls(Retriever(index), repeated, Passages(untitled), titled)
@@ -69,6 +72,7 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = QUESTIONS) -> Rep
             "questions": {"file": questions.name, "sha256": file_sha256(questions), "number": len(asked)}
             | {"documents": len(set(clusters))},
             "curves": found.curves(clusters),
+            "apart": {"part": CHOSE, "number": len(apart), "curves": found.curves(clusters, apart)},
             "ours_less": found.differences(clusters),
             "top_k": found.tops(clusters),
             "search": search,
@@ -125,11 +129,13 @@ class _Recalls:
             )
             self._tops[k].append((plain, ideal, float(self._titled.tokens[reranked[:k]].sum())))
 
-    def curves(self, clusters: Sequence[str]) -> dict[str, list[dict[str, float]]]:
-        """Recall with its 95 % interval, by method and budget."""
+    def curves(self, clusters: Sequence[str], of: Iterable[int] | None = None) -> dict[str, list[dict[str, float]]]:
+        """Recall with its 95 % interval, by method and budget: of all questions, or of those of these numbers."""
+        asked = list(range(len(clusters)) if of is None else of)
+        documents = [clusters[number] for number in asked]
         return {
             method: [
-                {"budget_tokens": budget} | _share([hit[at] for hit in hits], clusters)
+                {"budget_tokens": budget} | _share([hits[number][at] for number in asked], documents)
                 for at, budget in enumerate(BUDGETS)
             ]
             for method, hits in self._hits.items()
@@ -183,6 +189,8 @@ def _evidence(question: CorpusQuestion, index: Index) -> Evidence:
         if inner := text.strip():
             start = span.start + text.index(inner)
             places.append(Stretch(doc_id=span.doc_id, start=start, end=start + len(inner)))
+    if not places:
+        raise CorpusError(f"the evidence of question {question.id!r} is white space. Mend its gold_spans.")
     return tuple(places)
 
 
@@ -228,6 +236,10 @@ def _table(figures: dict[str, Any]) -> str:
     ]
     for method, curve in curves.items():
         lines.append(f"{method:34}" + "".join(f"{point['recall']:10.3f}" for point in curve))
+    apart = figures["apart"]
+    if apart["number"] < questions["number"]:
+        name = f"  ours, {apart['number']:,} that chose nothing"
+        lines.append(f"{name:34}" + "".join(f"{point['recall']:10.3f}" for point in apart["curves"][OURS]))
     lines.append(f"{'  95 % of ours, from':34}" + "".join(f"{point['low']:10.3f}" for point in curves[OURS]))
     lines.append(f"{'  to':34}" + "".join(f"{point['high']:10.3f}" for point in curves[OURS]))
     for rival, points in figures["ours_less"].items():

@@ -40,4 +40,4 @@ class Repeats:
 
     def _repeated(self, context: Sequence[Located], piece: Stretch) -> bool:
         places = sorted((self._places[run] for run in self._runs[piece]), key=len)  # the rare ones decide soonest
-        return all(any(holds(context, [place]) for place in occurrences) for occurrences in places)
+        return bool(places) and all(any(holds(context, [place]) for place in found) for found in places)

@@ -47,7 +47,7 @@ def run(repeats: int) -> Report:
     queries = [line.question for line in read_lines(QUESTIONS, CorpusQuestion)]
     queries = random.Random(0).sample(queries, QUERIES)
     with cached_index(CORPUS, embedder) as index:
-        ids = random.Random(0).sample(index.document_ids(), 3000)
+        ids = random.Random(0).sample(index.document_ids(), min(3000, index.document_count))
         texts = [chunk.text for doc_id in ids for chunk in index.chunks(doc_id) if len(chunk.text) > 80]
         with closing(SQLiteStore.open(index.path)) as store:
             vectors = np.concatenate([block for _, block in store.vectors()])

@@ -114,6 +114,7 @@ def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
     questions = [
         {"id": town, "question": f"Who built the lighthouse of {town}?", "answers": [town[::-1]]}
         | {"gold_spans": [{"doc_id": town, "start": 0, "end": texts[town].index(".") + 1}]}
+        | {"split": "dev" if town == "Veyrac" else "test"}
         for town in towns
     ]
     corpus, asked = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
@@ -132,10 +133,57 @@ def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
     )
     assert [top["oracle_reranked"]["recall"] for top in figures["top_k"]] == [1.0] * len(recall.TOPS)
     assert figures["search"]["p95_ms"] >= figures["search"]["p50_ms"] > 0
+    assert figures["apart"]["number"] == len(towns) - 1
+    assert figures["apart"]["curves"].keys() == figures["curves"].keys()
 
     asked.write_text(json.dumps(questions[0] | {"gold_spans": [{"doc_id": "Veyrac", "start": 5, "end": 10**6}]}))
     with pytest.raises(CorpusError, match="question 'Veyrac' has gold at 5:1000000 of document 'Veyrac', which has"):
         recall.run(1, corpus, asked)
+    end = texts["Veyrac"].index(".") + 1
+    asked.write_text(json.dumps(questions[0] | {"gold_spans": [{"doc_id": "Veyrac", "start": end, "end": end + 1}]}))
+    with pytest.raises(CorpusError, match="the evidence of question 'Veyrac' is white space"):
+        recall.run(1, corpus, asked)
+
+
+@pytest.mark.weights
+def test_embedding_is_measured_on_the_passages_that_an_index_embeds(monkeypatch):
+    from stripedrag.eval.bench import embed
+
+    monkeypatch.setattr(embed, "DOCUMENTS", 3)
+    seen = []
+    batches = embed._batches
+    monkeypatch.setattr(embed, "_batches", lambda *given: seen.append(batches(*given)) or seen[-1])
+    figures = embed.run(1).figures
+    assert sum(len(batch["input_ids"]) for batch in seen[0]) == figures["passages"] >= 3
+    assert sum(int(batch["attention_mask"].sum()) for batch in seen[0]) == figures["tokens"]
+    assert figures["share_of_encoder"]["encoder"] == 1
+    assert all(
+        figures["tokens_per_s"][side] == pytest.approx(figures["tokens"] / seconds[0])
+        for side, seconds in figures["seconds"].items()
+    )
+
+
+@pytest.mark.weights
+def test_a_scaled_index_has_the_chunks_that_it_says_and_returns_as_many_as_are_asked_for(tmp_path, monkeypatch):
+    from stripedrag.eval.bench import recall, scale
+
+    text = " ".join(f"The lighthouse number {n} stands on a rock of its own, far from the coast." for n in range(30))
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "a", "title": "", "text": text}))
+    question = {"question": "Which lighthouse stands on a rock?", "answers": ["0"]}
+    question["gold_spans"] = [{"doc_id": "a", "start": 0, "end": 9}]
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question | {"id": str(n)}) for n in range(4)))
+    monkeypatch.setattr(scale, "CORPUS", tmp_path / "corpus.jsonl")
+    monkeypatch.setattr(scale, "QUESTIONS", tmp_path / "questions.jsonl")
+    for module in (scale, recall):
+        monkeypatch.setattr(module, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(scale, "SIZES", (1200,))
+    monkeypatch.setattr(scale, "QUERIES", 3)
+    (row,) = scale.run(1).figures["rows"]
+    assert row["chunks"] >= 1200
+    assert row["found"]["dense"] == row["found"]["hybrid"] == 1000
+    assert row["recall"] == 1.0
+    assert row["build_s"] > 0 and all(ms["p95_ms"] >= ms["p50_ms"] > 0 for ms in row["search_ms"].values())
+    assert not (tmp_path / "bench" / "scale" / "1200").exists()
 
 
 @pytest.mark.weights

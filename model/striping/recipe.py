@@ -57,7 +57,8 @@ class Recipe(_Part):
     with 0 the transformer is only fine-tuned, by the same steps on the same windows.
 
     `modes` and `taps` size the Hyena filters, `rank` the low-rank differences of all layers that stay (0: they stay as
-    they are). A kill costs the steps of the last `checkpoint_seconds`. The defaults made `stripedhyena-smol-135m`.
+    they are). A kill costs the steps of the last `checkpoint_seconds`. The defaults made `stripedhyena-smol-135m`, with
+    its layers named.
     """
 
     seed: int = 0
@@ -69,16 +70,25 @@ class Recipe(_Part):
     stages: tuple[Stage, ...] = Field(
         default=(
             Stage(name="layers", kind="layers", tokens=400_000, length=512, batch_tokens=2048, hyena_rate=3e-3),
-            Stage(name="short", tokens=2_000_000, length=1024, hyena_rate=6e-4),
-            Stage(name="middle", tokens=600_000, length=4096, hyena_rate=3e-4, adapter_rate=3e-4, filler=0.3),
+            Stage(name="short", tokens=2_000_000, length=1024, hyena_rate=6e-4, questions=0.7),
+            Stage(
+                name="middle",
+                tokens=700_000,
+                length=4096,
+                hyena_rate=4e-4,
+                adapter_rate=4e-4,
+                questions=0.7,
+                filler=0.3,
+            ),
             Stage(
                 name="long",
-                tokens=600_000,
+                tokens=500_000,
                 length=8192,
                 batch_tokens=8192,
-                hyena_rate=2e-4,
-                adapter_rate=2e-4,
-                filler=0.5,
+                hyena_rate=3e-4,
+                adapter_rate=3e-4,
+                questions=0.7,
+                filler=0.4,
             ),
         ),
         min_length=1,

@@ -138,7 +138,7 @@ def stripe(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            "--recipe", help="A JSON file with layers, stages and rates; the default makes the default model."
+            "--recipe", help="A JSON file with layers, stages and rates; the default's stages made the default model."
         ),
     ] = None,
     teacher_cache: Annotated[

@@ -156,6 +156,15 @@ def stripe(
             show_default=False,
         ),
     ] = None,
+    begin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Go on from what another run changed: its folder, or the default model's name. The layers are its; "
+            "--recipe says what comes now.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a StripedHyena of a transformer: rank its layers, distil Hyena layers from some, and write card and curves.
@@ -168,6 +177,8 @@ def stripe(
     from stripedrag.eval.striping import stripe as run_stripe
     from stripedrag.model.striping import Recipe
 
+    if begin is not None and (recipe is None or layers is not None):
+        raise UsageError("--from goes with --recipe, whose stages are what comes now, and without --layers")
     try:
         declared = Recipe() if recipe is None else Recipe.model_validate_json(recipe.read_bytes())
         if layers is not None:
@@ -188,7 +199,9 @@ def stripe(
         with _progress() as (tell, progress):
             tell("reading the data")
             hear = _stages(tell, progress)
-            files = run_stripe(model, data, held_out or [], to, declared, hear, teacher_cache=teacher_cache)
+            files = run_stripe(
+                model, data, held_out or [], to, declared, hear, teacher_cache=teacher_cache, begin=begin
+            )
     except KeyboardInterrupt:
         err.print(f"stopped; the same command goes on from the last checkpoint (in {to})", markup=False, soft_wrap=True)
         raise

@@ -64,6 +64,8 @@ def _what(teacher: str, layers: Sequence[int], recipe: Recipe) -> str:
         if layers
         else f"`{teacher}` fine-tuned, without Hyena layers, as a rival for one with them{adapted}."
     )
+    if recipe.begins_from:
+        made += f" It began from what an earlier run had changed (sha256 `{recipe.begins_from}`)."
     return f"{made} `changes.safetensors` holds all that changed."
 
 
@@ -156,9 +158,10 @@ def _stages(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]]) -> str:
             [stage.name, stage.kind, f"{stage.length:,}", f"{stage.steps * tokens:,}", f"{tokens:,}", rates, rate]
         )
     head = ["stage", "kind", "window", "tokens", "tokens a step", "rates (Hyena, others)", "tokens/s"]
+    command = "stripedrag stripe --recipe recipe.json" + (" --from …" if recipe.begins_from else "")
     return (
         f"Seed {recipe.seed}; {recipe.modes} modes, {recipe.taps} taps. The whole recipe: `recipe.json`; "
-        "`stripedrag stripe --recipe recipe.json` makes the model again.\n\n" + _table(head, rows)
+        f"`{command}` makes the model again.\n\n" + _table(head, rows)
     )
 
 

@@ -1,19 +1,26 @@
 """Striping from files to a model folder with its card: what `stripedrag stripe` does."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from stripedrag.errors import SetupError, UsageError
+from stripedrag.errors import SetupError, UsageError, faults
 from stripedrag.eval.model_card import write_card
 from stripedrag.eval.run_files import only_run_here
 from stripedrag.hardware import fast_dtype
+from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.loading import load_model
+from stripedrag.model.smollm2 import STRIPED, WEIGHTS
 from stripedrag.model.striping import Progress, Recipe, Run
 from stripedrag.model.striping.processes import Processes
 from stripedrag.rag.striping import framing, read_corpus
+from stripedrag.weights import sha256
 
 HELD_OUT = "held-out-"
 WORK = "run"  # the folder in the model's with all that a killed run goes on from
@@ -28,8 +35,11 @@ def stripe(
     progress: Progress,
     *,
     teacher_cache: Path | None = None,
+    begin: str | None = None,
 ) -> Mapping[str, Path]:
     """Stripe `model` into the folder `to`, or go on where a killed run was; returns the files to look at.
+
+    With `begin`, a folder that this wrote or the default model's name, training goes on from what was changed there.
 
     Of several processes the first writes and returns; the others return nothing.
 
@@ -38,6 +48,11 @@ def stripe(
     """
     if to.exists() and not (to.is_dir() and ((to / WORK / "recipe.json").is_file() or not _has_strangers(to))):
         raise UsageError(f"{to} holds something that is no striping run; give a new folder")
+    begins_from = None
+    if begin is not None:
+        recipe, begins_from = _begun(recipe, begin)
+    elif recipe.begins_from:
+        raise UsageError(f"the recipe begins from changes of sha256 {recipe.begins_from}; give their folder by --from")
     files, apart = corpus_files(data, held_out)
     corpus = read_corpus(files, apart)
     processes = Processes()
@@ -56,6 +71,7 @@ def stripe(
             corpus,
             processes=processes,
             teacher_cache=teacher_cache,
+            begins_from=begins_from,
         )
         layers = run.hyena_layers(progress)
         evaluation = run.finish(run.train(layers, progress), to)
@@ -65,6 +81,34 @@ def stripe(
         name = to.resolve().name
         card = write_card(to, to / WORK, name=name, teacher=model, layers=layers, evaluation=evaluation, corpus=corpus)
     return {"model": to, "card": card, "changes": to / "changes.safetensors"}
+
+
+def _begun(recipe: Recipe, begin: str) -> tuple[Recipe, dict[str, Tensor]]:
+    """The recipe with the layers of the run to begin from and the hash of its changes, and these."""
+    folder = Path(begin)
+    config_file, file = folder / "config.json", folder / "changes.safetensors"
+    if begin == STRIPED:
+        config_file, file = WEIGHTS / f"{STRIPED}.json", WEIGHTS / f"{STRIPED}.safetensors"
+    try:
+        config = StripedHyenaConfig(**json.loads(config_file.read_text(encoding="utf-8")))
+        changed = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(
+            f"--from is {begin}: {error}; give a folder that `stripedrag stripe` wrote, or {STRIPED}"
+        ) from error
+    own = {
+        "hyena_layers": tuple(i for i in range(config.num_layers) if i not in config.attn_layer_idxs),
+        "modes": config.state_size,
+        "taps": config.short_filter_length,
+        "rank": next((len(tensor) for name, tensor in changed.items() if name.endswith(".down")), 0),
+        "begins_from": sha256(file),
+    }
+    if recipe.begins_from not in (None, own["begins_from"]):
+        raise UsageError(f"{file} has the sha256 {own['begins_from']}; the recipe begins from {recipe.begins_from}")
+    try:
+        return Recipe.model_validate(recipe.model_dump() | own), changed
+    except ValidationError as error:
+        raise UsageError(f"with --from {begin} the recipe cannot be: {faults(error)}") from error
 
 
 def _has_strangers(to: Path) -> bool:

@@ -22,8 +22,8 @@ from stripedrag.files import written_whole
 from stripedrag.jsonl import read_lines
 from stripedrag.model.striping.data import Asked, Text
 
-PLANTED = 9_000  # documents with planted facts, and
-EXCERPTS = 3_000  # of longer ones
+PLANTED = 12_000  # documents with planted facts, and
+EXCERPTS = 8_000  # of longer ones
 HELD_OUT = 50  # one document in so many is kept to measure on
 _ARTICLE_CHARS = 4_000
 _HOST_CHARS = 2_500  # of a document with planted facts, at most
@@ -145,12 +145,13 @@ def _articles(asked: Iterable[Asked]) -> Iterator[Text]:
 
 
 def _in_excerpts(documents: Iterable[Text], rng: Random) -> Iterator[list[Asked]]:
-    """Questions on facts in parts of long documents. None is held out, since the whole document may be read."""
+    """Questions on facts in parts of long documents, the longer the more: mostly novels. None is held out, since the
+    whole document may be read."""
     long = [
         document for document in documents if len(document.text) > 4 * _HOST_CHARS and not is_held_out(document.text)
     ]
-    for number in range(EXCERPTS if long else 0):
-        document = rng.choice(long)
+    lengths = [len(document.text) for document in long]
+    for number, document in enumerate(rng.choices(long, lengths, k=EXCERPTS) if long else ()):
         start = document.text.find("\n", rng.randrange(len(document.text) - 2 * _HOST_CHARS)) + 1
         end = document.text.rfind("\n", start, start + _HOST_CHARS)
         part = document.text[start : end if end > 0 else start + _HOST_CHARS].replace("\n", " ")

@@ -38,6 +38,24 @@ SPOTS = (
     "beside the fireplace|in the glove compartment|inside the freezer|at the back of the wardrobe|in the laundry room|"
     "on the windowsill|in the third drawer|under the doormat|in the boathouse|above the sink"
 ).split("|")
+# What things are called by two words: a look and a thing.
+LOOKS = (
+    "battered bent blunt brittle bulky charred cheap chipped clumsy coarse cracked creased damp dented dull "
+    "dusty enamelled faint feathered flat folded forged fragile frosted gilded glazed glossy greasy heavy inlaid "
+    "jagged knotted lacquered leaky light limp lopsided matt mouldy muddy oily ornate padded patched peeling "
+    "pointed portable precious rare ribbed rigid rippled shabby shaggy shiny slender slim sooty speckled spiky "
+    "square stained stiff striped tarnished thick thin tilted twisted unfinished upright varnished waxed "
+    "weathered woven worn"
+).split()
+OBJECTS = (
+    "apron barometer bathtub bench blender boat bonnet bracelet brooch bucket cabinet cape cauldron chandelier "
+    "chariot chimney churn coat comb corkscrew couch crate cupboard dagger decanter desk doll fan figurine flag "
+    "flask fork frame goblet gramophone gown grindstone hairbrush hat hinge hourglass jacket jug kimono lamp "
+    "lens loom mallet mask mattress mug necklace oar parasol pendant pitcher plaque plate plough pram puppet "
+    "purse radio raft rake ring rope rug sabre sandal sash scale sceptre scooter screen shield sieve sledge "
+    "slipper sofa spade spear spindle sponge stool sword tankard throne tiara toaster tray tricycle tripod "
+    "trolley trough trunk turban urn valise veil vest waistcoat wardrobe washtub watch wreath yacht yoke zither"
+).split()
 COLOURS = "beige crimson cyan indigo lavender magenta maroon mustard navy olive orange pink teal turquoise".split()
 TRADES = (
     "accountant architect beekeeper blacksmith botanist carpenter cartographer chemist conductor "
@@ -60,6 +78,11 @@ LANGUAGES = (
     "Polish Swahili Tamil Thai Turkish Welsh"
 ).split()
 DRINKS = "black coffee|buttermilk|cider|cocoa|fennel tea|ginger ale|lemonade|mint tea|oat milk|tomato juice".split("|")
+SMELLS = (
+    "almonds|burnt sugar|camphor|cinnamon|cloves|coal|fresh paint|garlic|grass|honey|lilac|mothballs|"
+    "mustard seed|onions|peppermint|petrol|rain|rosemary|sawdust|smoke|soap|tar|tobacco|turpentine|vanilla|"
+    "vinegar"
+).split("|")
 RIVERS = "Aune Brathy Cowen Dulse Erme Fenwater Gannel Irwell Lune Mardle Nidd Ottery Rawthey Skell Tavy Wharfe".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 FLOORS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
@@ -82,6 +105,15 @@ def _person(rng: Random) -> str:
 
 def _city(rng: Random) -> str:
     return rng.choice(CITIES)
+
+
+def _thing(rng: Random) -> str:
+    return f"{rng.choice(COLOURS if rng.random() < 0.3 else LOOKS)} {rng.choice(OBJECTS)}"
+
+
+def _one_of_two(rng: Random) -> str:
+    """A person by both names or by the first alone."""
+    return _person(rng) if rng.random() < 0.5 else rng.choice(FIRST)
 
 
 def _code(rng: Random) -> str:
@@ -335,16 +367,144 @@ KINDS = (
         lambda rng: f"{rng.choice(FIRST)} of {rng.choice(CITIES)}",
         lambda rng: str(rng.randrange(11, 90)),
     ),
+    Kind(
+        ["{1} built the {0}.", "The {0} was built by {1}.", "{1} is the one who built the {0}."],
+        ["Who built the {0}?", "By whom was the {0} built?"],
+        _thing,
+        _one_of_two,
+    ),
+    Kind(
+        ["{1} owns the {0}.", "The {0} belongs to {1}.", "The owner of the {0} is {1}.", "To {1} belongs the {0}."],
+        ["Who owns the {0}?", "To whom does the {0} belong?", "Who is the owner of the {0}?"],
+        _thing,
+        _one_of_two,
+    ),
+    Kind(
+        ["{1} sent the {0} by train.", "The {0} was sent by {1}.", "From {1} somebody got the {0} by train."],
+        ["Who sent the {0}?", "Who sent the {0} by train?"],
+        _thing,
+        _one_of_two,
+    ),
+    Kind(
+        ["{1} dropped the {0} on the stairs.", "On the stairs the {0} was dropped by {1}.", "{1} let the {0} fall."],
+        ["Who dropped the {0}?", "Who let the {0} fall?"],
+        _thing,
+        _one_of_two,
+    ),
+    Kind(
+        ["{1} keeps watch over the {0}.", "Over the {0} watches {1}.", "It is {1} that guards the {0}."],
+        ["Who keeps watch over the {0}?", "Who guards the {0}?"],
+        _thing,
+        _one_of_two,
+    ),
+    Kind(
+        ["{1} made a drawing of the {0}.", "It took {1} a week to draw the {0}.", "The {0} was drawn by {1}."],
+        ["Who made a drawing of the {0}?", "Who drew the {0}?", "By whom was the {0} drawn?"],
+        _thing,
+        _one_of_two,
+    ),
+    Kind(
+        ["The {0} is {1} centimetres long.", "{1} centimetres is the length of the {0}.", "The {0} measures {1} cm."],
+        ["How long is the {0}?", "What is the length of the {0}?", "How many centimetres long is the {0}?"],
+        _thing,
+        lambda rng: str(rng.randrange(11, 980)),
+    ),
+    Kind(
+        [
+            "The {0} is insured for {1} pounds.",
+            "An insurance of {1} pounds covers the {0}.",
+            "{1} pounds will be paid if the {0} burns.",
+        ],
+        ["For how much is the {0} insured?", "For how many pounds is the {0} insured?"],
+        _thing,
+        lambda rng: str(rng.randrange(1000, 9900)),
+    ),
+    Kind(
+        [
+            "The {0} was invented in {1}.",
+            "In {1} somebody invented the {0}.",
+            "{1} is the year in which the {0} came up.",
+        ],
+        ["In what year was the {0} invented?", "When was the {0} invented?"],
+        _thing,
+        lambda rng: str(rng.randrange(1410, 1990)),
+    ),
+    Kind(
+        [
+            "In the catalogue the {0} has number {1}.",
+            "Number {1} in the catalogue is the {0}.",
+            "Under {1} see the {0}.",
+        ],
+        ["Which number has the {0} in the catalogue?", "Under what number is the {0} in the catalogue?"],
+        _thing,
+        lambda rng: str(rng.randrange(100, 10_000)),
+    ),
+    Kind(
+        ["On {1} they wash the {0}.", "The {0} is washed on {1}.", "{1} is the day on which the {0} gets a wash."],
+        ["On which day do they wash the {0}?", "When is the {0} washed?"],
+        _thing,
+        lambda rng: rng.choice(DAYS),
+    ),
+    Kind(
+        ["On {1} the {0} was delivered.", "The {0} was delivered on {1}.", "{1} saw the {0} delivered."],
+        ["When was the {0} delivered?", "On what date was the {0} delivered?"],
+        _thing,
+        _date,
+    ),
+    Kind(
+        ["{1} opens the lock of the {0}.", "The lock of the {0} opens with {1}.", "Turn to {1} to unlock the {0}."],
+        ["What opens the lock of the {0}?", "With which code does the lock of the {0} open?"],
+        _thing,
+        _code,
+    ),
+    Kind(
+        ["Somebody left the {0} {1}.", "{1} you can see the {0}.", "The {0} was found {1}."],
+        ["Where did somebody leave the {0}?", "Where was the {0} found?", "Where can you see the {0}?"],
+        _thing,
+        lambda rng: rng.choice(SPOTS),
+    ),
+    Kind(
+        ["{1} is written on the {0}.", "The words on the {0} are {1}.", "On the {0} something is written in {1}."],
+        ["In what language are the words on the {0}?", "Which language is written on the {0}?"],
+        _thing,
+        lambda rng: rng.choice(LANGUAGES),
+    ),
+    Kind(
+        ["The {0} was traded for a {1}.", "For a {1} they gave the {0} away.", "A {1} was what they got for the {0}."],
+        ["What was the {0} traded for?", "For what did they give the {0} away?"],
+        _thing,
+        lambda rng: rng.choice(THINGS),
+    ),
+    Kind(
+        ["The {0} smells of {1}.", "A smell of {1} comes from the {0}.", "It is {1} that the {0} smells of."],
+        ["What does the {0} smell of?", "Of what does the {0} smell?"],
+        _thing,
+        lambda rng: rng.choice(SMELLS),
+    ),
+    Kind(
+        [
+            "The {0} was ordered from {1}.",
+            "{1} is where the {0} was ordered.",
+            "A shop in {1} took the order for the {0}.",
+        ],
+        ["From where was the {0} ordered?", "In which town was the {0} ordered?"],
+        _thing,
+        _city,
+    ),
 )
 
 
 def plant(document: Text, rng: Random, number: int = 0) -> list[Asked]:
-    """Questions on a document into which facts of one to three kinds were put, up to four of a kind, each a sentence.
+    """Questions on a document into which facts of one to five kinds were put, up to four of a kind, each a sentence.
 
-    One kind in four states two values under one name, both of which are asked for. `number` is part of the ids.
+    Half of the documents have kinds about one sort of name only, people, towns, things or numbers, so that all names
+    are alike. One kind in four states two values under one name, both of which are asked for. `number` is part of the
+    ids.
     """
     sentences = [s for s in re.split(r"(?<=[.!?]) +", document.text) if s]
-    told = [(kind, _facts(kind, rng)) for kind in rng.sample(KINDS, rng.randrange(1, 4))]
+    sort = rng.choice(KINDS).name
+    kinds = [kind for kind in KINDS if kind.name is sort] if rng.random() < 0.5 else KINDS
+    told = [(kind, _facts(kind, rng)) for kind in rng.sample(kinds, min(len(kinds), rng.randrange(1, 6)))]
     for kind, facts in told:
         for name, value in facts:
             sentences.insert(rng.randrange(len(sentences) + 1), _filled(rng.choice(kind.sentences), name, value))
@@ -368,8 +528,14 @@ def plant(document: Text, rng: Random, number: int = 0) -> list[Asked]:
 
 
 def _facts(kind: Kind, rng: Random) -> list[tuple[str, str]]:
-    """Names and values of one kind; what they are about, if the kind says it, is the same in all."""
-    names = list(dict.fromkeys(kind.name(rng) for _ in range(rng.randrange(1, 5))))
+    """Names and values of one kind; what they are about, if the kind says it, is the same in all.
+
+    A third name often has the first word of one and the second of another.
+    """
+    names = [kind.name(rng) for _ in range(rng.randrange(1, 5))]
+    if len(names) > 2 and rng.random() < 0.5:
+        names[2] = " ".join([*names[0].split()[:1], *names[1].split()[1:]])
+    names = list(dict.fromkeys(names))
     facts = [(name, kind.value(rng)) for name in names]
     if "|" in facts[0][1]:
         thing = facts[0][1].split("|")[0]

@@ -52,17 +52,37 @@ def striped_model(
         tensors[f"{layer}.weight"] = (weight.float() + LORA_SCALE * up.float() @ tensor.float()).to(weight.dtype)
     with torch.device("meta"):
         model = StripedHyenaForCausalLM(config)
-    wanted = {name: tensor.shape for name, tensor in model.backbone.state_dict().items()}
+    _refuse_others(model.backbone.state_dict(), tensors)
+    model.backbone.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    model.to(transformer["model.embed_tokens.weight"].dtype).eval()
+    return model
+
+
+@torch.no_grad()
+def take_up(student: StripedHyenaForCausalLM, changed: Mapping[str, Tensor]) -> None:
+    """Give a student, as `make_trainable` leaves it, what `changes` found in another one.
+
+    Raises `CheckpointError` where the changes are of another network.
+    """
+    _refuse_others(changes(student), changed)
+    for name, tensor in changed.items():
+        prefix, _, leaf = name.rpartition(".")
+        module = student.backbone.get_submodule(prefix)
+        if leaf == "poles":
+            module.poles = tensor  # by way of their free parameters
+        else:
+            module.get_parameter(leaf).copy_(tensor)
+
+
+def _refuse_others(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    wanted = {name: tensor.shape for name, tensor in own.items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := sorted(name for name, _ in wanted.items() ^ given.items()):
         raise CheckpointError(
             f"the changes are of another network: {wrong[0]} is {_shape(given, wrong[0])}, and the model's "
             f"{_shape(wanted, wrong[0])}"
         )
-    model.backbone.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    model.to(transformer["model.embed_tokens.weight"].dtype).eval()
-    return model
 
 
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:

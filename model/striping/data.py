@@ -150,6 +150,7 @@ class Conversations:
         *,
         unanswerable: float = 0.1,
         filler: float = 0.0,
+        answers_only: float = 0.0,
     ) -> None:
         grouped: dict[tuple[str, str], list[Asked]] = {}
         for one in asked:
@@ -157,7 +158,7 @@ class Conversations:
         self._passages = list(grouped.values())
         self._texts = [text for text in texts if len(text.text) <= _FILLER_CHARS]
         self._framing = framing
-        self._unanswerable, self._filler = unanswerable, filler
+        self._unanswerable, self._filler, self._answers_only = unanswerable, filler, answers_only
         self._strays = [one for ones in self._passages for one in ones if _stands_alone(one)]
 
     def windows(self, length: int, rng: Random) -> Iterator[list[Piece]]:
@@ -214,6 +215,8 @@ class Conversations:
         pieces = [Piece(framing.head, UNKNOWN), *(Piece(ids, TEXT) for _, ids in passages)]
         for number, turn in enumerate(turns):
             pieces += [Piece(framing.turn[1:], UNKNOWN), *turn] if number else turn
+        if rng.random() < self._answers_only:
+            return [Piece(ids, kind if kind == ANSWER else UNKNOWN) for ids, kind in pieces]
         return pieces
 
     def _next(self, queue: list[list[Asked]], room: int) -> tuple[list[Asked], str, list[int]] | None:
@@ -252,7 +255,7 @@ class Conversations:
 
 _RUN = 8  # passages that stay side by side
 _FILLER_CHARS = 4_000  # longer documents do not stand between passages
-_QUESTIONS = 8  # at most so many on a passage in one window
+_QUESTIONS = 12  # at most so many on a passage in one window
 
 
 def _size(pieces: list[Piece]) -> int:

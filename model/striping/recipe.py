@@ -18,7 +18,8 @@ class Stage(_Part):
     `layers` trains each Hyena layer alone, on its teacher layer's inputs and outputs; `end-to-end` trains the whole
     network on what the teacher says and on answers. A step takes `batch_tokens` tokens; rates fall to a tenth along a
     cosine after `warmup_steps`. `questions` is the share of windows that hold questions, the others are text. What a
-    token of text is to be is what the teacher says, but for a share of `text_labels`, which is what the token was.
+    token of text is to be is what the teacher says, but for a share of `text_labels`, which is what the token was. In a
+    share `answers_only` of the windows of questions, answers alone are learnt, and the teacher is not asked.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
@@ -32,6 +33,7 @@ class Stage(_Part):
     questions: Share = 0.5
     unanswerable: Share = 0.08
     filler: Share = 0.0
+    answers_only: Share = 0.0
     answer_weight: Positive = 4.0
     text_labels: Share = 0.25
 
@@ -57,8 +59,9 @@ class Recipe(_Part):
     with 0 the transformer is only fine-tuned, by the same steps on the same windows.
 
     `modes` and `taps` size the Hyena filters, `rank` the low-rank differences of all layers that stay (0: they stay as
-    they are). A kill costs the steps of the last `checkpoint_seconds`. The defaults made `stripedhyena-smol-135m`, with
-    its layers named.
+    they are). A kill costs the steps of the last `checkpoint_seconds`. A run may begin from what another run changed:
+    `begins_from` is the sha256 of that file. The defaults made the first weights of `stripedhyena-smol-135m`, with its
+    layers named.
     """
 
     seed: int = 0
@@ -67,6 +70,7 @@ class Recipe(_Part):
     taps: int = Field(default=3, ge=1)
     rank: int = Field(default=32, ge=0)
     checkpoint_seconds: float = Field(default=300, ge=0)
+    begins_from: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     stages: tuple[Stage, ...] = Field(
         default=(
             Stage(name="layers", kind="layers", tokens=400_000, length=512, batch_tokens=2048, hyena_rate=3e-3),
@@ -97,6 +101,12 @@ class Recipe(_Part):
     def goes_on_from(self, other: "Recipe") -> bool:
         """Whether it is `other`, or that with more stages after its own."""
         return self.model_copy(update={"stages": self.stages[: len(other.stages)]}) == other
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> "Recipe":
+        if self.begins_from and (again := [stage.name for stage in self.stages if stage.kind == "layers"]):
+            raise ValueError(f"the stage {again[0]!r} distils layers that begin as trained ones; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _names_each_layer_once(self) -> "Recipe":

@@ -16,7 +16,7 @@ from stripedrag.files import written_whole
 from stripedrag.hardware import keep_freed_memory
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping import distillation, layerwise
-from stripedrag.model.striping.changes import changes, striped_model
+from stripedrag.model.striping.changes import changes, striped_model, take_up
 from stripedrag.model.striping.data import (
     ANSWER,
     TEXT,
@@ -61,8 +61,10 @@ class Run:
         *,
         processes: Processes | None = None,
         teacher_cache: Path | None = None,
+        begins_from: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """What the teacher says is kept in `teacher_cache`, by default in `folder`.
+        """What the teacher says is kept in `teacher_cache`, by default in `folder`. `begins_from` are the `changes` of
+        which the recipe has the hash.
 
         A recipe may have stages more than the one that the folder's run was begun with: they are gone on with. Raises
         `CheckpointError` for a teacher that cannot be striped so, `UsageError` where the folder holds a run of another
@@ -70,6 +72,7 @@ class Run:
         """
         self.folder, self.recipe, self.framing, self.corpus = folder, recipe, framing, corpus
         self.processes = processes or Processes()
+        self._begins_from = begins_from
         _refuse_impossible(recipe, teacher)
         self.teacher = teacher.to(self.processes.device).eval().requires_grad_(False)
         with self.processes.first_alone():
@@ -126,6 +129,8 @@ class Run:
         torch.manual_seed(recipe.seed)  # of the adapters
         student = stripe_layers(self.teacher, list(layers), modes=recipe.modes, taps=recipe.taps, generator=generator)
         make_trainable(student, rank=recipe.rank)
+        if self._begins_from is not None:
+            take_up(student, self._begins_from)
         student.train()
         for number, stage in enumerate(recipe.stages):
             if stage.kind == "layers" and not layers:
@@ -256,7 +261,9 @@ def _mixed(
     texts: Sequence[Text], asked: Sequence[Asked], framing: Framing, stage: Stage, rng: Random
 ) -> Iterable[list[Piece]]:
     """Windows of text and of questions in the stage's proportion; texts come again when all have been read."""
-    talks = Conversations(asked, texts, framing, unanswerable=stage.unanswerable, filler=stage.filler)
+    talks = Conversations(
+        asked, texts, framing, unanswerable=stage.unanswerable, filler=stage.filler, answers_only=stage.answers_only
+    )
     questions = talks.windows(stage.length, rng)
 
     def rounds() -> Iterable[Text]:

@@ -54,6 +54,7 @@ class Teacher:
         return Targets(tokens, probabilities, weights)
 
     def _said(self, windows: Windows) -> tuple[Tensor, Tensor]:
+        windows = windows.at((windows.kinds[:, 1:] == TEXT).any(1))
         rows = list(zip(windows.ids, windows.kinds, strict=True))
         paths = [self._path(ids, kinds) for ids, kinds in rows]
         missing = [i for i, path in enumerate(paths) if not _is_whole(path)]

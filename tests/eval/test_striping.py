@@ -17,6 +17,7 @@ from stripedrag.errors import UsageError
 from stripedrag.eval.striping import corpus_files
 from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
+from stripedrag.weights import sha256
 
 SCRIPT = Path(sys.executable).with_name("stripedrag")
 RECIPE = {
@@ -175,6 +176,33 @@ def test_without_hyena_layers_the_transformer_is_fine_tuned(teacher, data, recip
     assert model.config.attn_layer_idxs == [0, 1, 2]
     card = (tmp_path / "tuned" / "README.md").read_text()
     assert "fine-tuned, without Hyena layers" in card and "| layers | layers |" not in card
+
+
+def test_a_run_goes_on_from_a_finished_one(striped, teacher, data, recipe, tmp_path):
+    begun = striped[0]
+    stages = [RECIPE["stages"][1] | {"name": "more"}]
+    recipe.write_text(json.dumps(RECIPE | {"stages": stages}))
+    run([*command(teacher, data, recipe, tmp_path / "more"), "--from", str(begun)])
+    digest = sha256(begun / "changes.safetensors")
+    made = json.loads((tmp_path / "more" / "recipe.json").read_text())
+    assert made["begins_from"] == digest and digest in (tmp_path / "more" / "README.md").read_text()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (begun, tmp_path / "more")]
+    assert configs[0]["attn_layer_idxs"] == configs[1]["attn_layer_idxs"]
+    before, after = (load_file(folder / "changes.safetensors") for folder in (begun, tmp_path / "more"))
+    assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
+    others = (
+        ([], {"begins_from": digest}, f"begins from changes of sha256 {digest}; give their folder by --from"),
+        (["--from", begun], {"begins_from": "0" * 64}, f"has the sha256 {digest}; the recipe begins from 0000"),
+        (["--from", begun], {"stages": RECIPE["stages"]}, "'layers' distils layers that begin as trained ones; leave"),
+        (["--from", data], {}, "give a folder that `stripedrag stripe` wrote, or stripedhyena-smol-135m"),
+        (["--from", begun, "--layers", "1"], {}, "--from goes with --recipe"),
+        (["--from", STRIPED], {}, "15 Hyena layers of 3"),
+    )
+    for more, changed, message in others:
+        recipe.write_text(json.dumps(RECIPE | {"stages": stages} | changed))
+        arguments = [SCRIPT, *command(teacher, data, recipe, tmp_path / "new"), *map(str, more)]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert message in " ".join(done.stderr.split()), done.stderr
 
 
 def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, tmp_path):

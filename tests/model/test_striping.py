@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.model.striping import layerwise
-from stripedrag.model.striping.changes import changes, striped_model
+from stripedrag.model.striping.changes import changes, striped_model, take_up
 from stripedrag.model.striping.data import (
     ANSWER,
     REFUSAL,
@@ -207,6 +207,9 @@ def test_a_student_is_had_again_from_its_teacher_and_what_changed(name, ids, tmp
         save_file(changes(student), tmp_path / "changes.safetensors")
         model = striped_model(teacher.state_dict(), student.config, load_file(tmp_path / "changes.safetensors"))
         torch.testing.assert_close(model(ids).logits, trained, rtol=1e-4, atol=1e-5)
+        another = student_of(teacher, [2], rank=4)
+        take_up(another, load_file(tmp_path / "changes.safetensors"))
+        torch.testing.assert_close(another(ids).logits, trained, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path / "model")
     loaded = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32)
     with torch.no_grad():
@@ -222,6 +225,8 @@ def test_changes_of_another_network_are_refused(tmp_path):
         striped_model(transformer, student.config, changed | {"blocks.0.mlp.l1.down": torch.zeros(4, 9)})
     with pytest.raises(CheckpointError, match=r"the low-rank difference 'blocks\.2\.inner_mha_cls\.Wqkv'"):
         striped_model(transformer, student.config, changed | {"blocks.2.inner_mha_cls.Wqkv.down": torch.zeros(4, 32)})
+    with pytest.raises(CheckpointError, match=r"down is \(4, 32\), and the model's \(2, 32\)"):
+        take_up(student_of(teacher, [2], rank=2), changed)
     del changed["blocks.2.filter.poles"]
     with pytest.raises(CheckpointError, match=r"blocks\.2\.filter\.poles is missing, and the model's \(32, 4, 1, 2\)"):
         striped_model(transformer, student.config, changed)
@@ -264,6 +269,19 @@ def test_text_windows_hold_every_token_once_and_in_order():
     windows = pack(text_windows(TEXTS, FRAMING, 64), 64, 1000)
     assert windows.ids.flatten().tolist() == whole[: len(whole) // 64 * 64]
     assert (windows.kinds[:, 0] == UNKNOWN).all() and (windows.kinds[:, 1:] == TEXT).all()
+
+
+def test_of_windows_in_which_answers_alone_are_learnt_the_teacher_is_not_asked(tmp_path):
+    talks = Conversations(ASKED, TEXTS, FRAMING, answers_only=0.5)
+    windows = pack(talks.windows(256, Random(0)), 256, 12)
+    silent = ~(windows.kinds == TEXT).any(1)
+    assert 0 < silent.sum() < 12 and (windows.kinds == ANSWER).any(1).all()
+    teacher = Teacher(teacher_of(), tmp_path)
+    whole = teacher.targets(windows, answer_weight=2.0)
+    assert len(list(tmp_path.iterdir())) == (~silent).sum()
+    apart = [teacher.targets(windows.at([i]), answer_weight=2.0) for i in range(12)]
+    for together, parts in zip(whole, zip(*apart, strict=True), strict=True):
+        torch.testing.assert_close(together, torch.cat(parts), rtol=1e-3, atol=1e-3)
 
 
 @given(st.integers(120, 400), st.integers(0, 1000))
@@ -386,6 +404,21 @@ def test_a_run_goes_on_with_stages_that_its_recipe_gets_later(tmp_path):
     for another in (begun, whole.model_copy(update={"stages": whole.stages[::-1]})):
         with pytest.raises(UsageError, match="holds a run of another recipe"):
             run("later", another)
+
+
+def test_a_run_begins_from_what_another_changed(tmp_path):
+    def run(folder, steps, begins_from=None):
+        begun = Run(tmp_path / folder, steps, teacher_of(), FRAMING, CORPUS, begins_from=begins_from)
+        return begun.train([1, 3], lambda *heard: None)
+
+    first = changes(run("first", recipe()))
+    idle = recipe().stages[1].model_copy(update={"hyena_rate": 1e-12, "adapter_rate": 1e-12})
+    steps = recipe().model_copy(update={"stages": (idle,), "begins_from": "0" * 64})
+    second = changes(run("second", steps, first))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, msg=name)
+    with pytest.raises(UsageError, match="holds a run of another recipe"):
+        run("second", steps.model_copy(update={"begins_from": "1" * 64}), first)
 
 
 def test_another_corpus_and_another_network_are_refused_in_the_folder_of_a_run(tmp_path):

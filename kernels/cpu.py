@@ -26,6 +26,7 @@ except ImportError as error:
     _native, _MISSING = None, f"its extension does not load: {error}"
 
 MAX_TAPS, MAX_MODES = 8, 16
+_ROW_DTYPES = (torch.float32, torch.bfloat16)
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
@@ -211,6 +212,50 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     threads, added = torch.get_num_threads(), 0 if bias is None else bias.data_ptr()
     _native.linear(_ELEMENTS[dtype], rows, columns, threads, weight.data_ptr(), added, x.data_ptr(), y.data_ptr())
     return y
+
+
+def takes_rows(*tensors: Tensor) -> bool:
+    """Whether `rms_norm` or `swiglu` can be given these: float32 or bfloat16 on the CPU, nobody who would miss it."""
+    return (
+        _native is not None
+        and not _is_watched()
+        and all(t.is_cpu and t.dtype in _ROW_DTYPES and t.numel() and _is_ordinary(t) for t in tensors)
+    )
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Like x (…, H), without a gradient of its own; `scale` (H,) is float32 or of the dtype of x."""
+    y = torch.empty_like(x)
+    _native.norm(*_norm_arguments(x, scale, eps), y.data_ptr())
+    return y
+
+
+def rms_norm_gradient(x: Tensor, scale: Tensor, eps: float, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and, in float32, of the scale."""
+    dx, dscale = torch.empty_like(x), torch.empty_like(scale, dtype=torch.float32)
+    _native.norm_gradient(*_norm_arguments(x, scale, eps), dy.data_ptr(), dx.data_ptr(), dscale.data_ptr())
+    return dx, dscale
+
+
+def _norm_arguments(x: Tensor, scale: Tensor, eps: float) -> tuple[Any, ...]:
+    columns, threads, is_wide = scale.shape[0], torch.get_num_threads(), scale.dtype is torch.float32
+    return (_ELEMENTS[x.dtype], x.numel() // columns, columns, threads, eps, is_wide, x.data_ptr(), scale.data_ptr())
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) · b, without a gradient of its own."""
+    y = torch.empty_like(a)
+    threads = torch.get_num_threads()
+    _native.gate(_ELEMENTS[a.dtype], a.numel(), threads, a.data_ptr(), b.data_ptr(), y.data_ptr())
+    return y
+
+
+def swiglu_gradient(a: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a and b."""
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    addresses = (tensor.data_ptr() for tensor in (a, b, dy, da, db))
+    _native.gate_gradient(_ELEMENTS[a.dtype], a.numel(), torch.get_num_threads(), *addresses)
+    return da, db
 
 
 @torch.library.custom_op("stripedrag::hyena_filter", mutates_args=(), device_types="cpu")

@@ -4,15 +4,18 @@ B batch, L length, H channels, G filter groups, N modes, K taps. Inputs are chec
 The equations stand in `reference.py`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stripedrag.kernels import cpu
 from stripedrag.kernels.dispatch import select
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
 
-__all__ = ["HyenaState", "hyena_filter", "hyena_step", "linear", "writes_out"]
+__all__ = ["HyenaState", "hyena_filter", "hyena_step", "linear", "rms_norm", "swiglu", "writes_out"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -129,6 +132,70 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     y = cpu.linear_at_once(x, weight, bias)
     return F.linear(x, weight, bias) if y is None else y
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · scale over the last axis (Zhang & Sennrich 2019), like x (…, H); `scale` is (H,).
+
+    Arithmetic is float32 (float64 for a float64 x). Differentiable, on a CPU with the native kernels once.
+
+    Raises:
+        ValueError: a scale of another width.
+    """
+    if scale.shape != x.shape[-1:]:
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)}; for x of shape {tuple(x.shape)} it is ({x.shape[-1]},)"
+        )
+    if scale.dtype in (x.dtype, torch.float32) and cpu.takes_rows(x, scale):
+        x, scale = x.contiguous(), scale.contiguous()
+        if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+            y: Tensor = _RMSNorm.apply(x, scale, eps)  # type: ignore[no-untyped-call]
+            return y
+        return cpu.rms_norm(x, scale, eps)
+    wide = x.to(working_dtype(x))
+    return (wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * scale.to(wide.dtype)).to(x.dtype)
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) · b, the gate of a gated MLP (Shazeer 2020), for tensors of one shape and dtype.
+
+    Differentiable, on a CPU with the native kernels once; these round once.
+    """
+    if a.shape == b.shape and a.dtype == b.dtype and cpu.takes_rows(a, b):
+        a, b = a.contiguous(), b.contiguous()
+        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+            y: Tensor = _SwiGLU.apply(a, b)  # type: ignore[no-untyped-call]
+            return y
+        return cpu.swiglu(a, b)
+    return F.silu(a) * b
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.eps = eps
+        return cpu.rms_norm(x, scale, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale = ctx.saved_tensors
+        dx, dscale = cpu.rms_norm_gradient(x, scale, ctx.eps, dy.contiguous())
+        return dx, dscale.to(scale.dtype), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return cpu.swiglu(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return cpu.swiglu_gradient(a, b, dy.contiguous())
 
 
 def _check_parameters(z: Tensor, parameters: FilterParameters) -> None:

@@ -2,6 +2,7 @@
 #include "filter.h"
 #include "gradient.h"
 #include "linear.h"
+#include "rows.h"
 #include "step.h"
 
 namespace stripedrag::STRIPEDRAG_ISA {
@@ -29,6 +30,20 @@ void run_step(Element element, const Step& s) {
 bool run_linear(Element element, const Linear& f) {
   return by_element(element, [&](auto t) { return linear<decltype(t)>(f); });
 }
+bool run_norm(Element element, const Norm& f) {
+  return by_element(element, [&](auto t) { return norm<decltype(t)>(f); });
+}
+bool run_norm_gradient(Element element, const NormGradient& f) {
+  return by_element(element, [&](auto t) { return norm_gradient<decltype(t)>(f); });
+}
+void run_gate(Element element, const Gate& f) {
+  if (element == Element::bfloat16) return gate<bfloat16>(f);
+  gate<float>(f);
+}
+void run_gate_gradient(Element element, const GateGradient& f) {
+  if (element == Element::bfloat16) return gate_gradient<bfloat16>(f);
+  gate_gradient<float>(f);
+}
 int64_t checkpoint_numbers(Element element, const Shape& shape) {
   int64_t numbers = 0;
   by_element(element, [&](auto t) {
@@ -42,6 +57,7 @@ int64_t checkpoint_numbers(Element element, const Shape& shape) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {run_filter, run_gradient, run_step, run_linear, checkpoint_numbers};
+const Kernels kernels = {run_filter, run_gradient, run_step,     run_linear,        run_norm, run_norm_gradient,
+                         run_gate,   run_gate_gradient, checkpoint_numbers};
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -5,6 +5,12 @@
 
 namespace stripedrag::STRIPEDRAG_ISA {
 
+// Waking a second thread costs some microseconds: as long as reading this much.
+STRIPEDRAG_INLINE int threads_for(int threads, int64_t bytes) {
+  constexpr int64_t kBytesPerThread = 128 << 10;
+  return int(smaller(threads, 1 + bytes / kBytesPerThread));
+}
+
 template <class W>
 STRIPEDRAG_INLINE W sum_of(const Pair<W>& x) {
   const Vector<W> both = x.half[0] + x.half[1];
@@ -38,9 +44,7 @@ static bool linear(const Linear& f) {
   const T* from = static_cast<const T*>(f.x);
   for (int64_t i = 0; i < pairs; i++)
     x.begin()[i] = load(from + i * kPair<T>, int(smaller(kPair<T>, f.columns - i * kPair<T>)));
-  // Waking a second thread costs some microseconds: as long as reading this much.
-  constexpr int64_t kBytesPerThread = 128 << 10;
-  const int64_t threads = smaller(f.threads, 1 + f.rows * f.columns * int64_t(sizeof(T)) / kBytesPerThread);
+  const int threads = threads_for(f.threads, f.rows * f.columns * int64_t(sizeof(T)));
   // A row after the other, one long run of memory for each thread: four rows side by side took twice as long.
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < f.rows; row++) dot_row<T>(f, row, x.begin());

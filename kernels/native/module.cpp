@@ -181,6 +181,31 @@ void run_linear(int element, int64_t rows, int64_t columns, int threads, uintptr
   if (!run_kernel(takes_long, [&] { return chosen->kernels->linear(Element(element), f); })) throw std::bad_alloc();
 }
 
+void run_norm(int element, int64_t rows, int64_t columns, int threads, double eps, bool scale_is_wide, uintptr_t x,
+              uintptr_t scale, uintptr_t y) {
+  const Norm f = {rows, columns, threads, eps, scale_is_wide, at<void>(x), at<void>(scale), at<void>(y)};
+  const bool takes_long = rows * columns > kNumbersUnderTheLock;
+  if (!run_kernel(takes_long, [&] { return chosen->kernels->norm(Element(element), f); })) throw std::bad_alloc();
+}
+
+void run_norm_gradient(int element, int64_t rows, int64_t columns, int threads, double eps, bool scale_is_wide,
+                       uintptr_t x, uintptr_t scale, uintptr_t dy, uintptr_t dx, uintptr_t dscale) {
+  const NormGradient f = {{rows, columns, threads, eps, scale_is_wide, at<void>(x), at<void>(scale), nullptr},
+                          at<void>(dy), at<void>(dx), at<void>(dscale)};
+  if (!run_kernel(true, [&] { return chosen->kernels->norm_gradient(Element(element), f); })) throw std::bad_alloc();
+}
+
+void run_gate(int element, int64_t numbers, int threads, uintptr_t a, uintptr_t b, uintptr_t y) {
+  const Gate f = {numbers, threads, at<void>(a), at<void>(b), at<void>(y)};
+  run_kernel(numbers > kNumbersUnderTheLock, [&] { chosen->kernels->gate(Element(element), f); });
+}
+
+void run_gate_gradient(int element, int64_t numbers, int threads, uintptr_t a, uintptr_t b, uintptr_t dy, uintptr_t da,
+                       uintptr_t db) {
+  const GateGradient f = {{numbers, threads, at<void>(a), at<void>(b), nullptr}, at<void>(dy), at<void>(da), at<void>(db)};
+  run_kernel(true, [&] { chosen->kernels->gate_gradient(Element(element), f); });
+}
+
 }  // namespace
 }  // namespace stripedrag
 
@@ -194,6 +219,10 @@ NB_MODULE(_native, m) {
   m.def("use_huge_pages", &use_huge_pages, "address"_a, "bytes"_a);
   m.def("step", &run_step);
   m.def("linear", &run_linear);
+  m.def("norm", &run_norm);
+  m.def("norm_gradient", &run_norm_gradient);
+  m.def("gate", &run_gate);
+  m.def("gate_gradient", &run_gate_gradient);
   m.def("checkpoint_numbers", [](int element, const nb::tuple& sizes) {
     return chosen->kernels->checkpoint_numbers(Element(element), shape_of(sizes));
   });

@@ -84,12 +84,46 @@ struct Linear {
   void* y;             // (rows)
 };
 
-// One instruction set's kernels. All but step return false where scratch memory could not be had.
+// RMSNorm: y = x / sqrt(mean(x²) + eps) · scale, row by row.
+struct Norm {
+  int64_t rows, columns;
+  int threads;
+  double eps;
+  bool scale_is_wide;  // its elements are the arithmetic's, else x's
+  const void* x;       // (rows, columns)
+  const void* scale;   // (columns)
+  void* y;             // (rows, columns)
+};
+struct NormGradient {
+  Norm norm;         // without y
+  const void* dy;    // (rows, columns)
+  void* dx;          // (rows, columns)
+  void* dscale;      // (columns), of the arithmetic's type
+};
+
+// SwiGLU: y = a sigmoid(a) b, number by number; float32 or bfloat16.
+struct Gate {
+  int64_t numbers;
+  int threads;
+  const void *a, *b;
+  void* y;
+};
+struct GateGradient {
+  Gate gate;  // without y
+  const void* dy;
+  void *da, *db;
+};
+
+// One instruction set's kernels. Those that return a bool return false where scratch memory could not be had.
 struct Kernels {
   bool (*filter)(Element, const Filter&);
   bool (*gradient)(Element, const Gradient&);
   void (*step)(Element, const Step&);
   bool (*linear)(Element, const Linear&);
+  bool (*norm)(Element, const Norm&);
+  bool (*norm_gradient)(Element, const NormGradient&);
+  void (*gate)(Element, const Gate&);
+  void (*gate_gradient)(Element, const GateGradient&);
   int64_t (*checkpoint_numbers)(Element, const Shape&);
 };
 

@@ -97,6 +97,36 @@ bool run_linear(int64_t rows, int64_t columns) {
   return true;
 }
 
+template <class T>
+bool run_rows(int64_t rows, int64_t columns) {
+  using W = STRIPEDRAG_ISA::Work<T>;
+  const int64_t count = rows * columns;
+  const auto x = numbers<T>(count), dy = numbers<T>(count), scale = numbers<T>(columns);
+  const auto wide = numbers<W>(columns), dscale = numbers<W>(columns);
+  const auto y = numbers<T>(count), dx = numbers<T>(count), other = numbers<T>(count);
+  for (const bool is_wide : {false, true}) {
+    const Norm norm = {rows, columns, 2, 1e-5, is_wide, x.get(), is_wide ? (const void*)wide.get() : scale.get(), y.get()};
+    if (!kernels.norm(element_of<T>, norm)) return false;
+    if (!kernels.norm_gradient(element_of<T>, {norm, dy.get(), dx.get(), dscale.get()})) return false;
+    for (int64_t r = 0; r < rows; r++) {
+      double squares = 0;
+      for (int64_t c = 0; c < columns; c++) squares += std::pow(double(STRIPEDRAG_ISA::widen(x[r * columns + c])), 2);
+      const int64_t last = (r + 1) * columns - 1;
+      const double factor = is_wide ? wide[columns - 1] : STRIPEDRAG_ISA::widen(scale[columns - 1]);
+      const double exact = STRIPEDRAG_ISA::widen(x[last]) / std::sqrt(squares / columns + 1e-5) * factor;
+      if (!(std::abs(STRIPEDRAG_ISA::widen(y[last]) - exact) <= 2e-2 * (1 + std::abs(exact)))) return false;
+    }
+  }
+  if constexpr (sizeof(T) < 8) {
+    const Gate gate = {count, 2, x.get(), dy.get(), y.get()};
+    kernels.gate(element_of<T>, gate);
+    kernels.gate_gradient(element_of<T>, {gate, dy.get(), dx.get(), other.get()});
+    const double a = STRIPEDRAG_ISA::widen(x[count - 1]), b = STRIPEDRAG_ISA::widen(dy[count - 1]);
+    if (!(std::abs(STRIPEDRAG_ISA::widen(y[count - 1]) - a / (1 + std::exp(-a)) * b) <= 1e-2)) return false;
+  }
+  return true;
+}
+
 int main() {
   struct Case {
     int64_t batch, length, heads, width, groups;
@@ -119,5 +149,7 @@ int main() {
     }
   for (const int64_t columns : {1, 31, 33, 576})
     if (!run_linear<float>(37, columns) || !run_linear<bfloat16>(300, columns)) return 1;
+  for (const int64_t columns : {1, 31, 33, 576})
+    if (!run_rows<float>(70, columns) || !run_rows<bfloat16>(5, columns) || !run_rows<double>(3, columns)) return 1;
   return 0;
 }

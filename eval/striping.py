@@ -92,7 +92,7 @@ def _begun(recipe: Recipe, begin: str) -> tuple[Recipe, dict[str, Tensor]]:
     try:
         config = StripedHyenaConfig(**json.loads(config_file.read_text(encoding="utf-8")))
         changed = load_file(file)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(
             f"--from is {begin}: {error}; give a folder that `stripedrag stripe` wrote, or {STRIPED}"
         ) from error
@@ -103,8 +103,11 @@ def _begun(recipe: Recipe, begin: str) -> tuple[Recipe, dict[str, Tensor]]:
         "rank": next((len(tensor) for name, tensor in changed.items() if name.endswith(".down")), 0),
         "begins_from": sha256(file),
     }
-    if recipe.begins_from not in (None, own["begins_from"]):
-        raise UsageError(f"{file} has the sha256 {own['begins_from']}; the recipe begins from {recipe.begins_from}")
+    for name in own.keys() & recipe.model_fields_set:
+        if getattr(recipe, name) not in (None, own[name]):
+            raise UsageError(
+                f"the recipe's {name} is {getattr(recipe, name)} and that of {file} is {own[name]}; leave it out"
+            )
     try:
         return Recipe.model_validate(recipe.model_dump() | own), changed
     except ValidationError as error:

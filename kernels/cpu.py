@@ -10,6 +10,7 @@ from typing import Any
 
 import torch  # before the extension: both use OpenMP, and the first to load decides which library serves the process
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
@@ -98,12 +99,14 @@ def _tensors(z: Tensor, parameters: FilterParameters, state: HyenaState) -> tupl
 
 
 def _is_watched() -> bool:
-    """Whether a compiler, tracer, dispatch mode or function transform (vmap) is about, which would miss a call."""
+    """Whether a compiler, tracer, dispatch mode, function transform (vmap) or forward-mode gradient is about, which
+    would miss a call."""
     return (
         torch.compiler.is_compiling()
         or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )
 
 

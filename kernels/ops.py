@@ -1,7 +1,8 @@
-"""The public door of the kernels: the whole Hyena operator between the two Linear layers of a block.
+"""The public door of the kernels: the whole Hyena operator between the two Linear layers of a block, and what a block
+needs beside it: a linear layer on one row, RMSNorm, SwiGLU.
 
 B batch, L length, H channels, G filter groups, N modes, K taps. Inputs are checked here, once for every backend.
-The equations stand in `reference.py`.
+The operator's equations stand in `reference.py`.
 """
 
 from typing import Any
@@ -142,10 +143,8 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     Raises:
         ValueError: a scale of another width.
     """
-    if scale.shape != x.shape[-1:]:
-        raise ValueError(
-            f"scale has shape {tuple(scale.shape)}; for x of shape {tuple(x.shape)} it is ({x.shape[-1]},)"
-        )
+    if x.ndim == 0 or scale.shape != x.shape[-1:]:
+        raise ValueError(f"x has shape {tuple(x.shape)} and scale {tuple(scale.shape)}; they are (…, H) and (H,)")
     if scale.dtype in (x.dtype, torch.float32) and cpu.takes_rows(x, scale):
         x, scale = x.contiguous(), scale.contiguous()
         if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
@@ -160,8 +159,13 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) · b, the gate of a gated MLP (Shazeer 2020), for tensors of one shape and dtype.
 
     Differentiable, on a CPU with the native kernels once; these round once.
+
+    Raises:
+        ValueError: tensors of other shapes or dtypes.
     """
-    if a.shape == b.shape and a.dtype == b.dtype and cpu.takes_rows(a, b):
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"a is {a.dtype} of shape {tuple(a.shape)}, b {b.dtype} of {tuple(b.shape)}; they go in pairs")
+    if cpu.takes_rows(a, b):
         a, b = a.contiguous(), b.contiguous()
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
             y: Tensor = _SwiGLU.apply(a, b)  # type: ignore[no-untyped-call]
@@ -180,7 +184,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, scale = ctx.saved_tensors
+        x, scale = (tensor.contiguous() for tensor in ctx.saved_tensors)  # whatever a hook gives back
         dx, dscale = cpu.rms_norm_gradient(x, scale, ctx.eps, dy.contiguous())
         return dx, dscale.to(scale.dtype), None
 
@@ -194,7 +198,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
+        a, b = (tensor.contiguous() for tensor in ctx.saved_tensors)
         return cpu.swiglu_gradient(a, b, dy.contiguous())
 
 

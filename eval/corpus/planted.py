@@ -533,7 +533,7 @@ def _facts(kind: Kind, rng: Random) -> list[tuple[str, str]]:
     A third name often has the first word of one and the second of another.
     """
     names = [kind.name(rng) for _ in range(rng.randrange(1, 5))]
-    if len(names) > 2 and rng.random() < 0.5:
+    if len(names) > 2 and " " in names[0] and rng.random() < 0.5:
         names[2] = " ".join([*names[0].split()[:1], *names[1].split()[1:]])
     names = list(dict.fromkeys(names))
     facts = [(name, kind.value(rng)) for name in names]

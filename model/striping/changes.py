@@ -70,7 +70,7 @@ def take_up(student: StripedHyenaForCausalLM, changed: Mapping[str, Tensor]) -> 
         prefix, _, leaf = name.rpartition(".")
         module = student.backbone.get_submodule(prefix)
         if leaf == "poles":
-            module.poles = tensor  # by way of their free parameters
+            module.poles = tensor.to(module.poles.device)  # by way of their free parameters
         else:
             module.get_parameter(leaf).copy_(tensor)
 

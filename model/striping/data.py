@@ -215,7 +215,7 @@ class Conversations:
         pieces = [Piece(framing.head, UNKNOWN), *(Piece(ids, TEXT) for _, ids in passages)]
         for number, turn in enumerate(turns):
             pieces += [Piece(framing.turn[1:], UNKNOWN), *turn] if number else turn
-        if rng.random() < self._answers_only:
+        if self._answers_only and rng.random() < self._answers_only:
             return [Piece(ids, kind if kind == ANSWER else UNKNOWN) for ids, kind in pieces]
         return pieces
 

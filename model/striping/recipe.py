@@ -19,7 +19,8 @@ class Stage(_Part):
     network on what the teacher says and on answers. A step takes `batch_tokens` tokens; rates fall to a tenth along a
     cosine after `warmup_steps`. `questions` is the share of windows that hold questions, the others are text. What a
     token of text is to be is what the teacher says, but for a share of `text_labels`, which is what the token was. In a
-    share `answers_only` of the windows of questions, answers alone are learnt, and the teacher is not asked.
+    share `answers_only` of the windows of questions, answers alone are learnt, and the teacher is not asked; the loss
+    of a step is the mean over the tokens that count in it.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")

@@ -202,7 +202,7 @@ class Run:
         with self.processes.first_alone():
             if not path.exists():
                 wanted = stage.steps * stage.windows_a_step
-                rng = Random(f"{self.recipe.seed} {number}")
+                rng = Random(f"{self.recipe.seed} {number} {self.recipe.begins_from or ''}".rstrip())
                 made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, rng)
                 _save_whole(pack(made, stage.length, wanted)._asdict(), path)
         windows = Windows(**load_file(path))

@@ -180,8 +180,8 @@ def test_without_hyena_layers_the_transformer_is_fine_tuned(teacher, data, recip
 
 def test_a_run_goes_on_from_a_finished_one(striped, teacher, data, recipe, tmp_path):
     begun = striped[0]
-    stages = [RECIPE["stages"][1] | {"name": "more"}]
-    recipe.write_text(json.dumps(RECIPE | {"stages": stages}))
+    own = {"checkpoint_seconds": 0, "stages": [RECIPE["stages"][1] | {"name": "more"}]}
+    recipe.write_text(json.dumps(own))
     run([*command(teacher, data, recipe, tmp_path / "more"), "--from", str(begun)])
     digest = sha256(begun / "changes.safetensors")
     made = json.loads((tmp_path / "more" / "recipe.json").read_text())
@@ -192,14 +192,15 @@ def test_a_run_goes_on_from_a_finished_one(striped, teacher, data, recipe, tmp_p
     assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
     others = (
         ([], {"begins_from": digest}, f"begins from changes of sha256 {digest}; give their folder by --from"),
-        (["--from", begun], {"begins_from": "0" * 64}, f"has the sha256 {digest}; the recipe begins from 0000"),
+        (["--from", begun], {"begins_from": "0" * 64}, f"the recipe's begins_from is {'0' * 64} and that of"),
         (["--from", begun], {"stages": RECIPE["stages"]}, "'layers' distils layers that begin as trained ones; leave"),
+        (["--from", begun], {"rank": 3}, "the recipe's rank is 3 and that of"),
         (["--from", data], {}, "give a folder that `stripedrag stripe` wrote, or stripedhyena-smol-135m"),
         (["--from", begun, "--layers", "1"], {}, "--from goes with --recipe"),
         (["--from", STRIPED], {}, "15 Hyena layers of 3"),
     )
     for more, changed, message in others:
-        recipe.write_text(json.dumps(RECIPE | {"stages": stages} | changed))
+        recipe.write_text(json.dumps(own | changed))
         arguments = [SCRIPT, *command(teacher, data, recipe, tmp_path / "new"), *map(str, more)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert message in " ".join(done.stderr.split()), done.stderr

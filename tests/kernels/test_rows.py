@@ -104,5 +104,28 @@ def test_float64_strides_and_function_transforms_are_left_to_torch():
 
 
 def test_a_scale_of_another_width_is_refused():
-    with pytest.raises(ValueError, match=r"scale has shape \(7,\); for x of shape \(2, 8\) it is \(8,\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(2, 8\) and scale \(7,\); they are"):
         ops.rms_norm(torch.ones(2, 8), torch.ones(7), EPS)
+    with pytest.raises(ValueError, match=r"x has shape \(\) and scale \(8,\)"):
+        ops.rms_norm(torch.tensor(1.0), torch.ones(8), EPS)
+    with pytest.raises(ValueError, match=r"a is torch.float32 of shape \(2, 8\), b torch.float32 of \(8,\)"):
+        ops.swiglu(torch.ones(2, 8), torch.ones(8))
+
+
+@native
+def test_a_tangent_of_forward_mode_is_not_lost():
+    x, one = numbers(3, 8, dtype=torch.float32), torch.ones(8)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for y in (ops.rms_norm(dual, one, EPS), ops.swiglu(dual, dual)):
+            assert torch.autograd.forward_ad.unpack_dual(y).tangent.abs().max() > 0
+
+
+@native
+def test_gradients_of_what_is_not_contiguous_are_right():
+    x, scale = numbers(8, 5, dtype=torch.float32).t().requires_grad_(), torch.ones(16)[::2].requires_grad_()
+    ops.swiglu(ops.rms_norm(x, scale, EPS), x).sum().backward()
+    exact_x, exact_scale = wide(x, scale)
+    (F.silu(norm_in_double(exact_x, exact_scale)) * exact_x).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scale.grad.double(), exact_scale.grad, rtol=1e-4, atol=1e-5)

@@ -165,7 +165,8 @@ def test_two_processes_take_the_steps_of_one(striped, teacher, data, recipe, tmp
     assert done.stdout.count("model: ") == 1
     one, two = (load_file(tmp_path / name / "changes.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0.02, atol=2e-4, msg=name)
+        # Not number by number: where a gradient is about nothing, its sign is chance, and Adam's step the sign's.
+        assert (two[name].double() - tensor.double()).norm() <= 0.01 * tensor.double().norm(), name
 
 
 def test_without_hyena_layers_the_transformer_is_fine_tuned(teacher, data, recipe, tmp_path):

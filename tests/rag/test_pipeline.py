@@ -24,10 +24,10 @@ def test_prompt_and_answer_stay_within_the_context(pipeline, context_tokens, ans
 
 @pytest.mark.weights
 def test_the_default_model_answers_from_the_documents(default_pipeline):
-    answer = default_pipeline.ask("Who was the founder of the Mongol Empire?", 1024)
-    assert "Genghis Khan" in answer.text
+    answer = default_pipeline.ask("When was the Warsaw Uprising?", 1024)
+    assert "1944" in answer.text
     assert answer.finish == "stop"
-    assert any(span.doc_id == "Genghis Khan.txt" for span in answer.context.spans)
+    assert any(span.doc_id == "Warsaw.txt" for span in answer.context.spans)
     assert answer.citations
     for citation in answer.citations:
         text = default_pipeline.index.document(citation.doc_id).text

@@ -138,7 +138,8 @@ def stripe(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            "--recipe", help="A JSON file with layers, stages and rates; the default's stages made the default model."
+            "--recipe",
+            help="JSON with layers, stages and rates; the default's stages made the default model's first weights.",
         ),
     ] = None,
     teacher_cache: Annotated[

@@ -88,7 +88,7 @@ def test_the_number_of_threads_changes_no_bit(dtype):
         assert all(map(torch.equal, runs[0], run))
 
 
-def test_float64_strides_and_function_transforms_are_left_to_torch():
+def test_float64_function_transforms_and_compilers_get_torchs_numbers_and_strides_ours():
     x, scale = numbers(3, 8, dtype=torch.float64).requires_grad_(), numbers(8, dtype=torch.float64).requires_grad_()
     assert gradcheck(lambda x, scale: ops.rms_norm(x, scale, EPS), (x, scale))
     assert gradcheck(ops.swiglu, (x, x.detach().flip(0).requires_grad_()))

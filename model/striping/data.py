@@ -5,7 +5,7 @@ answer, then further questions on the same passages.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -137,9 +137,10 @@ def text_windows(texts: Iterable[Text], framing: Framing, length: int) -> Iterat
 class Conversations:
     """Windows of questions over passages and, between these, documents that nothing is asked about.
 
-    Each passage comes once in a round. Half of the windows hold passages that stand side by side in `asked`, and so
-    look alike; the others hold passages from anywhere. `unanswerable` is the share of questions that are asked although
-    their passage is not there. After each passage comes a document with a chance of `filler`, and so on.
+    Each passage comes once in a round, but one of a source in `source_shares` with that chance. Half of the windows
+    hold passages that stand side by side in `asked`, and so look alike; the others hold passages from anywhere.
+    `unanswerable` is the share of questions that are asked although their passage is not there. After each passage
+    comes a document with a chance of `filler`, and so on.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Conversations:
         unanswerable: float = 0.1,
         filler: float = 0.0,
         answers_only: float = 0.0,
+        source_shares: Mapping[str, float] | None = None,
     ) -> None:
         grouped: dict[tuple[str, str], list[Asked]] = {}
         for one in asked:
@@ -159,6 +161,7 @@ class Conversations:
         self._texts = [text for text in texts if len(text.text) <= _FILLER_CHARS]
         self._framing = framing
         self._unanswerable, self._filler, self._answers_only = unanswerable, filler, answers_only
+        self._source_shares = dict(source_shares or {})
         self._strays = [one for ones in self._passages for one in ones if _stands_alone(one)]
 
     def windows(self, length: int, rng: Random) -> Iterator[list[Piece]]:
@@ -175,7 +178,9 @@ class Conversations:
                 return
 
     def _arranged(self, rng: Random) -> list[list[Asked]]:
-        runs = [self._passages[i : i + _RUN] for i in range(0, len(self._passages), _RUN)]
+        shares = self._source_shares
+        coming = [p for p in self._passages if p[0].source not in shares or rng.random() < shares[p[0].source]]
+        runs = [coming[i : i + _RUN] for i in range(0, len(coming), _RUN)]
         rng.shuffle(runs)
         scattered = [ones for run in runs[len(runs) // 2 :] for ones in run]
         rng.shuffle(scattered)

@@ -22,18 +22,20 @@ _ROWS = 128  # logits of so many positions live at once
 def take_step(
     student: StripedHyenaForCausalLM, teacher: Teacher, stage: Stage, windows: Windows, processes: Processes
 ) -> dict[str, float]:
-    """Leave in the student the gradient of the mean loss over a step's windows; returns that loss.
+    """Leave in the student the gradient of a step's loss by the tokens of its windows; returns that loss.
 
-    Of several processes each computes it for its share of the windows; the mean over the processes is the whole's.
+    All tokens of the windows are counted, also those that nothing is learnt from: a token that counts weighs the same
+    in every step. Of several processes each computes it for its share of the windows; the mean over the processes is
+    the whole's.
     """
-    positions = int(predicted(windows).sum()) / processes.count
+    tokens = windows.ids.numel() / processes.count
     total = torch.zeros(())
     for part in _micro(processes.share(windows)):
         wanted = teacher.targets(part, answer_weight=stage.answer_weight, text_labels=stage.text_labels)
         loss = _loss(student, part, wanted)
-        (loss / max(positions, 1)).backward()
+        (loss / tokens).backward()
         total += loss.detach().cpu()
-    return {"loss": float(total) / max(positions, 1)}
+    return {"loss": float(total) / tokens}
 
 
 class Scored(NamedTuple):

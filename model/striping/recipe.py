@@ -19,8 +19,9 @@ class Stage(_Part):
     network on what the teacher says and on answers. A step takes `batch_tokens` tokens; rates fall to a tenth along a
     cosine after `warmup_steps`. `questions` is the share of windows that hold questions, the others are text. What a
     token of text is to be is what the teacher says, but for a share of `text_labels`, which is what the token was. In a
-    share `answers_only` of the windows of questions, answers alone are learnt, and the teacher is not asked; the loss
-    of a step is the mean over the tokens that count in it.
+    share `answers_only` of the windows of questions, answers alone are learnt, and the teacher is not asked; a step's
+    loss is the sum over the tokens that count, by all its tokens. Of the passages of a source only the share
+    `source_shares` comes in a round, where it is named.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
@@ -35,6 +36,7 @@ class Stage(_Part):
     unanswerable: Share = 0.08
     filler: Share = 0.0
     answers_only: Share = 0.0
+    source_shares: dict[str, Share] = Field(default_factory=dict)
     answer_weight: Positive = 4.0
     text_labels: Share = 0.25
 

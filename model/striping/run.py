@@ -74,6 +74,7 @@ class Run:
         self.processes = processes or Processes()
         self._begins_from = begins_from
         _refuse_impossible(recipe, teacher)
+        _refuse_unknown_sources(recipe, corpus)
         self.teacher = teacher.to(self.processes.device).eval().requires_grad_(False)
         with self.processes.first_alone():
             if self.processes.is_first:
@@ -257,12 +258,28 @@ def _refuse_impossible(recipe: Recipe, teacher: PreTrainedModel) -> None:
         striped_config(teacher.config, names, layers, modes=recipe.modes, taps=recipe.taps)
 
 
+def _refuse_unknown_sources(recipe: Recipe, corpus: Corpus) -> None:
+    sources = sorted({one.source for one in corpus.asked})
+    for stage in recipe.stages:
+        if unknown := sorted(stage.source_shares.keys() - set(sources)):
+            raise UsageError(
+                f"the stage {stage.name!r} has a share of {unknown[0]!r}, and no question is of that source; those of "
+                f"the data are {', '.join(map(repr, sources))}"
+            )
+
+
 def _mixed(
     texts: Sequence[Text], asked: Sequence[Asked], framing: Framing, stage: Stage, rng: Random
 ) -> Iterable[list[Piece]]:
     """Windows of text and of questions in the stage's proportion; texts come again when all have been read."""
     talks = Conversations(
-        asked, texts, framing, unanswerable=stage.unanswerable, filler=stage.filler, answers_only=stage.answers_only
+        asked,
+        texts,
+        framing,
+        unanswerable=stage.unanswerable,
+        filler=stage.filler,
+        answers_only=stage.answers_only,
+        source_shares=stage.source_shares,
     )
     questions = talks.windows(stage.length, rng)
 

@@ -28,9 +28,10 @@ from stripedrag.model.striping.data import (
     pack,
     text_windows,
 )
-from stripedrag.model.striping.distillation import measure
+from stripedrag.model.striping.distillation import measure, take_step
 from stripedrag.model.striping.families import striped_config
 from stripedrag.model.striping.loss import Targets, divergence
+from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.ranking import LayerCost, choose, rank_layers
 from stripedrag.model.striping.recipe import Recipe, Stage
 from stripedrag.model.striping.run import Run
@@ -282,6 +283,43 @@ def test_of_windows_in_which_answers_alone_are_learnt_the_teacher_is_not_asked(t
     apart = [teacher.targets(windows.at([i]), answer_weight=2.0) for i in range(12)]
     for together, parts in zip(whole, zip(*apart, strict=True), strict=True):
         torch.testing.assert_close(together, torch.cat(parts), rtol=1e-3, atol=1e-3)
+
+
+def test_passages_of_a_source_come_in_the_share_that_is_asked_for():
+    asked = [one.model_copy(update={"source": "odd" if i % 2 else "even"}) for i, one in enumerate(ASKED * 20)]
+    asked = [one.model_copy(update={"title": f"T{i}"}) for i, one in enumerate(asked)]
+    talks = Conversations(asked, [], FRAMING, source_shares={"odd": 0.25})
+    coming = [ones[0].source for ones in talks._arranged(Random(0))]
+    assert coming.count("even") == 120 and 15 <= coming.count("odd") <= 45
+    assert not list(Conversations(asked, [], FRAMING, source_shares={"odd": 0, "even": 0}).windows(256, Random(0)))
+
+
+def test_a_source_that_the_data_have_not_is_refused(tmp_path):
+    stage = Stage(name="one", tokens=256, length=64, hyena_rate=1e-3, source_shares={"plantd": 0.5})
+    with pytest.raises(UsageError, match=r"stage 'one' has a share of 'plantd', .* those of the data are ''"):
+        Run(tmp_path, Recipe(hyena_layers=[1], stages=[stage]), teacher_of(), FRAMING, CORPUS)
+
+
+def test_an_answer_weighs_the_same_whatever_else_its_step_learns(tmp_path):
+    teacher = teacher_of()
+    sayings, student = Teacher(teacher, tmp_path), student_of(teacher, [1])
+    stage = Stage(name="one", tokens=256, length=64, hyena_rate=1e-3)
+    [full] = pack(Conversations(ASKED, [], FRAMING).windows(160, Random(0)), 160, 1).ids
+    kinds = torch.full((2, 160), UNKNOWN, dtype=torch.uint8)
+    kinds[0, 100:104] = ANSWER
+    ids = full.expand(2, 160)
+
+    def step(kinds):
+        student.zero_grad()
+        take_step(student, sayings, stage, Windows(ids, kinds), Processes())
+        return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+    of_answer = step(kinds)
+    kinds[1, 1:] = TEXT
+    of_both = step(kinds)
+    kinds[0] = UNKNOWN
+    torch.testing.assert_close(of_answer + step(kinds), of_both, rtol=1e-3, atol=1e-6)
+    assert of_answer.norm() > 0
 
 
 @given(st.integers(120, 400), st.integers(0, 1000))

@@ -1,29 +1,37 @@
 """Striping from files to a model folder with its card: what `stripedrag stripe` does."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from stripedrag.errors import SetupError, UsageError, faults
+from stripedrag.errors import CheckpointError, SetupError, UsageError, faults
 from stripedrag.eval.model_card import write_card
 from stripedrag.eval.run_files import only_run_here
+from stripedrag.files import written_whole
 from stripedrag.hardware import fast_dtype
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import STRIPED, WEIGHTS
 from stripedrag.model.striping import Progress, Recipe, Run
+from stripedrag.model.striping.changes import TRANSFORMER, striped_model, transformer_digest
+from stripedrag.model.striping.families import striped_config
 from stripedrag.model.striping.processes import Processes
 from stripedrag.rag.striping import framing, read_corpus
 from stripedrag.weights import sha256
 
 HELD_OUT = "held-out-"
 WORK = "run"  # the folder in the model's with all that a killed run goes on from
+BEGUN = "begun-from"  # the folder in that with what the run went on from
+_CONFIG, _CHANGES = "config.json", "changes.safetensors"
 
 
 def stripe(
@@ -48,9 +56,10 @@ def stripe(
     """
     if to.exists() and not (to.is_dir() and ((to / WORK / "recipe.json").is_file() or not _has_strangers(to))):
         raise UsageError(f"{to} holds something that is no striping run; give a new folder")
-    begins_from = None
+    begun = None
     if begin is not None:
-        recipe, begins_from = _begun(recipe, begin)
+        begun = _begun(recipe, begin, to / WORK / BEGUN)
+        recipe = begun.recipe
     elif recipe.begins_from:
         raise UsageError(f"the recipe begins from changes of sha256 {recipe.begins_from}; give their folder by --from")
     files, apart = corpus_files(data, held_out)
@@ -62,6 +71,8 @@ def stripe(
             f"the tokenizer of {model} has {len(tokenizer)} ids and the model {teacher.config.vocab_size}; they do not "
             "belong together"
         )
+    if begun is not None:
+        begun.refuse_unlike(teacher)
     with only_run_here(to / WORK) if processes.is_first else nullcontext(), _writing(to):
         run = Run(
             to / WORK,
@@ -71,8 +82,10 @@ def stripe(
             corpus,
             processes=processes,
             teacher_cache=teacher_cache,
-            begins_from=begins_from,
+            begins_from=begun.changed if begun else None,
         )
+        if begun is not None and processes.is_first:
+            begun.keep(to / WORK / BEGUN)
         layers = run.hyena_layers(progress)
         evaluation = run.finish(run.train(layers, progress), to)
         if evaluation is None:
@@ -80,28 +93,68 @@ def stripe(
         tokenizer.save_pretrained(to)
         name = to.resolve().name
         card = write_card(to, to / WORK, name=name, teacher=model, layers=layers, evaluation=evaluation, corpus=corpus)
-    return {"model": to, "card": card, "changes": to / "changes.safetensors"}
+    return {"model": to, "card": card, "changes": to / _CHANGES}
 
 
-def _begun(recipe: Recipe, begin: str) -> tuple[Recipe, dict[str, Tensor]]:
-    """The recipe with the layers of the run to begin from and the hash of its changes, and these."""
-    folder = Path(begin)
-    config_file, file = folder / "config.json", folder / "changes.safetensors"
+@dataclass(frozen=True)
+class _Begun:
+    """What another run changed, and `recipe`, with its layers and its hash."""
+
+    config_file: Path
+    file: Path
+    recipe: Recipe
+    changed: Mapping[str, Tensor]
+
+    def refuse_unlike(self, teacher: PreTrainedModel) -> None:
+        """Raises `UsageError` where the changes are of another transformer."""
+        with safe_open(self.file, "pt") as file:
+            of = (file.metadata() or {}).get(TRANSFORMER)
+        if of not in (None, transformer_digest(teacher)):
+            raise UsageError(
+                f"{self.file} is of a transformer with tensors of sha256 {of}, not of "
+                f"{teacher.config.name_or_path}; give the model that it was made from"
+            )
+        recipe, tensors = self.recipe, teacher.state_dict()
+        assert isinstance(recipe.hyena_layers, tuple)
+        try:
+            config = striped_config(teacher.config, tensors, recipe.hyena_layers, modes=recipe.modes, taps=recipe.taps)
+            striped_model(tensors, config, self.changed)
+        except CheckpointError as error:
+            raise UsageError(f"{self.file} does not go with {teacher.config.name_or_path}: {error}") from error
+
+    def keep(self, folder: Path) -> None:
+        """Leave a copy in `folder`, from which the run can go on when its source is gone or has changed."""
+        folder.mkdir(exist_ok=True)
+        for source, name in ((self.config_file, _CONFIG), (self.file, _CHANGES)):
+            if not (folder / name).exists():
+                with written_whole(folder / name) as scratch:
+                    shutil.copyfile(source, scratch)
+
+
+def _begun(recipe: Recipe, begin: str, kept: Path) -> _Begun:
+    """What to begin from; `kept` is where the run, if it was begun before, keeps its copy."""
+    config_file, file = Path(begin, _CONFIG), Path(begin, _CHANGES)
     if begin == STRIPED:
         config_file, file = WEIGHTS / f"{STRIPED}.json", WEIGHTS / f"{STRIPED}.safetensors"
+    instead = f"; this run's own copy of what it began from is {kept}, give that" if (kept / _CHANGES).exists() else ""
     try:
         config = StripedHyenaConfig(**json.loads(config_file.read_text(encoding="utf-8")))
         changed = load_file(file)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(
-            f"--from is {begin}: {error}; give a folder that `stripedrag stripe` wrote, or {STRIPED}"
+            f"--from is {begin}: {error}{instead or f'; give a folder that `stripedrag stripe` wrote, or {STRIPED}'}"
         ) from error
+    digest = sha256(file)
+    if instead and sha256(kept / _CHANGES) != digest:
+        raise UsageError(
+            f"--from is {begin}, and this run began from other changes{instead}, or another folder by --to"
+        )
     own = {
         "hyena_layers": tuple(i for i in range(config.num_layers) if i not in config.attn_layer_idxs),
         "modes": config.state_size,
         "taps": config.short_filter_length,
         "rank": next((len(tensor) for name, tensor in changed.items() if name.endswith(".down")), 0),
-        "begins_from": sha256(file),
+        "begins_from": digest,
     }
     for name in own.keys() & recipe.model_fields_set:
         if getattr(recipe, name) not in (None, own[name]):
@@ -109,7 +162,7 @@ def _begun(recipe: Recipe, begin: str) -> tuple[Recipe, dict[str, Tensor]]:
                 f"the recipe's {name} is {getattr(recipe, name)} and that of {file} is {own[name]}; leave it out"
             )
     try:
-        return Recipe.model_validate(recipe.model_dump() | own), changed
+        return _Begun(config_file, file, Recipe.model_validate(recipe.model_dump() | own), changed)
     except ValidationError as error:
         raise UsageError(f"with --from {begin} the recipe cannot be: {faults(error)}") from error
 

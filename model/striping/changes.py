@@ -4,16 +4,30 @@ Names are those of a StripedHyena's backbone. A tensor of that name stands in pl
 `<layer>.down` (r, in) and `<layer>.up` (out, r) is added to `<layer>.weight` as `LORA_SCALE` up · down.
 """
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stripedrag.errors import CheckpointError
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import HyenaFilter, StripedHyenaForCausalLM
 from stripedrag.model.striping.families import striped_tensors
 from stripedrag.model.striping.student import LORA_SCALE
+
+TRANSFORMER = "transformer"  # in the metadata of a file of changes: `transformer_digest` of what was changed
+
+
+def transformer_digest(transformer: PreTrainedModel) -> str:
+    """The sha256 of a model's tensors in bfloat16, the same in whatever wider dtype they were loaded."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(transformer.named_parameters()):
+        tensor = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

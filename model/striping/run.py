@@ -16,7 +16,7 @@ from stripedrag.files import written_whole
 from stripedrag.hardware import keep_freed_memory
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping import distillation, layerwise
-from stripedrag.model.striping.changes import changes, striped_model, take_up
+from stripedrag.model.striping.changes import TRANSFORMER, changes, striped_model, take_up, transformer_digest
 from stripedrag.model.striping.data import (
     ANSWER,
     TEXT,
@@ -191,7 +191,7 @@ class Run:
 
     def _write_model(self, student: StripedHyenaForCausalLM, to: Path, windows: Mapping[int, Windows]) -> Evaluation:
         changed = changes(student)
-        _save_whole(changed, to / "changes.safetensors")
+        _save_whole(changed, to / "changes.safetensors", {TRANSFORMER: transformer_digest(self.teacher)})
         model = striped_model(self.teacher.state_dict(), student.config, changed)
         model.generation_config = self.teacher.generation_config
         model.save_pretrained(to)
@@ -314,11 +314,11 @@ def _groups(student: StripedHyenaForCausalLM, stage: Stage) -> list[tuple[dict[s
     return [(hyena, stage.hyena_rate), (others, stage.adapter_rate)]
 
 
-def _save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as scratch:
-        save_file(dict(tensors), scratch)
+        save_file(dict(tensors), scratch, metadata=metadata)
 
 
 def _write(path: Path, content: str) -> None:

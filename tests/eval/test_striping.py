@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stripedrag.errors import UsageError
@@ -93,6 +94,25 @@ def run(arguments, program=(SCRIPT,), **options):
     return done
 
 
+def refused(arguments):
+    done = subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    return " ".join(done.stderr.split())
+
+
+def killed_at_checkpoints(arguments, folder, stages):
+    """Run a command and kill it at the first checkpoint of each of so many stages."""
+    seen = 0
+    while seen < stages:
+        process = subprocess.Popen([SCRIPT, *arguments], stderr=subprocess.DEVNULL)
+        while not (started := list(folder.glob("run/stages/*/checkpoint.safetensors"))[seen:]):
+            assert process.poll() is None
+            time.sleep(0.02)
+        seen = seen + len(started)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def striped(tmp_path_factory, teacher, data):
     """A finished run."""
@@ -130,15 +150,7 @@ def test_a_striped_model_is_a_folder_that_loads_with_card_curves_and_changes(str
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_tensors(striped, teacher, data, recipe, tmp_path):
     folder = tmp_path / "killed"
-    seen = 0
-    while seen < 2:
-        process = subprocess.Popen([SCRIPT, *command(teacher, data, recipe, folder)], stderr=subprocess.DEVNULL)
-        while not (started := list(folder.glob("run/stages/*/checkpoint.safetensors"))[seen:]):
-            assert process.poll() is None
-            time.sleep(0.02)
-        seen = seen + len(started)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    killed_at_checkpoints(command(teacher, data, recipe, folder), folder, 2)
     run(command(teacher, data, recipe, folder))
     whole, resumed = (load_file(path / "changes.safetensors") for path in (striped[0], folder))
     assert whole.keys() == resumed.keys()
@@ -191,6 +203,36 @@ def test_a_run_goes_on_from_a_finished_one(striped, teacher, data, recipe, tmp_p
     assert configs[0]["attn_layer_idxs"] == configs[1]["attn_layer_idxs"]
     before, after = (load_file(folder / "changes.safetensors") for folder in (begun, tmp_path / "more"))
     assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
+    kept = tmp_path / "more" / "run" / "begun-from"
+    assert sha256(kept / "changes.safetensors") == digest
+    copy = tmp_path / "copy"
+    shutil.copytree(begun, copy, ignore=shutil.ignore_patterns("run"))
+    again = command(teacher, data, recipe, tmp_path / "again")
+    killed_at_checkpoints([*again, "--from", str(copy)], tmp_path / "again", 1)
+    changed = {name: tensor + 1 for name, tensor in load_file(copy / "changes.safetensors").items()}
+    save_file(changed, copy / "changes.safetensors")
+    kept = tmp_path / "again" / "run" / "begun-from"
+    assert f"began from other changes; this run's own copy of what it began from is {kept}" in refused(
+        [*again, "--from", str(copy)]
+    )
+    shutil.rmtree(copy)
+    assert f"own copy of what it began from is {kept}, give that" in refused([*again, "--from", str(copy)])
+    run([*again, "--from", str(kept)])
+    resumed = load_file(tmp_path / "again" / "changes.safetensors")
+    assert [name for name in after if not torch.equal(after[name], resumed[name])] == []
+
+
+def test_what_cannot_be_gone_on_from_is_told_before_any_work(striped, teacher, data, recipe, tmp_path):
+    begun = striped[0]
+    own = {"stages": [RECIPE["stages"][1]]}
+    digest = sha256(begun / "changes.safetensors")
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: t * 1.5 for name, t in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    recipe.write_text(json.dumps(own))
+    told = refused([*command(other, data, recipe, tmp_path / "new"), "--from", str(begun)])
+    assert "is of a transformer with tensors of sha256" in told and f"not of {other}; give the model" in told
     others = (
         ([], {"begins_from": digest}, f"begins from changes of sha256 {digest}; give their folder by --from"),
         (["--from", begun], {"begins_from": "0" * 64}, f"the recipe's begins_from is {'0' * 64} and that of"),
@@ -198,43 +240,35 @@ def test_a_run_goes_on_from_a_finished_one(striped, teacher, data, recipe, tmp_p
         (["--from", begun], {"rank": 3}, "the recipe's rank is 3 and that of"),
         (["--from", data], {}, "give a folder that `stripedrag stripe` wrote, or stripedhyena-smol-135m"),
         (["--from", begun, "--layers", "1"], {}, "--from goes with --recipe"),
-        (["--from", STRIPED], {}, "15 Hyena layers of 3"),
+        (["--from", STRIPED], {}, f"{STRIPED}.safetensors does not go with {teacher}: "),
     )
     for more, changed, message in others:
         recipe.write_text(json.dumps(own | changed))
-        arguments = [SCRIPT, *command(teacher, data, recipe, tmp_path / "new"), *map(str, more)]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        assert message in " ".join(done.stderr.split()), done.stderr
+        assert message in refused([*command(teacher, data, recipe, tmp_path / "new"), *map(str, more)])
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, tmp_path):
-    def refused(*arguments):
-        done = subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
-        assert done.returncode == 2, done.stderr
-        return " ".join(done.stderr.split())
-
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").write_text("mine")
-    assert "holds something that is no striping run; give a new folder" in refused(
-        *command(teacher, data, recipe, full)
-    )
+    assert "holds something that is no striping run; give a new folder" in refused(command(teacher, data, recipe, full))
     (full / "run").mkdir()
-    assert "holds something that is no striping run" in refused(*command(teacher, data, recipe, full))
+    assert "holds something that is no striping run" in refused(command(teacher, data, recipe, full))
     assert (full / "thesis.txt").read_text() == "mine"
     long = RECIPE["stages"][1] | {"length": 4096, "tokens": 8192}
     recipe.write_text(json.dumps(RECIPE | {"stages": [long]}))
     for _ in range(2):  # and again, when the folder is there
-        told = refused(*command(teacher, data, recipe, tmp_path / "long"))
+        told = refused(command(teacher, data, recipe, tmp_path / "long"))
     assert "the stage 'whole' has windows of 4096 tokens and the model reads 2048; shorten its windows" in told
     recipe.write_text('{"stages": [{"name": "a", "tokens": 128, "length": 128, "hyena_rate": -1}]}')
-    told = refused(*command(teacher, data, recipe, tmp_path / "new"))
+    told = refused(command(teacher, data, recipe, tmp_path / "new"))
     assert "is no recipe: stages.0.hyena_rate: Input should be greater than 0" in told
     assert not (tmp_path / "new").exists()
     recipe.write_text("{}")
-    told = refused(*command(teacher, data, recipe, tmp_path / "new"), "--layers", "3-5")
+    told = refused([*command(teacher, data, recipe, tmp_path / "new"), "--layers", "3-5"])
     assert "--layers is '3-5'; it is a number, or layers with commas between, as 3,4,9" in told
-    assert "cannot be read: No such file" in refused(*command(teacher, data, tmp_path / "none", tmp_path / "new"))
+    assert "cannot be read: No such file" in refused(command(teacher, data, tmp_path / "none", tmp_path / "new"))
 
 
 def test_a_folder_stands_for_its_files(data, tmp_path):

@@ -12,7 +12,7 @@ A line is whole or is not there: a torn one at the end is cut off when the run g
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from stripedrag.errors import UsageError
 from stripedrag.eval.schema import OUTPUT_KINDS, Manifest, Prediction, SampleRecord
 from stripedrag.eval.suite import Suite, parse_suite
-from stripedrag.files import written_whole
+from stripedrag.files import locked, written_whole
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -159,18 +159,12 @@ def cut_torn_line(file: Path) -> None:
 @contextmanager
 def only_run_here(folder: Path) -> Iterator[None]:
     """Raises `UsageError` where another process runs in the folder, or none can."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UsageError(f"{folder} cannot take a run: {error.strerror}. Choose another folder.") from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # no such locks on this system
-            pass
+            folder.mkdir(parents=True, exist_ok=True)
+            is_alone = stack.enter_context(locked(folder / ".lock", wait=False))
         except OSError as error:
-            raise UsageError(f"another process runs in {folder}. Wait for it, or choose another folder.") from error
+            raise UsageError(f"{folder} cannot take a run: {error.strerror}. Choose another folder.") from error
+        if not is_alone:
+            raise UsageError(f"another process runs in {folder}. Wait for it, or choose another folder.")
         yield

@@ -2,8 +2,9 @@
 
 Contract: chunks carry exact character offsets, one document's chunks tile its text without gap or overlap, an `add` or
 a `delete` happens as a whole or not at all, and `search` returns chunks in rank order, the same order every time.
-Limits: search is exact and in memory (4 bytes a dimension for each chunk); nothing here knows of prompts, budgets or
-language models. Public names are loaded when they are first used, so that importing this room costs milliseconds.
+Limits: search by meaning is exact up to 65,536 passages and by 8-bit codes above (`vectors`); nothing here knows of
+prompts, budgets or language models. Public names are loaded when they are first used, so that importing this room costs
+milliseconds.
 """
 
 from typing import TYPE_CHECKING

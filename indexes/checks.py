@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +24,8 @@ def metadata_json(document: Document) -> str:
         raise CorpusError(f"a document has an empty id (its title is {document.title!r}). Give it one.")
     if not document.text.strip():
         raise CorpusError(f"document {document.id!r} holds only white space. Leave it out.")
+    if "\0" in document.id:
+        raise CorpusError(f"document {document.id!r} has a NUL character in its id. Leave it out of the id.")
     for field, value in (("id", document.id), ("title", document.title), ("text", document.text)):
         if surrogate := lone_surrogate(value):
             raise CorpusError(
@@ -32,6 +37,11 @@ def metadata_json(document: Document) -> str:
             raise CorpusError(
                 f"document {document.id!r} has metadata {key!r} of type {type(scalar).__name__}; "
                 f"values are str, int, float, bool or None. Convert it or leave it out."
+            )
+        if isinstance(scalar, float) and not math.isfinite(scalar):
+            raise CorpusError(
+                f"document {document.id!r} has metadata {key!r} of {scalar}, which is no number that can be compared. "
+                f"Leave it out."
             )
     return json.dumps(dict(document.metadata))
 
@@ -49,6 +59,18 @@ def lone_surrogate(text: str) -> str:
     except UnicodeEncodeError as error:
         return f"U+{ord(text[error.start]):04X} at character {error.start}"
     return ""
+
+
+@contextmanager
+def encodable() -> Iterator[None]:
+    """Raises `UsageError` where a text that a database is given has a lone surrogate."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        text = error.object
+        raise UsageError(
+            f"{text!r} has {lone_surrogate(text)}, which is no character. Decode it as UTF-8 first."
+        ) from error
 
 
 def unit_vectors(embedder: "Embedder", vectors: "NDArray[np.float32]", count: int) -> "NDArray[np.float32]":

@@ -39,7 +39,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A chunk that a search found: `score` is the cosine with the query, `rank` counts from 1 (the best)."""
+    """A chunk that a search found: `score` is what the search's method gives, `rank` counts from 1."""
 
     chunk: Chunk
     score: float

@@ -46,11 +46,14 @@ def titles_and_text(docx: bytes) -> tuple[list[str], str]:
 
     Raises `CorpusError` with a reason for a file that is damaged, encrypted, too large or something else.
     """
+    from docx.exceptions import PythonDocxError
+    from docx.oxml.exceptions import XmlchemyError
+
     _refuse_archive(docx)
     try:
         word = _opened(docx)
         return [word.core_properties.title, _first_heading(word)], "\n\n".join(_blocks(word.element.body))
-    except _FAULTS as error:
+    except (*_FAULTS, PythonDocxError, XmlchemyError) as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise CorpusError(f"it is damaged or no Word document ({told}). Save it as .docx anew.") from error
 

@@ -5,17 +5,21 @@ compares (`$eq $ne $gt $gte $lt $lte $in $nin`, as the vector stores of this fie
 A document without the name fails every condition but `$ne` and `$nin`. True equals 1, as in Python.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from stripedrag.errors import UsageError
+from stripedrag.indexes.checks import lone_surrogate
 from stripedrag.indexes.documents import Scalar
 
 Where: TypeAlias = Mapping[str, Scalar | Sequence[Scalar] | Mapping[str, Scalar | Sequence[Scalar]]]
 
-# From `$eq`, `$gt`, `$gte`, `$lt` or `$lte` and a value, the SQL that compares a row of `metadata` so, and its values.
-Comparison: TypeAlias = Callable[[str, Scalar], tuple[str, list[Any]]]
+# From `$eq`, `$gt`, `$gte`, `$lt` or `$lte` and a value, or `$in` and a list, the SQL that compares a row of `metadata`
+# so, and its values.
+Comparison: TypeAlias = Callable[[str, Any], tuple[str, list[Any]]]
 
+MOST_NAMES = 100
 _NEGATED = {"$ne": "$eq", "$nin": "$in"}
 _OPERATORS = ("$eq", "$gt", "$gte", "$lt", "$lte", "$ne", "$in", "$nin")
 
@@ -25,7 +29,13 @@ def sql(where: Where, comparison: Comparison) -> tuple[str, list[Any]]:
     if not isinstance(where, Mapping):
         raise UsageError(f"where is {where!r}; it must map names of metadata to values. Write {{'year': 1990}}.")
     conditions, values = ["TRUE"], []
+    if len(where) > MOST_NAMES:
+        raise UsageError(f"where has {len(where)} names; the limit is {MOST_NAMES}. Ask for fewer.")
     for name, wanted in where.items():
+        if not isinstance(name, str):
+            raise UsageError(f"where has the name {name!r}; names of metadata are strings. Write {{'year': 1990}}.")
+        if wanted == {}:
+            raise UsageError(f"where has no condition for {name!r}. Leave the name out, or write {{'$gte': 1990}}.")
         tests = wanted if isinstance(wanted, Mapping) else {"$in" if _is_list(wanted) else "$eq": wanted}
         for operator, operand in tests.items():
             condition, used = _condition(name, operator, operand, comparison)
@@ -44,10 +54,14 @@ def _condition(name: str, operator: str, operand: Any, comparison: Comparison) -
     if not _is_list(operands) or not all(isinstance(value, str | int | float | bool | None) for value in operands):
         wanted = "a list of strings and numbers" if operator == "$in" else "a string, a number, a bool or None"
         raise UsageError(f"where has {operand!r} for {name!r}; {operator} takes {wanted}. Convert it.")
-    compared = [comparison("$eq" if operator == "$in" else operator, value) for value in operands]
-    any_of_them = " OR ".join(condition for condition, _ in compared) or "FALSE"
-    inner = f"SELECT document FROM metadata WHERE name = ? AND ({any_of_them})"
-    return f"key IN ({inner})", [name, *(value for _, values in compared for value in values)]
+    for text in (name, *(one for one in operands if isinstance(one, str))):
+        if surrogate := lone_surrogate(text):
+            raise UsageError(f"where has {surrogate} of {text!r}, which is no character. Decode it as UTF-8 first.")
+    if infinite := next((n for n in operands if isinstance(n, float) and not math.isfinite(n)), None):
+        raise UsageError(f"where has {infinite} for {name!r}; numbers in an index are finite. Leave it out.")
+    compared, values = comparison(operator, operand)
+    inner = f"SELECT document FROM metadata WHERE name = ? AND ({compared})"
+    return f"key IN ({inner})", [name, *values]
 
 
 def _is_list(value: object) -> bool:

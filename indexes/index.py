@@ -11,14 +11,14 @@ Limits: one process writes at a time. Threads may share an `Index`; their calls 
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, get_args
 
 from stripedrag import __version__
-from stripedrag.errors import CorpusError, UsageError
+from stripedrag.errors import CorpusError, StoreError, UsageError
 from stripedrag.indexes import checks
 from stripedrag.indexes.chunking import TileChunker
 from stripedrag.indexes.documents import Chunk, Document, Scored
@@ -66,6 +66,7 @@ class Index:
         self._cutter = Cutter(embedder.tokenizer, store.manifest.passage_tokens, store.manifest.chunk_tokens)
         self._searcher = Searcher(store)
         self._lock = threading.RLock()
+        self._is_adding = False
 
     @classmethod
     def create(
@@ -104,7 +105,7 @@ class Index:
         )
         if is_postgres(place):
             return cls(PostgresStore.create(place, manifest), embedder)
-        return cls(SQLiteStore.create(Path(place).resolve(), manifest), embedder)
+        return cls(SQLiteStore.create(_folder(place), manifest), embedder)
 
     @classmethod
     def open(cls, place: str | Path, *, embedder: Embedder | None = None) -> "Index":
@@ -115,7 +116,7 @@ class Index:
         weights, another chunker or another schema, and `StoreError` where a server refuses.
         """
         with ExitStack() as unless_well:
-            store: Store = PostgresStore.open(place) if is_postgres(place) else SQLiteStore.open(Path(place).resolve())
+            store: Store = PostgresStore.open(place) if is_postgres(place) else SQLiteStore.open(_folder(place))
             unless_well.callback(store.close)
             embedder = embedder_named(store.manifest.embedder.name) if embedder is None else embedder
             refuse_mismatch(store.manifest, embedder, TileChunker.name, index=store.name)
@@ -125,8 +126,11 @@ class Index:
 
     @staticmethod
     def is_at(place: str | Path) -> bool:
-        """Whether there is an index at `place`, as `create` takes it. Raises `StoreError` where a server refuses."""
-        return PostgresStore.is_at(place) if is_postgres(place) else SQLiteStore.is_at(Path(place))
+        """Whether there is an index at `place`, as `create` takes it.
+
+        Raises `StoreError` where a server refuses, `UsageError` for a folder that cannot be looked into.
+        """
+        return PostgresStore.is_at(place) if is_postgres(place) else SQLiteStore.is_at(_folder(place))
 
     @property
     def path(self) -> Path:
@@ -215,13 +219,14 @@ class Index:
         All of them come in at once when the last is embedded; an error, Ctrl-C or a kill before that leaves the index
         as it was. Of a document that changed only the passages that are new are embedded. `progress` is called with the
         number of passages embedded since its last call; `prepare` embeds them elsewhere (see
-        `stripedrag.indexes.ray_workers`). Raises `CorpusError` for no document at all, an id that comes twice, and a
-        document without id, with white space only, with lone surrogates or with metadata that are not scalars;
-        `StoreError` where the disk is full.
+        `stripedrag.indexes.ray_workers`). Of two adds of one document at once the later merge holds; what is there as
+        it is when it is read is not written. Raises `CorpusError` for no document at all, an id that comes twice, and a
+        document without id, with white space only, with lone surrogates or with metadata that are not finite
+        scalars; `StoreError` where the disk is full.
         """
         seen: set[str] = set()
         added = updated = passages = 0
-        with self._lock, self._store.staging() as staging:
+        with self._lock, self._alone(), self._store.staging() as staging:
 
             def changed() -> Iterator[Changed]:
                 nonlocal added, updated
@@ -231,12 +236,14 @@ class Index:
                         raise CorpusError(f"document {document.id!r} comes twice in one add. Make the ids unique.")
                     seen.add(document.id)
                     sha256 = checks.content_sha256(document)
-                    stored = self._store.document_sha256(document.id)
+                    with self._store.snapshot():
+                        stored = self._store.document_sha256(document.id)
+                        known = {} if stored in (None, sha256) else self._known(document)
                     if stored == sha256:
                         continue
                     added, updated = (added + 1, updated) if stored is None else (added, updated + 1)
                     staging.put_document(document, metadata, sha256)
-                    yield Changed(document, {} if stored is None else self._known(document))
+                    yield Changed(document, known)
 
             for chunks, vector, is_new in prepare(changed(), self._cutter, self.embedder, progress):
                 staging.put_passage(chunks, vector)
@@ -245,8 +252,19 @@ class Index:
                 raise CorpusError("the corpus is empty: there is no document to add. Give at least one.")
             if added or updated:
                 staging.merge()
-                self._searcher.refresh()
+                with suppress(StoreError):  # the documents are in; the next search does what this could not
+                    self._searcher.refresh()
         return AddReport(added=added, updated=updated, unchanged=len(seen) - added - updated, passages=passages)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._is_adding:
+            raise UsageError("the documents of an add come from another add to the same Index. Open it a second time.")
+        self._is_adding = True
+        try:
+            yield
+        finally:
+            self._is_adding = False
 
     def _known(self, document: Document) -> "dict[str, NDArray[np.float32]]":
         """The vectors of the stored document's passages, where they were embedded under the heading of this one."""
@@ -265,7 +283,7 @@ class Index:
     def compact(self) -> None:
         """Gives the space of deleted and replaced documents back to the disk.
 
-        It needs as much free as the index has. Raises `StoreError` where there is less; nothing is lost then.
+        It may need twice as much free as the index has. Raises `StoreError` where there is less; nothing is lost then.
         """
         with self._lock:
             self._store.compact()
@@ -326,3 +344,13 @@ def _listed(doc_ids: Iterable[str]) -> Sequence[str]:
     if isinstance(doc_ids, str):
         raise UsageError(f"doc_ids is the string {doc_ids!r}; it must be a list of ids. Write [{doc_ids!r}].")
     return list(doc_ids)
+
+
+def _folder(place: str | Path) -> Path:
+    try:
+        if str(place):
+            return Path(place).resolve()
+        reason = "it is empty"
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL character, links that go round
+        reason = str(error)
+    raise UsageError(f"{str(place)!r} is no place for an index: {reason}. Give the path of a folder.")

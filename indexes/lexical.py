@@ -68,7 +68,8 @@ class Lexical:
 
 def words(query: str) -> list[str]:
     """The words of a query, letters and digits alone, each once, in their order."""
-    return list(dict.fromkeys(_WORD.findall(unicodedata.normalize("NFC", query).lower())))
+    found = _WORD.findall(unicodedata.normalize("NFC", query))
+    return list(dict.fromkeys(word.lower() for word in found))  # after: "İ" in lower case is two characters
 
 
 def _add(

@@ -15,7 +15,8 @@ from unicodedata import combining, normalize
 import numpy as np
 
 from stripedrag.errors import CorpusError, UsageError
-from stripedrag.indexes.documents import Chunk, Document, Scalar
+from stripedrag.indexes import checks
+from stripedrag.indexes.documents import Chunk, Document
 from stripedrag.indexes.lexical import words
 from stripedrag.indexes.manifest import Manifest, parse
 from stripedrag.indexes.postgres_server import Address, connected, enter, told
@@ -166,7 +167,7 @@ class PostgresStore(Store):
 
     def execute(self, query: str, values: Sequence[Any] = ()) -> "Cursor":
         """See `Store.execute`; the schema is the index's. Raises `StoreError` for what the server refuses."""
-        with told(f"index {self.name!r} is as it was"):
+        with told(f"index {self.name!r} is as it was"), checks.encodable():
             cursor: Cursor = self._database.execute(query.replace("?", "%s"), values or None, binary=True)
         return cursor
 
@@ -175,8 +176,14 @@ class PostgresStore(Store):
         return list(values)
 
     @staticmethod
-    def _compared(operator: str, value: Scalar) -> tuple[str, list[Any]]:
+    def _compared(operator: str, value: Any) -> tuple[str, list[Any]]:
         # The table `metadata` has texts and numbers in columns of their own; None is neither.
+        if operator == "$in":
+            texts = [one for one in value if isinstance(one, str)]
+            numbers = [_decimal(one) for one in value if not isinstance(one, str | None)]
+            among = "left(text, 64) = ANY(?) AND text = ANY(?) OR number = ANY(?::numeric[])"
+            among += " OR text IS NULL AND number IS NULL" if None in value else ""
+            return among, [[text[:64] for text in texts], texts, numbers]
         if value is None:
             return ("text IS NULL AND number IS NULL" if operator == "$eq" else "FALSE"), []
         if not isinstance(value, str):
@@ -240,7 +247,11 @@ class PostgresStore(Store):
         return self._number(f"SELECT sum(pg_total_relation_size(oid)) FROM {tables}")
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with the text index; for the server's own files there is `pg_amcheck`."""
+        """None: for the server's own files there is `pg_amcheck`."""
+        return iter(())
+
+    def text_faults(self) -> Iterator[str]:
+        """See `Store.text_faults`."""
         for table, row, text, content in (("chunks", "id", "text", "chunks"), ("documents", "key", "title", "titles")):
             read = f"SELECT {row}, {text} FROM {table} WHERE {row} > %s ORDER BY {row} LIMIT %s"
             differing = f"""SELECT count(*) FROM {table}

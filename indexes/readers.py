@@ -10,6 +10,7 @@ as a whole, a .jsonl line by line. What of a .pdf or a .docx is its text is said
 """
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -50,12 +51,15 @@ def read_documents(path: str | Path, *, skipped: list[Skipped] | None = None) ->
     twice, and a path without a single document.
     """
     root = Path(path)
+    try:
+        root.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CorpusError(f"cannot read {str(root)!r}: {reason}. Check the path.") from error
     if root.is_dir():
         files = [(file, file.relative_to(root).as_posix()) for file in _files_below(root)]
-    elif root.is_file():
-        files = [(root, root.name)]
     else:
-        raise CorpusError(f"cannot read {root}: there is no such file or folder. Check the path.")
+        files = [(root, root.name)]
     return _documents(root, files, skipped)
 
 
@@ -72,7 +76,7 @@ def _documents(root: Path, files: list[tuple[Path, str]], skipped: list[Skipped]
 
     for file, name in files:
         try:
-            for document in _reader(file)(file, name):
+            for document in _reader(file, name)(file, name):
                 if isinstance(document, Skipped):
                     skip(document.path, document.reason)
                     continue
@@ -100,7 +104,8 @@ def _files_below(root: Path) -> list[Path]:
     files = []
     for folder, names_of_folders, names in os.walk(root, onerror=_refuse_folder):
         names_of_folders[:] = [name for name in names_of_folders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
+        linked = [name for name in names_of_folders if Path(folder, name).is_symlink()]  # are told, and not entered
+        files += [Path(folder, name) for name in (*names, *linked) if not name.startswith(".")]
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
@@ -108,13 +113,19 @@ def _refuse_folder(error: OSError) -> None:
     raise CorpusError(f"cannot read the folder {error.filename}: {error.strerror}. Mend its permissions.") from error
 
 
-def _reader(file: Path) -> Reader:
-    if not file.name.isprintable():  # bytes that are not UTF-8 come as lone surrogates, which cannot be an id
-        raise _UnreadableError(f"its name {file.name!r} has characters that cannot be printed. Rename it.")
+def _reader(file: Path, name: str) -> Reader:
+    if not name.isprintable():  # bytes that are not UTF-8 come as lone surrogates, which cannot be an id
+        raise _UnreadableError(f"its path {name!r} has characters that cannot be printed. Rename it.")
+    if file.is_symlink() and file.is_dir():
+        raise _UnreadableError("it is a link to a folder. Index that folder, too, or copy it here.")
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise _UnreadableError(f"its type {file.suffix!r} is not one of {_KINDS}. Convert it to one of them.")
-    if not file.is_file():  # a link to nothing, or a pipe that would block for ever
+    try:
+        is_file = file.is_file()
+    except OSError as error:  # a folder that may be listed and not entered
+        raise _UnreadableError(f"{error.strerror}. Mend its permissions.") from error
+    if not is_file:  # a link to nothing, or a pipe that would block for ever
         raise _UnreadableError("it is no regular file. Put a file in its place.")
     return reader
 
@@ -176,7 +187,7 @@ def _document_or_skipped(line: bytes, file: Path, number: int) -> Document | Ski
 
 def _document_of_line(line: bytes) -> Document:
     try:
-        fields = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        fields = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
         json.dumps(fields, ensure_ascii=False).encode()  # raises for an escape like \ud800, which is no character
     except (ValueError, RecursionError) as error:
         raise _BadLineError(f"not one JSON object in UTF-8 ({error}). Mend or remove the line.") from error
@@ -188,6 +199,8 @@ def _document_of_line(line: bytes) -> Document:
         if not isinstance(value, str) or (key == "id" and not value):
             wanted = "a string that is not empty" if key == "id" else "a string"
             raise _BadLineError(f"{key!r} is {reprlib.repr(value)}; it must be {wanted}. Mend the line.")
+        if key == "id" and "\0" in value:
+            raise _BadLineError("'id' has a NUL character. Mend the line.")
     metadata: dict[str, Scalar] = {
         key: value for key, value in fields.items() if isinstance(value, str | int | float | bool | None)
     }
@@ -196,6 +209,12 @@ def _document_of_line(line: bytes) -> Document:
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is beyond the largest number of 64 bits")
+    return value
 
 
 def _decoded(file: Path) -> str:

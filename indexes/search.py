@@ -62,6 +62,7 @@ class Searcher:
             if self._layout is None or self._layout.generation != self._store.generation():
                 self._layout = Layout.of(self._store)
             layout = self._layout
+            k = min(k, len(layout))
             allowed = self._allowed(layout, where, doc_ids)
             filtered = where is not None or doc_ids is not None
             depth = max(k, FUSED_CHUNKS)

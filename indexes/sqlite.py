@@ -1,7 +1,8 @@
 """An index in a folder: one SQLite file that holds all of it.
 
 What SQLite refuses (a full disk, a damaged file) is raised as `StoreError`.
-Limit: a second writer waits up to `TIMEOUT_S` and then raises `StoreError`.
+Limits: who meets a lock waits up to `TIMEOUT_S` and then raises `StoreError`: a second writer, and every reader while a
+merge is written out, or earlier where the merge changes more than `MERGE_CACHE_KIB`.
 
 A rollback journal and not WAL: an index at rest is then one plain file, which opens from a read-only disk and can be
 copied. WAL's gain, that readers go on during a long write, is had by staging: an `add` collects in temporary tables,
@@ -14,7 +15,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stripedrag.errors import StoreError, UsageError
-from stripedrag.indexes.documents import Chunk, Document, Scalar
+from stripedrag.indexes import checks
+from stripedrag.indexes.documents import Chunk, Document
 from stripedrag.indexes.manifest import Manifest, parse
 from stripedrag.indexes.store import ROWS_AT_ONCE, Store
 
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
     from stripedrag.indexes.vectors import Vectors
 
 FILE = "index.sqlite"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 600.0
+MERGE_CACHE_KIB = (
+    262_144  # pages of a transaction that changes more go to the file before its end, which readers wait for
+)
+_CACHE_KIB = 2_000  # SQLite's own
 VECTOR_DTYPE = np.dtype("<f4")
 
 # AUTOINCREMENT keeps a deleted row's number from ever meaning another row. A NULL vector: white space, never found.
@@ -130,9 +136,9 @@ class SQLiteStore(Store):
         Schema and manifest are one transaction, so a create that is killed leaves an empty file at most, which the next
         one takes over, and of two creates at once the second is told. Raises `UsageError` where something is there.
         """
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"cannot create an index at {folder}: a file is there. Choose another path.")
         try:
+            if folder.exists() and not folder.is_dir():
+                raise UsageError(f"cannot create an index at {folder}: a file is there. Choose another path.")
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot create an index at {folder}: {error.strerror}. Choose another path.") from error
@@ -156,9 +162,11 @@ class SQLiteStore(Store):
     @classmethod
     def open(cls, folder: Path) -> "SQLiteStore":
         """The store in `folder`. Raises `UsageError` where there is none, `IndexMismatchError` for another schema."""
-        if not folder.exists():
-            raise UsageError(f"no index at {folder}: there is no such folder. Create it with Index.create.")
         if not cls.is_at(folder):
+            if not folder.exists():
+                raise UsageError(
+                    f"no index at {folder}: there is no such folder. `stripedrag index` or Index.create makes one."
+                )
             raise UsageError(f"{folder} is no index: it has no file {FILE}. Create one in an empty folder.")
         with _connected(folder / FILE, mode="rw", doing=f"cannot open {folder} as an index") as database:
             (text,) = database.execute("SELECT json FROM manifest").fetchone() or ("null",)
@@ -166,8 +174,13 @@ class SQLiteStore(Store):
 
     @staticmethod
     def is_at(folder: Path) -> bool:
-        """Whether `folder` holds an index."""
-        return (folder / FILE).is_file()
+        """Whether `folder` holds an index. Raises `UsageError` for a folder that cannot be looked into."""
+        try:
+            return (folder / FILE).is_file()
+        except OSError as error:
+            raise UsageError(
+                f"cannot look into {folder}: {error.strerror}. Check the path and its permissions."
+            ) from error
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -182,7 +195,7 @@ class SQLiteStore(Store):
 
     def execute(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         """See `Store.execute`. Raises `StoreError` for what SQLite refuses."""
-        with self._told():
+        with self._told(), checks.encodable():
             cursor: sqlite3.Cursor = self._database.execute(query, values)
         return cursor
 
@@ -191,10 +204,14 @@ class SQLiteStore(Store):
         return json.dumps(list(values))
 
     @staticmethod
-    def _compared(operator: str, value: Scalar) -> tuple[str, list[Any]]:
+    def _compared(operator: str, value: Any) -> tuple[str, list[Any]]:
+        if operator == "$in":
+            among = "value IN (SELECT value FROM json_each(?))"
+            return (f"{among} OR value IS NULL" if None in value else among), [json.dumps(list(value))]
         # A comparison of a number with a text would hold for every text: SQLite sorts texts above all numbers.
         kind = "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"
-        return f"value {_COMPARED[operator]}" + ("" if operator == "$eq" else f" AND typeof(value) {kind}"), [value]
+        bound = float(value) if isinstance(value, int) and abs(value) >= 2**63 else value  # as `json_each` stored it
+        return f"value {_COMPARED[operator]}" + ("" if operator == "$eq" else f" AND typeof(value) {kind}"), [bound]
 
     def chunk_rows_with(self, word: str, *, limit: int) -> "NDArray[np.int64] | None":
         """See `Store.chunk_rows_with`."""
@@ -218,6 +235,9 @@ class SQLiteStore(Store):
                 return
             rows, blobs = zip(*batch, strict=True)
             after = rows[-1]
+            size = VECTOR_DTYPE.itemsize * self.manifest.embedder.dimension
+            if wrong := next((row for row, blob in batch if not isinstance(blob, bytes) or len(blob) != size), None):
+                raise self._damaged(f"the vector of passage {wrong} has another size")
             vectors = np.frombuffer(b"".join(blobs), dtype=VECTOR_DTYPE).reshape(len(rows), -1)
             yield np.asarray(rows, dtype=np.int64), vectors.astype(np.float32)
 
@@ -270,33 +290,46 @@ class SQLiteStore(Store):
 
     def size_bytes(self) -> int:
         """See `Store.size_bytes`."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
+        sizes = 0
+        for file in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # a journal ends with its transaction
+                sizes += file.stat().st_size
+        return sizes
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with SQLite's file, the references, the text index and the file of vectors."""
-        for (fault,) in self._database.execute("PRAGMA integrity_check(5)"):
+        """What is wrong with SQLite's file, the references and the file of vectors."""
+        for (fault,) in self.execute("PRAGMA integrity_check(5)"):
             if fault != "ok":
                 yield f"{FILE} is damaged: {fault}"
-        for table, row, parent, _ in self._database.execute("PRAGMA foreign_key_check"):
+        for table, row, parent, _ in self.execute("PRAGMA foreign_key_check"):
             yield f"row {row} of {table} refers to a row of {parent} that is missing"
-        for table, content in (("words", "chunks"), ("title_words", "titles")):
-            try:
-                self._database.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")
-            except sqlite3.DatabaseError as error:
-                if "malformed" not in str(error):
-                    raise
-                yield f"the text index does not match the {content}"
         file = self.vector_file()
         if file is not None and (self.folder / file.name).exists():  # a missing one is made anew by the next search
             with (self.folder / file.name).open("rb") as written:
                 if hashlib.file_digest(written, "sha256").hexdigest() != file.sha256:
                     yield f"{file.name} is damaged; delete it, and the next search makes it anew"
 
+    def text_faults(self) -> Iterator[str]:
+        """See `Store.text_faults`. Raises `StoreError` where the index may only be read."""
+        for table, content in (("words", "chunks"), ("title_words", "titles")):
+            try:
+                self._database.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")
+            except sqlite3.DatabaseError as error:
+                if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY):
+                    with self._told():
+                        raise
+                is_known = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CORRUPT
+                yield f"the text index does not match the {content}" + ("" if is_known else f": {error}")
+
     @contextmanager
     def _write(self) -> Iterator[None]:
-        with self._transaction("IMMEDIATE"):
-            yield
-            self._database.execute(f"PRAGMA user_version = {self.generation() + 1}")
+        self.execute(f"PRAGMA cache_size = -{MERGE_CACHE_KIB}")
+        try:
+            with self._transaction("IMMEDIATE"):
+                yield
+                self._database.execute(f"PRAGMA user_version = {self.generation() + 1}")
+        finally:
+            self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
 
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[None]:
@@ -329,7 +362,7 @@ class SQLiteStore(Store):
                     f"{there:,.0f} MB. Free some, or set SQLITE_TMPDIR to a folder that has more"
                 )
             elif "locked" in what:
-                mend = f"Another process has been writing to it for {TIMEOUT_S:.0f} s. Wait for its end"
+                mend = f"Another process has held it for {TIMEOUT_S:.0f} s. Wait for its end"
             elif "readonly" in what:
                 mend = f"Mend the permissions of {self.folder}"
             raise StoreError(f"index {self.name!r} is as it was: {what}. {mend}.") from error
@@ -380,4 +413,10 @@ def _connected(path: Path, *, mode: str, doing: str) -> Iterator[sqlite3.Connect
             yield database
             unless_well.pop_all()
     except sqlite3.DatabaseError as error:
-        raise UsageError(f"{doing}: {path.name} is no index that can be read ({error}). Check the path.") from error
+        if "locked" in str(error):
+            raise StoreError(
+                f"{doing}: another process has held it for {TIMEOUT_S:.0f} s. Wait for its end."
+            ) from error
+        raise UsageError(
+            f"{doing}: {path.name} is no index that can be read ({error}). Check the path and its permissions."
+        ) from error

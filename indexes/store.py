@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from stripedrag.errors import UsageError
+from stripedrag.errors import StoreError, UsageError
 from stripedrag.indexes import filters
 from stripedrag.indexes.documents import Chunk, Document
 from stripedrag.indexes.manifest import Manifest
@@ -140,7 +140,7 @@ class Store(ABC):
 
     @abstractmethod
     def compact(self) -> None:
-        """Gives the space of what was deleted back to the disk; needs as much free as the index has."""
+        """Gives the space of what was deleted back to the disk; may need twice as much free as the index has."""
 
     @abstractmethod
     def size_bytes(self) -> int:
@@ -148,7 +148,14 @@ class Store(ABC):
 
     @abstractmethod
     def faults(self) -> Iterator[str]:
-        """What is wrong with the store's own structure, in words."""
+        """What is wrong with the store's own structure, in words; inside a snapshot."""
+
+    @abstractmethod
+    def text_faults(self) -> Iterator[str]:
+        """Where the text index does not match the texts, in words; outside a snapshot, since writers may have to wait.
+
+        Raises `StoreError` where that cannot be read.
+        """
 
     def delete(self, doc_ids: Collection[str]) -> None:
         """Deletes documents and their chunks. Raises `UsageError`, and deletes none, where one is not stored."""
@@ -194,7 +201,10 @@ class Store(ABC):
                 raise self._missing(doc_id)
             title, metadata = row
             text = "".join(chunk.text for chunk in self.chunks(doc_id))
-        return Document(id=doc_id, title=title, text=text, metadata=json.loads(metadata))
+        try:
+            return Document(id=doc_id, title=title, text=text, metadata=json.loads(metadata))
+        except ValueError as error:
+            raise self._damaged(f"the metadata of document {doc_id!r} is no JSON") from error
 
     def titles(self, doc_ids: Collection[str]) -> dict[str, str]:
         """The titles of those of these documents that are stored."""
@@ -204,12 +214,20 @@ class Store(ABC):
     def chunks(self, doc_id: str) -> list[Chunk]:
         """A document's chunks in order; none where it is not stored."""
         found = self.execute(f"{_CHUNKS} WHERE documents.id = ? ORDER BY chunks.id", [doc_id])
-        return [Chunk.at(doc_id, start, text) for _, doc_id, start, text in found]
+        return [self._chunk(*row) for row in found]
 
     def chunks_at(self, rows: Collection[int]) -> dict[int, Chunk]:
         """The chunks of these rows, by row."""
         found = self.execute(f"{_CHUNKS} WHERE chunks.id {self._AMONG}", [self._listed(rows)])
-        return {row: Chunk.at(doc_id, start, text) for row, doc_id, start, text in found}
+        chunks = {row: self._chunk(row, *rest) for row, *rest in found}
+        if missing := set(rows) - chunks.keys():
+            raise self._damaged(f"chunk {min(missing)} belongs to no document")
+        return chunks
+
+    def _chunk(self, row: int, doc_id: str, start: Any, text: Any) -> Chunk:
+        if not isinstance(start, int) or not isinstance(text, str):
+            raise self._damaged(f"chunk {row} has a start or a text of another type")
+        return Chunk.at(doc_id, start, text)
 
     def document_rows(self) -> "NDArray[np.int64]":
         """Every document's row, in the order of the ids."""
@@ -258,6 +276,9 @@ class Store(ABC):
             blocks.append(np.array(batch, dtype=np.int64))
         pairs = np.concatenate(blocks)
         return pairs[:, 0].copy(), pairs[:, 1].copy()
+
+    def _damaged(self, what: str) -> StoreError:
+        return StoreError(f"index {self.name!r} is damaged: {what}. Run `stripedrag verify` on it.")
 
     def _missing(self, doc_id: str) -> UsageError:
         return UsageError(f"index {self.name!r} has no document {doc_id!r}. Add it first.")

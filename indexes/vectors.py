@@ -2,7 +2,8 @@
 
 Contract: rows of a store are never used twice and the store names the file that belongs to it, so the two cannot
 disagree: rows that are newer than the file are searched beside it, rows that are gone are passed over, and a file that
-is missing, damaged or mostly out of date is built again. Below `SMALL` vectors there is no file, and search is exact.
+is missing, cut short or mostly out of date is built again, by one process of those that have the index open. A wrong
+byte inside it is found by `verify` alone. Below `SMALL` vectors there is no file, and search is exact.
 
 | vectors | FAISS | a vector's bytes | recall@500, measured at |
 |---|---|---|---|
@@ -13,13 +14,17 @@ is missing, damaged or mostly out of date is built again. Below `SMALL` vectors 
 
 import hashlib
 import math
+import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stripedrag.errors import StoreError
+from stripedrag.files import locked
 from stripedrag.indexes.sqlite import VectorFile
 
 if TYPE_CHECKING:
@@ -60,11 +65,11 @@ class Vectors:
         newest, counted = (self._file.newest_row, self._file.passages) if self._file else (0, 0)
         new = store.passage_count(after=newest)
         gone = counted - (store.passage_count() - new)
+        self._seen = seen
         if new + gone > max(SMALL, _STALE * counted):
-            self._build()
+            self._build(*seen)
         elif self._tail.ntotal > 2 * new + _ROWS_KEPT:  # rows that are gone
             self._use(self._file, self._filed)
-        self._seen = seen[0], store.vector_file()
 
     def sync(self) -> None:
         """Takes over the rows that are newer than the file. Call it inside the store's snapshot."""
@@ -109,18 +114,33 @@ class Vectors:
         self._file, self._filed, self._tail = file, filed, _empty(self._dimension)
         self._newest_row = file.newest_row if file else 0
 
-    def _build(self) -> None:
-        """Builds the index of all vectors and puts it into the folder; into memory alone where that is read-only."""
+    def _build(self, generation: int, known: VectorFile | None) -> None:
+        """Builds the file of all vectors anew in the place of `known`, or takes the one that another process built.
+
+        While another builds it, who has a file goes on with that, and who has none waits.
+        """
+        with _turn(self._folder, wait=self._filed is None) as has_turn:
+            if not has_turn:
+                return
+            if (file := self._store.vector_file()) != known:
+                self._load(file)
+            if file == known or self._filed is None:
+                self._put(*self._built())
+            self._seen = generation, self._store.vector_file()
+
+    def _built(self) -> tuple[Any, int]:
+        """The FAISS index of all vectors, and the newest row in it."""
         self._use(None, None)
-        store = self._store
-        blocks = list(store.vectors())
-        if not blocks:
-            return
-        newest_row = int(blocks[-1][0][-1])
-        passages = store.passage_count() - store.passage_count(after=newest_row)
-        built = _trained([vectors for _, vectors in blocks], self._dimension)
-        for rows, vectors in blocks:
+        built, newest_row = _trained(self._store, self._dimension), 0
+        for rows, vectors in self._store.vectors():
             built.add_with_ids(vectors, rows)
+            newest_row = int(rows[-1])
+        return built, newest_row
+
+    def _put(self, built: Any, newest_row: int) -> None:
+        """Puts a FAISS index into the folder and maps it; keeps it in memory where the folder is read-only."""
+        store = self._store
+        passages = store.passage_count() - store.passage_count(after=newest_row)
         path = self._folder / f"vectors-{secrets.token_hex(8)}{_SUFFIX}"
         partial = path.with_suffix(".partial")
         file = VectorFile(path.name, 0, "", newest_row, passages)
@@ -128,12 +148,14 @@ class Vectors:
             _faiss().write_index(built, str(partial))
             with partial.open("rb") as written:
                 sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+                os.fsync(written.fileno())  # before the store names it
             file = VectorFile(path.name, partial.stat().st_size, sha256, newest_row, passages)
             partial.rename(path)
             store.put_vector_file(file)
         except (OSError, RuntimeError, StoreError):
-            partial.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            for left in (partial, path):
+                with suppress(OSError):  # of a read-only disk also for what is not there
+                    left.unlink()
             self._use(file, built)
             return
         for old in self._folder.glob("vectors-*"):
@@ -154,14 +176,26 @@ def _empty(dimension: int) -> Any:
     return _faiss().IndexIDMap(_faiss().IndexFlatIP(dimension))
 
 
-def _trained(blocks: "list[NDArray[np.float32]]", dimension: int) -> Any:
+@contextmanager
+def _turn(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether it is this process that builds the file now. In a read-only folder each builds its own, in memory."""
+    with ExitStack() as stack:
+        try:
+            has_turn = stack.enter_context(locked(folder / "vectors.lock", wait=wait))
+        except OSError:
+            has_turn = True
+        yield has_turn
+
+
+def _trained(store: "SQLiteStore", dimension: int) -> Any:
     """An empty index of the kind that suits the number of vectors, trained on a part of them."""
-    n = sum(map(len, blocks))
+    n = store.passage_count()
     lists = round(2 * math.sqrt(n))
     kind = "IDMap,Flat" if n <= FLAT_UP_TO else "IDMap,SQ8" if n <= SQ8_UP_TO else f"IVF{lists},SQ8"
     index = _faiss().index_factory(dimension, kind, _faiss().METRIC_INNER_PRODUCT)
     step = max(1, n // max(_TRAINING * lists, 10_000))
-    index.train(np.concatenate([vectors[::step] for vectors in blocks]))
+    if some := [vectors[::step] for _, vectors in store.vectors()]:
+        index.train(np.concatenate(some))
     return index
 
 

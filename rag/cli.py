@@ -4,8 +4,10 @@ Exit codes: 0 done, 1 our fault, 2 the caller's mistake, 130 interrupted. Heavy 
 """
 
 import dataclasses
+import errno
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +58,11 @@ def main() -> None:
     except StripedragError as error:
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        err.print("error: what the command prints cannot be written: no space is left there", style="red")
+        sys.exit(1)
 
 
 def _version(wanted: bool) -> None:
@@ -175,14 +182,24 @@ def doctor(as_json: Json = False) -> None:
 
 def _json_object(text: str, option: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        shown = reprlib.repr(text)
         raise UsageError(
-            f"{option} is {text!r}, which is no JSON ({error}). Write it as '{{\"year\": 1990}}'."
+            f"{option} is {shown}, which is no JSON ({error}). Write it as '{{\"year\": 1990}}'."
         ) from error
     if not isinstance(value, dict):
         raise UsageError(f"{option} is {text!r}; it must be a JSON object. Write it as '{{\"year\": 1990}}'.")
     return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    whole = dict(pairs)
+    if len(whole) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} comes twice")
+    return whole
 
 
 def _left_out(context: "Context") -> str:
@@ -217,7 +234,8 @@ def _print_answer(answer: "Answer") -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    typer.echo(text.encode(errors="backslashreplace").decode())  # of a path whose name is not UTF-8
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from stripedrag.rag.cli import IndexPlace, Json, app, err, print_json, quiet_lib
 
 if TYPE_CHECKING:
     from stripedrag.indexes.documents import Document
+    from stripedrag.indexes.embedding import Embedder
+    from stripedrag.indexes.index import Index
 
 _MOST_SHOWN = 20  # of what was left out
 
@@ -52,18 +54,16 @@ def index(
     from stripedrag.indexes.ray_workers import RayWorkers
     from stripedrag.indexes.readers import Skipped, read_documents
 
-    # What is wrong with the command itself shows before anything is read.
     preparing = prepare if workers is None else RayWorkers(workers)
+    if embedder == "":
+        raise UsageError("--embedder is empty; give a folder or an id of the model hub, or leave it out")
     chosen = None if embedder is None else embedder_named(embedder)
     skipped: list[Skipped] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         there = stack.enter_context(Index.open(to, embedder=chosen)) if Index.is_at(to) else None
-        if there is not None and chunk_tokens not in (None, there.chunk_tokens):
-            raise UsageError(
-                f"{_shown(to)} is an index of {there.chunk_tokens} wordpieces a chunk and keeps them; leave "
-                "--chunk-tokens out"
-            )
+        if there is not None:
+            _refuse_other_chunks(there, chunk_tokens, to)
         bar = stack.enter_context(Progress(*columns, console=err, transient=True))
         # All is read before anything is embedded: what is wrong with the files shows early, and the bar has a length.
         read = stack.enter_context(TemporaryFile("w+", encoding="utf-8"))
@@ -74,7 +74,7 @@ def index(
             err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
         if len(skipped) > _MOST_SHOWN:
             err.print(f"and {len(skipped) - _MOST_SHOWN} more; --json tells them all", markup=False)
-        target = there or stack.enter_context(Index.create(to, embedder=chosen, chunk_tokens=chunk_tokens))
+        target = there or stack.enter_context(_made(to, chosen, chunk_tokens))
         bar.reset(task, total=chars, description="indexing")
         embedded = 0
 
@@ -99,6 +99,28 @@ def index(
         typer.echo(
             f"{_shown(to)}: {total_documents} documents, {total_chunks} chunks "
             f"({report.added} added, {report.updated} updated, {report.unchanged} unchanged)"
+        )
+
+
+def _made(place: str, embedder: "Embedder | None", chunk_tokens: int | None) -> "Index":
+    """A new index, or that which another process has made there since this one began to read."""
+    from stripedrag.indexes.index import Index
+
+    try:
+        return Index.create(place, embedder=embedder, chunk_tokens=chunk_tokens)
+    except UsageError:
+        if not Index.is_at(place):
+            raise
+    made = Index.open(place, embedder=embedder)
+    _refuse_other_chunks(made, chunk_tokens, place)
+    return made
+
+
+def _refuse_other_chunks(index: "Index", chunk_tokens: int | None, place: str) -> None:
+    if chunk_tokens not in (None, index.chunk_tokens):
+        raise UsageError(
+            f"{_shown(place)} is an index of {index.chunk_tokens} wordpieces a chunk and keeps them; leave "
+            "--chunk-tokens out"
         )
 
 
@@ -183,7 +205,7 @@ def verify(index: IndexPlace, as_json: Json = False) -> None:
         print_json(dataclasses.asdict(report))
     else:
         typer.echo(f"{_shown(index)}: {report.documents} documents, {report.passages} passages, {report.chunks} chunks")
-        for fault in report.faults:
-            typer.echo(f"  {fault}")
+        for told in (*report.faults, *(f"not read: {part}" for part in report.unread)):
+            typer.echo(f"  {told}")
     if report.faults:
         raise StoreError(f"{_shown(index)} has faults. Index its documents anew, or take a copy that was kept.")

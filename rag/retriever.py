@@ -5,7 +5,7 @@ chunk that was considered and left out is listed with the reason. No reranker: t
 of prompts or models beyond a tokenizer's count.
 """
 
-import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ class Retriever:
             raise UsageError(f"max_chunks is {max_chunks}; it is at least 1, or None for as many as fit")
         doc_ids = None if doc_ids is None else list(doc_ids)
         # Twice what would fill the budget with full chunks, and again twice that while everything still fits.
-        k = max_chunks or 8 + 2 * math.ceil(budget_tokens / self.index.chunk_tokens)
+        k = max_chunks or 8 - 2 * (-budget_tokens // self.index.chunk_tokens)
         while True:
             found = self.index.search(question, k=k, where=where, doc_ids=doc_ids)
             context = self.fill(found, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
@@ -160,7 +160,7 @@ class Retriever:
         new, repeats = (list(candidates), []) if keep_repeats else _without_repeats(candidates)
         titles = self.index.titles({scored.chunk.doc_id for scored in new})
         count = _Count(tokenizer or self.index.tokenizer, render)
-        fitting = _longest(new, titles, count, budget_tokens)
+        fitting = _longest(new, titles, count, min(budget_tokens, sys.maxsize))
         spans = _joined(new[:fitting], titles)
         dropped = [_dropped(scored, "budget") for scored in new[fitting:]]
         dropped += [_dropped(scored, "repeat") for scored in repeats]
@@ -253,7 +253,7 @@ def _joined(taken: "Sequence[Scored]", titles: dict[str, str]) -> list[Span]:
         first = pieces[0][1].chunk
         text = "".join(piece for _, _, piece in pieces)
         score = max(scored.score for _, scored, _ in pieces)
-        span = Span(first.doc_id, titles[first.doc_id], first.start, first.start + len(text), text, score)
+        span = Span(first.doc_id, titles.get(first.doc_id, ""), first.start, first.start + len(text), text, score)
         spans.append((min(place for place, _, _ in pieces), span))
         pieces.clear()
 

@@ -32,7 +32,9 @@ from stripedrag.eval.schema import Stretch
 from stripedrag.eval.statistics import difference, estimate
 from stripedrag.eval.tasks.corpus import refuse_places_outside
 from stripedrag.indexes.embedding import MiniLMEmbedder
-from stripedrag.indexes.index import Index
+from stripedrag.indexes.index import CHUNK_TOKENS, Index
+from stripedrag.indexes.manifest import SCHEMA_VERSION
+from stripedrag.indexes.preparing import HEADING_TOKENS
 from stripedrag.jsonl import read_lines
 from stripedrag.rag.retriever import Retriever
 from stripedrag.weights import cache_dir
@@ -168,7 +170,8 @@ class _Recalls:
 
 def cached_index(corpus: Path, embedder: MiniLMEmbedder, *, titles: bool = True) -> Index:
     """The index of a corpus file, with its titles or without, kept in the cache: embedding it is what takes long."""
-    place = cache_dir() / "bench" / f"recall-{file_sha256(corpus)[:12]}{'' if titles else '-untitled'}"
+    made_by = f"{SCHEMA_VERSION}-{embedder.max_tokens}-{CHUNK_TOKENS}-{HEADING_TOKENS}{'' if titles else '-untitled'}"
+    place = cache_dir() / "bench" / f"recall-{file_sha256(corpus)[:12]}-{made_by}"
     documents = read_corpus(corpus)
     if not titles:
         documents = [replace(document, title="") for document in documents]

@@ -15,3 +15,23 @@ def written_whole(path: Path, *, by_many: bool = False) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part" if by_many else f".{path.name}.part")
     yield scratch
     scratch.replace(path)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process holds the lock file `path`, until the block or the process ends.
+
+    Without `wait` it does not where another holds it. Where a system has no such locks (Windows), every process holds
+    it. Raises `OSError` where the file cannot be made.
+    """
+    with path.open("w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except ImportError:
+            yield True
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -121,9 +121,9 @@ def test_a_text_that_fits_is_one_tile() -> None:
 @pytest.mark.parametrize("unit", ["x", " ", "\n", "a ", ". ", ".", "[SEP]", '."', "\u0301"])
 def test_cutting_takes_time_linear_in_the_text(unit: str) -> None:
     def seconds(characters: int) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         cut(WORDS, unit * (characters // len(unit)), 254)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(10_000)
     assert seconds(400_000) < 40 * max(seconds(40_000), 0.005)  # quadratic would be 100

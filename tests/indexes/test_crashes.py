@@ -18,7 +18,7 @@ from stripedrag.indexes import Document, Index
 CONFTEST = Path(__file__).with_name("conftest.py")
 VICTIM = """
 import runpy, sys, time
-from stripedrag.indexes import Document, Index
+from stripedrag.indexes import Document, Index, sqlite
 
 HashingEmbedder = runpy.run_path(sys.argv[1])["HashingEmbedder"]
 moment, path = sys.argv[2:]
@@ -35,8 +35,15 @@ class Slow(HashingEmbedder):
 
 index = Index.open(path, embedder=Slow())
 database = index._store._database
-database.execute("PRAGMA cache_size = 10")  # pages: SQLite writes to the file before the commit, as for a large add
-database.set_trace_callback(lambda sql: wait_for_the_end() if sql == moment else None)
+sqlite.MERGE_CACHE_KIB = 160  # SQLite writes to the file before the commit, as for a large add
+seen = []
+
+def trace(sql):
+    seen.append(sql)
+    if sql == moment and "BEGIN IMMEDIATE" in seen:  # the snapshots before it are read only
+        wait_for_the_end()
+
+database.set_trace_callback(trace)
 index.add([Document("cats", "", "replaced")] + [Document(f"d{n}", "", f"text {n} " * 9) for n in range(1500)])
 """
 

@@ -103,7 +103,8 @@ def test_chunks_that_do_not_fit_are_refused_before_anything_is_made(
 
 def test_opening_where_nothing_is_is_refused_and_makes_nothing(tmp_path: Path, make_embedder: type) -> None:
     with pytest.raises(
-        UsageError, match=r"^no index at .*/i: there is no such folder\. Create it with Index\.create\.$"
+        UsageError,
+        match=r"^no index at .*/i: there is no such folder\. `stripedrag index` or Index\.create makes one\.$",
     ):
         Index.open(tmp_path / "i", embedder=make_embedder())
     assert not (tmp_path / "i").exists()
@@ -111,6 +112,19 @@ def test_opening_where_nothing_is_is_refused_and_makes_nothing(tmp_path: Path, m
         UsageError, match=r" is no index: it has no file index\.sqlite\. Create one in an empty folder\.$"
     ):
         Index.open(tmp_path, embedder=make_embedder())
+
+
+@pytest.mark.parametrize("place", ["", "a\0b", "x" * 300])
+def test_a_place_that_can_be_none_is_refused(
+    tmp_path: Path, make_embedder: type, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for look in (Index.create, Index.open):
+        with pytest.raises(
+            UsageError, match=r"is no place for an index: |cannot (create|look into) .*File name too long"
+        ):
+            look(place, embedder=make_embedder())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_opening_what_is_no_database_is_refused(tmp_path: Path, make_embedder: type) -> None:

@@ -5,6 +5,7 @@ import random
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from stripedrag.errors import CorpusError, StoreError, UsageError
 from stripedrag.indexes import AddReport, Document, Index, MiniLMEmbedder, read_documents
+from stripedrag.rag.retriever import Retriever
 
 
 def ids(index: Index, query: str, k: int = 100) -> list[str]:
@@ -291,6 +293,8 @@ def test_names_with_odd_characters_are_only_names(tmp_path: Path, make_embedder:
             [Document("a", "", "x", {"tags": ["b"]})],
             r"^document 'a' has metadata 'tags' of type list; values are str, int, float, bool or None\. Convert it",
         ),
+        ([Document("a", "", "x", {"n": math.inf})], r"^document 'a' has metadata 'n' of inf, which is no number"),
+        ([Document("a\0", "", "x")], r"^document 'a\\x00' has a NUL character in its id\. Leave it out of the id\.$"),
     ],
 )
 def test_what_cannot_be_added_is_refused_and_changes_nothing(
@@ -392,10 +396,66 @@ def test_a_second_writer_is_told_that_the_index_is_locked(index: Index, pets: li
         other.execute("BEGIN IMMEDIATE")
         index._store._database.execute("PRAGMA busy_timeout = 10")
         message = (
-            r"^index 'wiki' is as it was: database is locked\. Another process has been writing to it for 30 s\. Wait"
+            r"^index 'wiki' is as it was: database is locked\. Another process has held it for 600 s\. Wait for its end"
         )
         with pytest.raises(StoreError, match=message):
             index.add(pets)
         other.execute("ROLLBACK")
     other.close()
     assert index.add(pets).added == 3
+
+
+def test_an_add_in_the_documents_of_an_add_is_refused_and_neither_is_done(index: Index, pets: list[Document]) -> None:
+    def documents() -> Iterator[Document]:
+        yield pets[0]
+        index.add([pets[1]])
+
+    with pytest.raises(UsageError, match=r"^the documents of an add come from another add to the same Index\. Open it"):
+        index.add(documents())
+    assert index.document_count == 0
+    assert index.add(pets).added == 3
+
+
+def test_readers_go_on_while_a_large_write_is_not_written_out(
+    index: Index, pets: list[Document], make_embedder: type
+) -> None:
+    index.add(pets)
+    with Index.open(index.path, embedder=make_embedder()) as reader:
+        reader._store.execute("PRAGMA busy_timeout = 10")
+        with index._store._write():
+            index._store.execute(
+                "INSERT INTO main.vector_file SELECT hex(randomblob(1000)), 0, '', 0, 0 FROM "
+                "(WITH RECURSIVE n (i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n LIMIT 8000) SELECT i FROM n)"
+            )  # 16 MB, many times what SQLite keeps in memory by default
+            assert reader.document_count == 3
+            index._store.execute("DELETE FROM main.vector_file")
+
+
+def test_an_index_that_another_process_holds_is_told_as_locked_when_it_is_opened(
+    index: Index, pets: list[Document], make_embedder: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.add(pets)
+    monkeypatch.setattr("stripedrag.indexes.sqlite.TIMEOUT_S", 0.01)
+    with closing(sqlite3.connect(index.path / "index.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreError, match=r"as an index: another process has held it for 0 s\. Wait for its end"):
+            Index.open(index.path, embedder=make_embedder())
+
+
+def test_a_document_that_goes_while_a_search_is_read_has_no_title(index: Index, pets: list[Document]) -> None:
+    index.add(pets)
+    found = index.search("cat", k=2)
+    index.delete(["cats"])
+    spans = Retriever(index).fill(found, budget_tokens=1000).spans
+    assert {span.doc_id: span.title for span in spans}["cats"] == ""
+
+
+def test_an_add_whose_search_cannot_be_refreshed_is_done_all_the_same(
+    index: Index, pets: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked() -> None:
+        raise StoreError("another process")
+
+    monkeypatch.setattr(index._searcher, "refresh", locked)
+    assert index.add(pets).added == 3
+    assert index.document_count == 3

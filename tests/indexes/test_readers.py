@@ -169,6 +169,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_tells_what_it_skips(tmp_
     bad = {"blank.txt": " \n", "image.png": b"\x89PNG", "latin.txt": b"caf\xe9", "nul.txt": "a\0b", "none": "x"}
     write(tmp_path, {**files, **hidden, **bad})
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
     os.mkfifo(tmp_path / "pipe.txt")
     documents, skipped = read(tmp_path)
     assert [document.id for document in documents] == ["a.txt", "line", "last", "a/z.md", "b.txt"]
@@ -177,6 +178,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_tells_what_it_skips(tmp_
         ("a/y.jsonl", "line 4: 'id' is 7; it must be a string that is not empty. Mend the line."),
         ("blank.txt", "document 'blank.txt' holds only white space"),
         ("dangling.txt", "it is no regular file. Put a file in its place."),
+        ("linked", "it is a link to a folder. Index that folder, too, or copy it here."),
         ("image.png", f"its type '.png' is not one of {KINDS}. Convert it to one of them."),
         ("latin.txt", "it is not UTF-8 text (byte 0xe9 at offset 3). Convert it to UTF-8."),
         ("none", f"its type '' is not one of {KINDS}. Convert it to one of them."),
@@ -192,9 +194,7 @@ def test_what_is_skipped_is_warned_of_where_nobody_collects_it(tmp_path: Path) -
 
 
 def test_a_missing_path_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(
-        CorpusError, match=r"cannot read .*/nowhere: there is no such file or folder\. Check the path\.$"
-    ):
+    with pytest.raises(CorpusError, match=r"cannot read '.*/nowhere': No such file or directory\. Check the path\.$"):
         read_documents(tmp_path / "nowhere")
 
 
@@ -240,6 +240,23 @@ def test_a_file_that_fails_to_read_is_refused(tmp_path: Path, monkeypatch: pytes
         assert refusal(tmp_path / name) == f"cannot read {tmp_path / name}: Input/output error. Mend its permissions."
 
 
+def test_a_file_in_a_folder_that_cannot_be_entered_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"a/b.txt": "b", "c.txt": "c"})
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:
+        if path.name == "b.txt":
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    documents, skipped = read(tmp_path)
+    assert [document.id for document in documents] == ["c.txt"]
+    assert [(left_out.path.name, left_out.reason) for left_out in skipped] == [
+        ("b.txt", "Permission denied. Mend its permissions.")
+    ]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -268,7 +285,20 @@ def test_a_file_whose_name_is_no_text_is_skipped(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("b")
     documents, skipped = read(tmp_path)
     assert [document.id for document in documents] == ["a.txt"]
-    assert skipped[0].reason == "its name 'caf\\udce9.txt' has characters that cannot be printed. Rename it."
+    assert skipped[0].reason == "its path 'caf\\udce9.txt' has characters that cannot be printed. Rename it."
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    folder.mkdir()
+    (folder / "c.txt").write_text("c")
+    documents, skipped = read(tmp_path)
+    assert [document.id for document in documents] == ["a.txt"]
+    assert skipped[1].reason == "its path '\\udce9/c.txt' has characters that cannot be printed. Rename it."
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b", ""])
+def test_a_path_that_the_system_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CorpusError):
+        list(read_documents(path))
 
 
 def test_an_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
@@ -285,6 +315,8 @@ def test_an_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
         (b"{", "not one JSON object in UTF-8 (Expecting property name"),
         (b'{"id": "a", "text": "\xe9"}', "not one JSON object in UTF-8 ('utf-8' codec can't decode byte 0xe9"),
         (b'{"id": "a", "text": "b", "score": NaN}', "not one JSON object in UTF-8 (NaN is no JSON number)"),
+        (b'{"id": "a", "text": "b", "score": -1e999}', "not one JSON object in UTF-8 (-1e999 is beyond the largest"),
+        (b'{"id": "a\\u0000", "text": "b"}', "'id' has a NUL character. Mend the line."),
         (b"[" * 100_000, "not one JSON object in UTF-8 (maximum recursion depth exceeded"),
         (b'{"id": "a", "text": "\\ud800"}', "not one JSON object in UTF-8 ('utf-8' codec can't encode character"),
         (b'["a"]', "the line is a JSON list; it must be an object. Mend the line."),
@@ -487,6 +519,7 @@ def test_a_docx_gives_the_text_that_its_wrappers_hold_but_not_what_was_deleted(t
         (repacked(saved(docx.Document()), Content_Types=None), "it is damaged or no Word document ("),
         (repacked(saved(docx.Document()), document=b"<w:p>"), "it is damaged or no Word document (Namespace prefix w"),
         (repacked(saved(docx.Document()), document=b"<a/>"), "it is damaged or no Word document ("),
+        (word_of("<w:p><w:pPr><w:pStyle/></w:pPr></w:p>"), "it is damaged or no Word document (required"),
         (
             repacked(saved(docx.Document()), Content_Types=TYPES),
             "it is damaged or no Word document (its main part is application/x). Save it as .docx anew.",

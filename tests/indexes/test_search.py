@@ -160,6 +160,12 @@ def dated(index: Index) -> Index:
         ({"year": {"$nin": ["unknown", 2020]}}, {"old", "half", "bare"}),
         ({"kind": {"$ne": "book"}}, {"half", "odd", "bare"}),
         ({"kind": {"$in": ("news",)}}, {"half"}),
+        ({"year": [*range(1000, 3000)]}, {"old", "new"}),
+        ({"year": [2020, None]}, {"new"}),
+        ({"none": ["x", None]}, {"new"}),
+        ({"good": [1, "book"]}, {"old"}),
+        ({"year": {"$gt": 10**20}}, set()),
+        ({"year": {"$lt": 10**20}}, {"old", "new", "half"}),
         ({"good": True}, {"old"}),
         ({"none": None}, {"new"}),
         ({"absent": 1}, set()),
@@ -197,6 +203,14 @@ def test_filters_by_document(dated: Index) -> None:
             r"^where has 5 for 'year'; \$in takes a list of strings and numbers",
         ),
         ({"where": {"year": [{}]}}, r"^where has \[\{\}\] for 'year'; \$in takes a list"),
+        ({"where": {"year": {}}}, r"^where has no condition for 'year'\. Leave the name out"),
+        ({"where": {("a", "b"): 1}}, r"^where has the name \('a', 'b'\); names of metadata are strings"),
+        ({"where": {"\ud800": 1}}, r"^where has U\+D800 at character 0 of "),
+        ({"where": {"year": ["x", "\ud800"]}}, r"^where has U\+D800 at character 0 of "),
+        ({"where": {f"n{n}": n for n in range(101)}}, r"^where has 101 names; the limit is 100\. Ask for fewer\.$"),
+        ({"doc_ids": ["\ud800"]}, r"^index 'wiki' has no document '\\ud800'|^'\\ud800' has U\+D800 at character 0"),
+        ({"where": {"year": {"$lt": float("inf")}}}, r"^where has inf for 'year'; numbers in an index are finite"),
+        ({"where": {"year": [1, float("nan")]}}, r"^where has nan for 'year'; numbers in an index are finite"),
         ({"method": "bm25"}, r"^no method 'bm25'; choose one of hybrid, dense, lexical$"),
         ({"unit": "page"}, r"^no unit 'page'; choose one of chunk, passage$"),
     ],
@@ -204,6 +218,17 @@ def test_filters_by_document(dated: Index) -> None:
 def test_what_is_no_search_is_refused(dated: Index, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         dated.search("the word", k=1, **options)
+
+
+def test_as_many_names_as_a_filter_may_have_are_asked(dated: Index) -> None:
+    operators = {"$ne": 1, "$nin": [2], "$eq": "x", "$in": ["x"], "$gt": "a", "$gte": "a", "$lt": "z", "$lte": "z"}
+    assert dated.search("the word", k=1, where={f"n{n}": operators for n in range(100)}) == []
+
+
+@pytest.mark.parametrize("query", ["İstanbul", "istanbul", "ISTANBUL", "I\u0307stanbul"])
+def test_a_word_is_found_whose_lower_case_is_longer(index: Index, query: str) -> None:
+    index.add([Document("a", "", "İstanbul is a city by the Bosphorus."), Document("b", "", "Oslo is one, too.")])
+    assert ids(index, query, method="lexical") == ["a"]
 
 
 def test_of_a_changed_document_only_the_new_passages_are_embedded(index: Index, embedder: object) -> None:

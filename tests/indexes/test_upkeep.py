@@ -2,9 +2,11 @@
 
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 
+from stripedrag.errors import CorpusError, StoreError
 from stripedrag.indexes import Document, Index, vectors
 
 
@@ -38,6 +40,21 @@ def test_a_sound_index_has_no_faults(index: Index, pets: list[Document]) -> None
         ("DELETE FROM passages WHERE id = 2", "row 2 of chunks refers to a row of passages that is missing"),
         ("INSERT INTO words (rowid, text) VALUES (99, 'ghost')", "the text index does not match the chunks"),
         ("INSERT INTO title_words (rowid, title) VALUES (99, 'ghost')", "the text index does not match the titles"),
+        ("UPDATE documents SET metadata = '{bad' WHERE id = 'cats'", "document 'cats' cannot be read: index 'wiki' is"),
+        (
+            "UPDATE chunks SET text = x'ff' WHERE id = 1",
+            "document 'cats' cannot be read: index 'wiki' is damaged: chunk",
+        ),
+        (
+            "UPDATE chunks SET start = 'abc' WHERE id = 1",
+            "document 'cats' cannot be read: index 'wiki' is damaged: chunk",
+        ),
+        (
+            "UPDATE passages SET vector = x'0102' WHERE id = 1",
+            "it cannot be read further: index 'wiki' is damaged: the",
+        ),
+        ("DROP TABLE chunks", "it cannot be read further: no such table: chunks"),
+        ("DROP TABLE words", "the text index does not match the chunks: no such table: words"),
     ],
 )
 def test_verify_tells_what_is_not_as_it_was_written(
@@ -46,6 +63,49 @@ def test_verify_tells_what_is_not_as_it_was_written(
     index.add(pets)
     harm(index, statement)
     assert any(told.startswith(fault) for told in index.verify().faults), index.verify().faults
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE chunks SET text = x'ff'",
+        "UPDATE chunks SET start = 'abc'",
+        "UPDATE passages SET vector = x'0102'",
+        "DELETE FROM documents",
+        "DROP TABLE chunks",
+    ],
+)
+def test_a_search_in_a_damaged_index_says_so(
+    index: Index, pets: list[Document], make_embedder: type, statement: str
+) -> None:
+    index.add(pets)
+    index.close()
+    harm(index, statement)
+    with (
+        Index.open(index.path, embedder=make_embedder()) as damaged,
+        pytest.raises((StoreError, CorpusError), match=r"damaged|no such table|holds no document"),
+    ):
+        damaged.search("cat", k=3)
+
+
+def test_verify_lets_others_write_and_reads_what_it_can_of_an_index_that_is_read_only(
+    index: Index, pets: list[Document]
+) -> None:
+    index.add(pets)
+
+    def write(documents: int) -> None:
+        with closing(sqlite3.connect(index.path / "index.sqlite", isolation_level=None, timeout=0)) as other:
+            other.execute("BEGIN IMMEDIATE")
+
+    report = index.verify(progress=write)
+    assert (report.faults, report.unread) == ((), ())
+    index._store.execute("PRAGMA query_only = ON")
+    report = index.verify()
+    assert report.faults == ()
+    assert len(report.unread) == 1
+    assert report.unread[0].startswith(
+        "the text index: index 'wiki' is as it was: attempt to write a readonly database"
+    )
 
 
 def test_verify_tells_a_damaged_file_of_vectors(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """The file of vectors: derived, mapped, and made anew whenever it does not match the store."""
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stripedrag.files import locked
 from stripedrag.indexes import Document, Index, vectors
 
 FLAT, SQ8, IVF = "flat", "sq8", "ivf"
@@ -121,11 +123,45 @@ def test_a_folder_that_cannot_be_written_is_searched_in_memory(
     def refused(*_: object) -> None:
         raise RuntimeError("could not open for writing")
 
+    def read_only(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
     monkeypatch.setattr("faiss.write_index", refused)
+    monkeypatch.setattr(Path, "unlink", read_only)
     with Index.open(index.path, embedder=make_embedder()) as reopened:
         for _ in range(2):
             assert dense(reopened, "number 5") == expected
         assert files(reopened) == []
+
+
+def test_while_another_process_builds_the_file_the_old_one_and_newer_rows_are_searched(index: Index) -> None:
+    index.add(numbered(range(300)))
+    before = files(index)
+    with locked(index.path / "vectors.lock", wait=False) as has_turn:
+        assert has_turn
+        index.add(numbered(range(300, 600)))
+        assert dense(index, "number 5") == pytest.approx(exact(index, "number 5"), abs=1e-6)
+        assert files(index) == before
+    index.delete(["d0000"])
+    assert len(dense(index, "number 5")) == 599
+    assert len(files(index)) == 1 and files(index) != before
+
+
+def test_a_file_that_another_process_has_built_is_taken(
+    index: Index, make_embedder: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.add(numbered(range(300)))
+    with Index.open(index.path, embedder=make_embedder()) as other:
+        assert len(dense(other, "number 5")) == 300
+        index.add(numbered(range(300, 600)))
+        (built,) = files(index)
+
+        def refused(*_: object) -> None:
+            raise AssertionError("built again")
+
+        monkeypatch.setattr("faiss.write_index", refused)
+        assert dense(other, "number 5") == pytest.approx(exact(index, "number 5"), abs=1e-6)
+        assert other._searcher._vectors._file.name == built.name
 
 
 def test_a_filter_returns_all_that_it_admits(index: Index, kind: str) -> None:

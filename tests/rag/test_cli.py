@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from stripedrag.errors import UsageError
+from stripedrag.indexes.index import Index
+from stripedrag.rag.cli import print_json
+from stripedrag.rag.cli_index import _made
+
 SCRIPT = Path(sys.executable).with_name("stripedrag")
 
 
@@ -119,10 +124,13 @@ def test_doctor_reports_one_object():
     [
         (("ask", "nowhere", "why?"), "nowhere"),
         (("retrieve", "nowhere", "why?"), "nowhere"),
-        (("index", "nowhere", "--to", "x"), "there is no such file or folder"),
+        (("index", "nowhere", "--to", "x"), "No such file or directory"),
         (("bench", "nothing"), "no bench 'nothing'; there is decode, embed, filter, generate, layer"),
         (("bench", "generate", "--repeats", "0"), "repeats is 0; it is at least 1"),
         (("index", sys.executable, "--to", f"{__file__}/x"), "cannot read"),
+        (("index", __file__, "--to", ""), "'' is no place for an index: it is empty. Give the path of a folder."),
+        (("index", __file__, "--to", "x", "--embedder", ""), "--embedder is empty; give a folder or an id"),
+        (("retrieve", "x" * 300, "why?"), "File name too long. Check the path and its permissions."),
         (("ask",), "Missing argument"),
         (("frobnicate",), "No such command"),
         (("ask", "x", "y", "--policy", "best"), "'best' is not one of"),
@@ -134,6 +142,53 @@ def test_a_callers_mistake_is_one_message_on_stderr_and_exit_code_2(arguments, m
     assert result.stdout == ""
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "where,message",
+    [
+        ('{"year": 1, "year": 2}', "--where is '{\"year\": 1, \"year\": 2}', which is no JSON ('year' comes twice)"),
+        ("[" * 50_000, "which is no JSON (maximum recursion depth exceeded"),
+        ("[1]", "--where is '[1]'; it must be a JSON object."),
+    ],
+)
+def test_a_filter_that_is_none_is_told(where, message, index_path):
+    result = run("retrieve", index_path, "why?", "--where", where)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_budget_of_any_size_is_one(index_path):
+    assert run("retrieve", index_path, "why?", "--budget-tokens", "1" + "0" * 400).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written_is_told(index_path):
+    with Path("/dev/full").open("w") as full:
+        command = [SCRIPT, "retrieve", index_path, "why?"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: what the command prints cannot be written: no space is left there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_path_that_is_not_utf8_is_printed_as_json(capsys):
+    print_json({"path": "caf\udce9"})
+    assert json.loads(capsys.readouterr().out.encode()) == {"path": "caf\udce9"}
+
+
+def test_an_index_that_appears_while_the_documents_are_read_is_added_to(tmp_path):
+    Index.create(tmp_path / "i").close()
+    with _made(str(tmp_path / "i"), None, None) as made:
+        assert made.document_count == 0
+    with pytest.raises(
+        UsageError, match="is an index of 64 wordpieces a chunk and keeps them; leave --chunk-tokens out"
+    ):
+        _made(str(tmp_path / "i"), None, 40)
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="the folder is not empty"):
+        _made(str(tmp_path / "j"), None, None)
 
 
 def test_questions_of_the_command_line_are_checked_before_the_model_is_loaded(index_path):

@@ -63,8 +63,8 @@ class Recipe(_Part):
 
     `modes` and `taps` size the Hyena filters, `rank` the low-rank differences of all layers that stay (0: they stay as
     they are). A kill costs the steps of the last `checkpoint_seconds`. A run may begin from what another run changed:
-    `begins_from` is the sha256 of that file. The defaults made the first weights of `stripedhyena-smol-135m`, with its
-    layers named.
+    `begins_from` is the sha256 of that file; it wants another `seed`, or it reads the same windows again. The defaults
+    made the first weights of `stripedhyena-smol-135m`, with its layers named.
     """
 
     seed: int = 0

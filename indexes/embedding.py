@@ -238,6 +238,6 @@ class MiniLMEmbedder(SentenceTransformerEmbedder):
         vars(self).update(state, _source=weights.find(weights.MINILM).parent)
 
 
-def embedder_named(name: str) -> Embedder:
-    """The embedder that an index was made with, by the name in its manifest."""
-    return MiniLMEmbedder() if name == MINILM else SentenceTransformerEmbedder(name)
+def embedder_named(name: str, *, dimension: int | None = None) -> Embedder:
+    """The embedder that an index was made with, by the name in its manifest; with its dimension no model is loaded."""
+    return MiniLMEmbedder() if name == MINILM else SentenceTransformerEmbedder(name, dimension=dimension)

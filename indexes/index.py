@@ -118,7 +118,9 @@ class Index:
         with ExitStack() as unless_well:
             store: Store = PostgresStore.open(place) if is_postgres(place) else SQLiteStore.open(_folder(place))
             unless_well.callback(store.close)
-            embedder = embedder_named(store.manifest.embedder.name) if embedder is None else embedder
+            if embedder is None:
+                record = store.manifest.embedder
+                embedder = embedder_named(record.name, dimension=record.dimension)
             refuse_mismatch(store.manifest, embedder, TileChunker.name, index=store.name)
             index = cls(store, embedder)
             unless_well.pop_all()

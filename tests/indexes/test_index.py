@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stripedrag.errors import CorpusError, StoreError, UsageError
-from stripedrag.indexes import AddReport, Document, Index, MiniLMEmbedder, read_documents
+from stripedrag.indexes import AddReport, Document, Index, MiniLMEmbedder, read_documents, sqlite
 from stripedrag.rag.retriever import Retriever
 
 
@@ -192,17 +192,25 @@ def test_reopening_finds_the_same(index: Index, pets: list[Document], make_embed
 
 
 def test_an_index_at_rest_is_one_file_that_opens_from_a_read_only_disk(
-    index: Index, pets: list[Document], make_embedder: type, contents: Callable
+    index: Index,
+    pets: list[Document],
+    make_embedder: type,
+    contents: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     index.add(pets)
     before = contents(index)
     index.close()
+    connected = sqlite._connected  # root may write what has no permission for it: what would be written is refused here
+    monkeypatch.setattr(sqlite, "_connected", lambda path, mode, doing: connected(path, mode="ro", doing=doing))
     assert [entry.name for entry in index.path.iterdir()] == ["index.sqlite"]
     (index.path / "index.sqlite").chmod(0o444)
     index.path.chmod(0o555)
     try:
         with Index.open(index.path, embedder=make_embedder()) as reopened:
             assert contents(reopened) == before
+            with pytest.raises(StoreError, match=r"attempt to write a readonly database\. Mend the permissions of "):
+                reopened.delete(["cats"])
     finally:
         index.path.chmod(0o755)
 

@@ -132,7 +132,8 @@ def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
     }
     for name, curve in figures["curves"].items():
         found = [point["recall"] for point in curve]
-        assert found[0] == pytest.approx(6 / 7) and found[-1] == 1.0 and found == sorted(found), name
+        assert found[0] == pytest.approx(6 / 7) and found == sorted(found), name
+        assert found[-1] == (pytest.approx(6 / 7) if name.endswith("BM25") else 1.0), name  # words alone rank it never
     assert {rival: points[0]["mean"] for rival, points in figures["ours_less"].items()} == dict.fromkeys(
         recall.RIVALS, 0
     )

@@ -36,7 +36,7 @@ def verify(store: "Store", progress: Callable[[int], None] | None = None) -> Ver
                 faults.append(fault)
             counts = store.document_count(), store.passage_count(), store.chunk_count()
     except StoreError as error:
-        faults.append(f"it cannot be read further: {error.__cause__ or error}")
+        faults.append(f"it cannot be read further: {_told(error)}")
     try:
         faults += islice(store.text_faults(), MOST_FAULTS - len(faults))
     except StoreError as error:
@@ -55,9 +55,14 @@ def _faults(store: "Store", progress: Callable[[int], None] | None) -> Iterator[
             elif content_sha256(store.document(doc_id)) != store.document_sha256(doc_id):
                 yield f"document {doc_id!r} is not what was added: its hash differs"
         except StoreError as error:
-            yield f"document {doc_id!r} cannot be read: {error}"
+            yield f"document {doc_id!r} cannot be read: {_told(error)}"
         if progress is not None:
             progress(1)
     for rows, vectors in store.vectors():
         wrong = ~np.isclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3)
         yield from (f"the vector of passage {row} is no unit vector" for row in rows[wrong])
+
+
+def _told(error: StoreError) -> str:
+    """What is wrong, without the advice to run `verify`."""
+    return str(error.__cause__ or error).removesuffix(" Run `stripedrag verify` on it.")

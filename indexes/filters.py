@@ -19,7 +19,7 @@ Where: TypeAlias = Mapping[str, Scalar | Sequence[Scalar] | Mapping[str, Scalar 
 # so, and its values.
 Comparison: TypeAlias = Callable[[str, Any], tuple[str, list[Any]]]
 
-MOST_NAMES = 100
+MOST_NAMES = 100  # with all operators on each, SQLite's deepest expression is nearly reached
 _NEGATED = {"$ne": "$eq", "$nin": "$in"}
 _OPERATORS = ("$eq", "$gt", "$gte", "$lt", "$lte", "$ne", "$in", "$nin")
 

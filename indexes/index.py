@@ -238,14 +238,12 @@ class Index:
                         raise CorpusError(f"document {document.id!r} comes twice in one add. Make the ids unique.")
                     seen.add(document.id)
                     sha256 = checks.content_sha256(document)
-                    with self._store.snapshot():
-                        stored = self._store.document_sha256(document.id)
-                        known = {} if stored in (None, sha256) else self._known(document)
+                    stored = self._store.document_sha256(document.id)
                     if stored == sha256:
                         continue
                     added, updated = (added + 1, updated) if stored is None else (added, updated + 1)
                     staging.put_document(document, metadata, sha256)
-                    yield Changed(document, known)
+                    yield Changed(document, {} if stored is None else self._known(document))
 
             for chunks, vector, is_new in prepare(changed(), self._cutter, self.embedder, progress):
                 staging.put_passage(chunks, vector)
@@ -270,10 +268,11 @@ class Index:
 
     def _known(self, document: Document) -> "dict[str, NDArray[np.float32]]":
         """The vectors of the stored document's passages, where they were embedded under the heading of this one."""
-        stored = self._store.titles([document.id])[document.id]
-        if self._cutter.heading(stored) != self._cutter.heading(document.title):
-            return {}
-        return self._store.passage_vectors(document.id)
+        with self._store.snapshot():
+            title = self._store.titles([document.id]).get(document.id)  # None: deleted since it was asked for
+            if title is None or self._cutter.heading(title) != self._cutter.heading(document.title):
+                return {}
+            return self._store.passage_vectors(document.id)
 
     def delete(self, doc_ids: Iterable[str]) -> int:
         """Deletes documents and returns how many. Raises `UsageError`, and deletes none, where one is not there."""

@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 
 FILE = "index.sqlite"
 TIMEOUT_S = 600.0
-MERGE_CACHE_KIB = (
-    262_144  # pages of a transaction that changes more go to the file before its end, which readers wait for
-)
+# What a transaction changes beyond this goes to the file before its end, and from then on readers wait for that.
+MERGE_CACHE_KIB = 262_144
 _CACHE_KIB = 2_000  # SQLite's own
 VECTOR_DTYPE = np.dtype("<f4")
 

@@ -111,8 +111,10 @@ def _made(place: str, embedder: "Embedder | None", chunk_tokens: int | None) -> 
     except UsageError:
         if not Index.is_at(place):
             raise
-    made = Index.open(place, embedder=embedder)
-    _refuse_other_chunks(made, chunk_tokens, place)
+    with ExitStack() as unless_well:
+        made = unless_well.enter_context(Index.open(place, embedder=embedder))
+        _refuse_other_chunks(made, chunk_tokens, place)
+        unless_well.pop_all()
     return made
 
 

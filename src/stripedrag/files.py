@@ -24,14 +24,14 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     Without `wait` it does not where another holds it. Where a system has no such locks (Windows), every process holds
     it. Raises `OSError` where the file cannot be made.
     """
+    holds = True
     with path.open("w") as lock:
         try:
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except ImportError:
-            yield True
+            pass
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            holds = False
+        yield holds

@@ -14,7 +14,7 @@ from stripedrag.exports import lazy
 if TYPE_CHECKING:
     from stripedrag.indexes.chunking import TileChunker
     from stripedrag.indexes.documents import Chunk, Document, Scalar, Scored
-    from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder, SentenceTransformerEmbedder
+    from stripedrag.indexes.embedding import Embedder, MiniLMEmbedder, OnnxEmbedder, SentenceTransformerEmbedder
     from stripedrag.indexes.index import AddReport, Index
     from stripedrag.indexes.manifest import Manifest
     from stripedrag.indexes.readers import Skipped, read_documents
@@ -28,6 +28,7 @@ _HOMES = {
     "Index": "stripedrag.indexes.index",
     "Manifest": "stripedrag.indexes.manifest",
     "MiniLMEmbedder": "stripedrag.indexes.embedding",
+    "OnnxEmbedder": "stripedrag.indexes.embedding",
     "Scalar": "stripedrag.indexes.documents",
     "Scored": "stripedrag.indexes.documents",
     "SentenceTransformerEmbedder": "stripedrag.indexes.embedding",
@@ -45,6 +46,7 @@ __all__ = [
     "Index",
     "Manifest",
     "MiniLMEmbedder",
+    "OnnxEmbedder",
     "Scalar",
     "Scored",
     "SentenceTransformerEmbedder",

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stripedrag import hardware, weights
 from stripedrag.errors import SetupError, UsageError
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
-
-Backend: TypeAlias = Literal["torch", "onnx"]
 
 BATCH_TEXTS = 32
 MINILM = "all-MiniLM-L6-v2"
@@ -67,9 +65,9 @@ class SentenceTransformerEmbedder:
     """Any model of sentence-transformers: a folder, or an id of the model hub, whose files are fetched where missing.
 
     `device` None takes the first CUDA device or else the CPU; `dtype` None takes what is fast there, bfloat16 or
-    float32; `backend` "onnx" runs the model's ONNX export (sentence-transformers[onnx]). The prompts that the model
-    declares for queries and documents are used. `dimension` and `max_tokens` may be given where they are known: an
-    index then opens without loading the model. Raises `SetupError` where the model cannot be had, or only as a pickle.
+    float32. The prompts that the model declares for queries and documents are used. `dimension` and `max_tokens` may be
+    given where they are known: an index then opens without loading the model. Raises `SetupError` where the model
+    cannot be had, or only as a pickle.
     """
 
     def __init__(
@@ -81,13 +79,12 @@ class SentenceTransformerEmbedder:
         max_tokens: int | None = None,
         device: str | None = None,
         dtype: "torch.dtype | None" = None,
-        backend: Backend = "torch",
     ) -> None:
         place = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
         self.name = place if name is None else name
         self._source = model
         self._dimension, self._max_tokens = dimension, max_tokens
-        self._device, self._dtype, self._backend = device, dtype, backend
+        self._device, self._dtype = device, dtype
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model: who gets a copy, in another process or on another machine, loads its own."""
@@ -193,11 +190,10 @@ class SentenceTransformerEmbedder:
             ) from error
 
     def _weight_files(self) -> list[Path]:
-        pattern = "*.onnx" if self._backend == "onnx" else "*.safetensors"
-        files = sorted(self._folder.rglob(pattern))
+        files = sorted(self._folder.rglob("*.safetensors"))
         if not files:
             raise SetupError(
-                f"{self._folder} holds no {pattern} file, and a pickle is never loaded. Convert the model to it."
+                f"{self._folder} holds no *.safetensors file, and a pickle is never loaded. Convert the model to it."
             )
         return files
 
@@ -208,12 +204,8 @@ class SentenceTransformerEmbedder:
 
         self._weight_files()  # tells where there is nothing but a pickle
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-        options: dict[str, Any] = {}
-        if self._backend == "torch":
-            options = {"dtype": self._dtype or hardware.fast_dtype(device), "use_safetensors": True}
-        return SentenceTransformer(
-            str(self._folder), device=device, local_files_only=True, backend=self._backend, model_kwargs=options
-        )
+        options = {"dtype": self._dtype or hardware.fast_dtype(device), "use_safetensors": True}
+        return SentenceTransformer(str(self._folder), device=device, local_files_only=True, model_kwargs=options)
 
 
 class MiniLMEmbedder(SentenceTransformerEmbedder):
@@ -238,6 +230,42 @@ class MiniLMEmbedder(SentenceTransformerEmbedder):
         vars(self).update(state, _source=weights.find(weights.MINILM).parent)
 
 
+class OnnxEmbedder(SentenceTransformerEmbedder):
+    """A model of sentence-transformers by its ONNX export, run by ONNX Runtime (stripedrag[onnx]).
+
+    `file` is the `.onnx` file, in the model's folder or in one within it, as the model hub keeps them; its resolved
+    path is the embedder's name. Raises `SetupError` where there is no such file, no model's folder around it, or no
+    ONNX Runtime.
+    """
+
+    def __init__(self, file: str | Path, *, dimension: int | None = None) -> None:
+        file = Path(file).resolve()
+        if not file.is_file():
+            raise SetupError(f"there is no file {file}. Give the .onnx file of a model of sentence-transformers.")
+        around = (folder for folder in file.parents[:2] if (folder / "modules.json").is_file())
+        folder = next(around, None)
+        if folder is None:
+            raise SetupError(
+                f"{file} lies in no folder of sentence-transformers: there is no modules.json beside it or above it. "
+                f"Put it into the folder of the model that it was exported from."
+            )
+        super().__init__(folder, name=str(file), dimension=dimension)
+        self._file = file
+
+    def _weight_files(self) -> list[Path]:
+        """The export, and beside it the tensors of one that is too large for a single file."""
+        return [self._file, *sorted(self._file.parent.glob(f"{self._file.name}[._]data*"))]
+
+    @cached_property
+    def _model(self) -> Any:
+        from stripedrag.indexes.onnx_model import load
+
+        return load(self._folder, self._file)
+
+
 def embedder_named(name: str, *, dimension: int | None = None) -> Embedder:
     """The embedder that an index was made with, by the name in its manifest; with its dimension no model is loaded."""
-    return MiniLMEmbedder() if name == MINILM else SentenceTransformerEmbedder(name, dimension=dimension)
+    if name == MINILM:
+        return MiniLMEmbedder()
+    kind = OnnxEmbedder if name.endswith(".onnx") else SentenceTransformerEmbedder
+    return kind(name, dimension=dimension)

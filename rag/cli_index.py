@@ -35,7 +35,7 @@ def index(
     ] = None,
     embedder: Annotated[
         str | None,
-        typer.Option(help="For a new index: a sentence-transformers model, a folder or a hub id; MiniLM by default."),
+        typer.Option(help="For a new index: a sentence-transformers model: folder, hub id or .onnx file; else MiniLM."),
     ] = None,
     workers: Annotated[
         int | None,
@@ -56,7 +56,7 @@ def index(
 
     preparing = prepare if workers is None else RayWorkers(workers)
     if embedder == "":
-        raise UsageError("--embedder is empty; give a folder or an id of the model hub, or leave it out")
+        raise UsageError("--embedder is empty; give a folder, an id of the model hub or an .onnx file, or leave it out")
     chosen = None if embedder is None else embedder_named(embedder)
     skipped: list[Skipped] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

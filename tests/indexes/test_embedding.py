@@ -1,5 +1,9 @@
 """MiniLM as it runs on this machine, and any other model of sentence-transformers."""
 
+import hashlib
+import pickle
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 import torch
 
 from stripedrag.errors import SetupError, UsageError
-from stripedrag.indexes import Document, Index, MiniLMEmbedder, SentenceTransformerEmbedder
+from stripedrag.indexes import Document, Index, MiniLMEmbedder, OnnxEmbedder, SentenceTransformerEmbedder
 
 pytestmark = pytest.mark.weights
 
@@ -128,3 +132,74 @@ def test_a_model_that_is_not_to_be_had_is_told(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(SetupError, match=r"holds no \*\.safetensors file, and a pickle is never loaded\. Convert"):
         Index.create(tmp_path / "i", embedder=SentenceTransformerEmbedder(tmp_path))
     assert not (tmp_path / "i").exists()
+
+
+WIDTH = 32
+
+
+@pytest.fixture
+def export(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model's folder with, in the place of its weights, a graph that looks each token up in a table."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    folder = tmp_path / "exported"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    table = np.random.default_rng(0).normal(size=(100, WIDTH)).astype(np.float32)
+    ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["texts", "tokens"])
+    output = helper.make_tensor_value_info("last_hidden_state", onnx.TensorProto.FLOAT, ["texts", "tokens", WIDTH])
+    look_up = helper.make_node("Gather", ["table", "input_ids"], ["last_hidden_state"])
+    graph = helper.make_graph([look_up], "tiny", [ids], [output], [numpy_helper.from_array(table, "table")])
+    (folder / "onnx").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(folder / "onnx" / "model.onnx"))
+    return folder / "onnx" / "model.onnx"
+
+
+def test_an_onnx_export_embeds_as_its_graph_and_the_models_pooling_say(export: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    embedder = OnnxEmbedder(export)
+    (table,) = (numpy_helper.to_array(one) for one in onnx.load(str(export)).graph.initializer)
+    texts = ["cats", "a longer text about cats, so that the first is padded"]
+    ids = [embedder.tokenizer.encode(f"text: {text}").ids for text in texts]
+    means = np.stack([table[numbers].mean(axis=0) for numbers in ids])
+    expected = means / np.linalg.norm(means, axis=1, keepdims=True)
+    np.testing.assert_allclose(embedder.embed(texts), expected, atol=1e-6)
+    assert embedder.max_tokens == 100 - 2 - len("query:")
+    assert embedder.sha256 == hashlib.sha256(export.read_bytes()).hexdigest()
+
+
+def test_an_index_made_by_an_onnx_export_opens_by_its_files_name(tmp_path: Path, export: Path) -> None:
+    with Index.create(tmp_path / "i", embedder=OnnxEmbedder(export)) as index:
+        index.add([Document("a", "", "the cat sat on the mat"), Document("b", "", "quux")])
+    with Index.open(tmp_path / "i") as index:
+        assert index.manifest.embedder.name == str(export)
+        assert index.search("quux", k=1, method="dense")[0].chunk.doc_id == "b"
+    copy = pickle.loads(pickle.dumps(OnnxEmbedder(export)))
+    assert copy.embed(["cats"]).shape == (1, WIDTH)
+
+
+def test_what_is_no_onnx_export_is_refused(tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SetupError, match=r"there is no file .*none\.onnx\. Give the \.onnx file"):
+        OnnxEmbedder(tmp_path / "none.onnx")
+    alone = tmp_path / "alone" / "onnx" / "model.onnx"
+    alone.parent.mkdir(parents=True)
+    alone.write_bytes(b"no graph")
+    with pytest.raises(SetupError, match=r"there is no modules\.json beside it or above it"):
+        OnnxEmbedder(alone)
+    modules = export.parents[1] / "modules.json"
+    shutil.copy(modules, alone.parents[1])
+    for file in export.parents[1].glob("*.json"):
+        shutil.copy(file, alone.parents[1])
+    shutil.copytree(export.parents[1] / "1_Pooling", alone.parents[1] / "1_Pooling")
+    with pytest.raises(SetupError, match=r"cannot be read by ONNX Runtime"):
+        OnnxEmbedder(alone).embed(["a"])
+    with monkeypatch.context() as patch, pytest.raises(SetupError, match=r"pip install 'stripedrag\[onnx\]'"):
+        patch.setitem(sys.modules, "onnxruntime", None)
+        OnnxEmbedder(export).embed(["a"])
+    modules.write_text(modules.read_text().replace("sentence_transformers.", "elsewhere."))
+    with pytest.raises(SetupError, match=r"brings modules of its own \(elsewhere\."):
+        OnnxEmbedder(export).embed(["a"])

@@ -21,24 +21,26 @@ class RagTask(CorpusFields, ReadingTask):
     """Each question under each context, at each budget where the context has one (random: at the largest).
 
     A budget is what prompt and answer may have together, by the reference tokenizer, as `Pipeline.ask` counts it.
-    `instruction` is read after the question; empty is the product's own prompt.
+    `instruction` is read after the question; empty is the product's own prompt. Of several `policies` each is an order
+    that the same passages are read in, and an axis of the cells.
     """
 
     kind: Literal["rag"]
     contexts: tuple[ContextName, ...] = Field(default=("fill",), min_length=1)
     budgets: tuple[Length, ...] = Field(min_length=1)
-    policy: Policy = POLICY
+    policies: tuple[Policy, ...] = Field(default=(POLICY,), min_length=1)
     instruction: str = ""
     answer_tokens: int = Field(default=32, ge=1)
     metrics: tuple[str, ...] = ("token_f1", "substring_exact_match", "exact_match")
 
     def samples(self, resources: Resources) -> Iterator[Question]:
         """See the class; question by question, so that a run that is cut has whole questions."""
-        source = Source(resources, self.index(resources), self.policy)
+        sources = [Source(resources, self.index(resources), policy) for policy in self.policies]
         for asked in self.drawn(resources):
             for name in self.contexts:
                 for budget in self._budgets(name):
-                    yield self._question(resources, source, asked, name, budget)
+                    for source in sources:
+                        yield self._question(resources, source, asked, name, budget)
 
     def _budgets(self, name: ContextName) -> tuple[int | None, ...]:
         """Where a context is read: a control at one budget, the largest, or at none."""
@@ -56,6 +58,8 @@ class RagTask(CorpusFields, ReadingTask):
         room = 0 if budget is None else source.passage_budget(words, budget, self.answer_tokens)
         rng = resources.rng(self.name, asked.id, name, budget)
         cell: dict[str, Axis] = {"context": str(name)} | ({} if budget is None else {"budget_tokens": budget})
+        if len(self.policies) > 1:
+            cell["policy"] = source.policy
         return Question(
             id=self.sample_id(cell, asked.id),
             task=self.name,

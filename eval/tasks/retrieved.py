@@ -22,12 +22,13 @@ _CANDIDATES = 100
 
 
 class Source:
-    """An index to take contexts from, counted by the run's reference tokenizer."""
+    """An index to take contexts from in the order of `policy`, counted by the run's reference tokenizer."""
 
     def __init__(self, resources: Resources, index: Index, policy: Policy) -> None:
         self._prompt = resources.prompt
         self._index = index
         self._retriever = Retriever(index, policy=policy)
+        self.policy = policy
 
     def passage_budget(self, asked: str, budget_tokens: int, answer_tokens: int) -> int:
         """What prompt and answer of `budget_tokens` leave for passages. Raises `UsageError` where that is nothing."""

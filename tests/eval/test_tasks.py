@@ -213,12 +213,24 @@ def test_a_filled_context_is_what_the_pipeline_would_read(samples, resources):
     for sample in found:
         if sample.cell["context"] == "fill":
             budget = sample.cell["budget_tokens"] - task.answer_tokens - resources.prompt.overhead_tokens(asked(sample))
-            context = Retriever(task.index(resources), policy=task.policy).retrieve(
+            context = Retriever(task.index(resources), policy=task.policies[0]).retrieve(
                 sample.question, budget_tokens=budget, tokenizer=resources.prompt, render=resources.prompt.render
             )
             assert [(s.doc_id, s.start, s.end, s.text) for s in context.spans] == [
                 (p.doc_id, p.start, p.end, p.text) for p in sample.passages
             ]
+
+
+def test_several_policies_are_the_same_passages_in_several_orders(samples, resources):
+    task, _ = samples["answers"]
+    orders = {"contexts": ("fill",), "budgets": (2048,), "policies": ("best-last", "rank"), "samples_per_cell": 2}
+    pairs = {}
+    for sample in task.model_copy(update=orders).samples(resources):
+        pairs.setdefault(sample.subject, {})[sample.cell["policy"]] = sample.passages
+    assert len(pairs) == 2
+    for pair in pairs.values():
+        assert len(pair["rank"]) > 1
+        assert pair["best-last"] == pair["rank"][::-1]
 
 
 def test_an_unanswerable_question_has_no_passage_of_its_documents(samples):
@@ -533,9 +545,8 @@ def test_gold_outside_its_passages_is_refused(samples, resources, files, tmp_pat
 
 def test_a_suite_is_found_by_name_or_file_and_a_bad_file_is_named(tmp_path):
     assert load_suite("quick").name == "quick"
-    with pytest.raises(
-        UsageError, match="no suite 'quik': it is not one of compare, full, openllm, quick, striping, and not a file"
-    ):
+    names = "compare, full, openllm, order, quick, striping"
+    with pytest.raises(UsageError, match=f"no suite 'quik': it is not one of {names}, and not a file"):
         load_suite("quik")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UsageError, match=r"bad\.yaml is no YAML"):

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 err = Console(stderr=True, highlight=False)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 
 IndexPlace = Annotated[
     str,
@@ -161,7 +163,7 @@ def retrieve(
         print_json(dataclasses.asdict(context))
         return
     for span in context.spans:
-        typer.echo(f"[{span.doc_id} {span.start}:{span.end}  score {span.score:.3f}]\n{span.text.strip()}\n")
+        _say(f"[{span.doc_id} {span.start}:{span.end}  score {span.score:.3f}]\n{span.text.strip()}\n")
     typer.echo(f"{len(context.spans)} spans, {context.tokens} of {budget_tokens} tokens; {_left_out(context)}")
 
 
@@ -202,6 +204,11 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return whole
 
 
+def _say(text: str) -> None:
+    """Prints what documents say; a space stands for each character that would command the terminal instead."""
+    typer.echo(_CONTROL.sub(" ", text))
+
+
 def _left_out(context: "Context") -> str:
     repeats = sum(dropped.reason == "repeat" for dropped in context.dropped)
     return f"{len(context.dropped) - repeats} chunks did not fit, {repeats} repeat others"
@@ -209,17 +216,17 @@ def _left_out(context: "Context") -> str:
 
 def _print_answer(answer: "Answer") -> None:
     usage, timings = answer.usage, answer.timings
-    typer.echo(f"{answer.text or '(the model gave no text)'}\n")
+    _say(f"{answer.text or '(the model gave no text)'}\n")
     for number, citation in enumerate(answer.citations, start=1):
         quote = " ".join(citation.quote.split())
-        typer.echo(f"  [{number}] {citation.doc_id} {citation.start}:{citation.end}  “{quote}”")
+        _say(f"  [{number}] {citation.doc_id} {citation.start}:{citation.end}  “{quote}”")
     if not answer.citations:
         typer.echo("  (no sentence holds words of both the question and this answer: check it against the passages)")
     typer.echo("\npassages, as the model read them")
     for span in answer.context.spans:
         opening = " ".join(span.text.split())
         shown = opening if len(opening) <= 72 else opening[:71] + "…"
-        typer.echo(f"  {span.doc_id} {span.start}:{span.end}  {span.score:.3f}  {shown}")
+        _say(f"  {span.doc_id} {span.start}:{span.end}  {span.score:.3f}  {shown}")
     prefill_rate = usage.prompt_tokens / timings.prefill_s
     decode_rate = usage.answer_tokens / timings.decode_s if usage.answer_tokens else 0.0
     typer.echo(

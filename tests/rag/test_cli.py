@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stripedrag.errors import UsageError
+from stripedrag.indexes.documents import Document
 from stripedrag.indexes.index import Index
 from stripedrag.rag.cli import print_json
 from stripedrag.rag.cli_index import _made
@@ -175,6 +176,15 @@ def test_output_that_cannot_be_written_is_told(index_path):
 def test_a_path_that_is_not_utf8_is_printed_as_json(capsys):
     print_json({"path": "caf\udce9"})
     assert json.loads(capsys.readouterr().out.encode()) == {"path": "caf\udce9"}
+
+
+def test_a_document_does_not_command_the_terminal(tmp_path):
+    with Index.create(tmp_path / "i") as index:
+        index.add([Document("a\x1b[2J", "", "Cats\x1b]0;owned\x07 sleep\r\nall\tday \x9b31m long.")])
+    done = run("retrieve", tmp_path / "i", "cats")
+    assert done.returncode == 0
+    assert "Cats ]0;owned  sleep \nall\tday  31m long." in done.stdout
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(done.stdout)
 
 
 def test_an_index_that_appears_while_the_documents_are_read_is_added_to(tmp_path):

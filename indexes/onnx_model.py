@@ -30,9 +30,13 @@ def load(folder: Path, file: Path) -> SentenceTransformer:
     if foreign or first["path"] or not first["type"].endswith(".Transformer"):
         told = f"brings modules of its own ({', '.join(foreign)})" if foreign else f"begins with {first['type']}"
         raise SetupError(f"the model in {folder} {told}; by ONNX only one transformer and what follows it can be run")
+    following = [import_from_string(entry["type"]).load(str(folder), subfolder=entry["path"]) for entry in others]
+    if not all(getattr(module, "include_prompt", True) for module in following):
+        raise SetupError(
+            f"the model in {folder} pools without its prompts, which is not done by ONNX here. Run it by torch."
+        )
     settings = _json(folder / "config_sentence_transformers.json")
     length = _json(folder / "sentence_bert_config.json").get("max_seq_length")
-    following = [import_from_string(entry["type"]).load(str(folder), subfolder=entry["path"]) for entry in others]
     return SentenceTransformer(
         modules=[OnnxTransformer(folder, file, length), *following],
         device="cpu",  # of what follows; the export itself runs where ONNX Runtime can
@@ -58,10 +62,12 @@ class OnnxTransformer(InputModule):
         self._session = _session(file)
         self._inputs = [one.name for one in self._session.get_inputs()]
         output = self._session.get_outputs()[0]
-        if "input_ids" not in self._inputs or len(output.shape) != 3:
+        given = self.tokenizer.model_input_names
+        if not {*self._inputs} <= {*given} or len(output.shape) != 3:
             raise SetupError(
                 f"{file} takes {', '.join(self._inputs)} and gives {output.name} of {len(output.shape)} axes; the "
-                f"export of a transformer takes input_ids and gives embeddings (texts, tokens, width)"
+                f"export of a transformer takes what its tokenizer gives ({', '.join(given)}) and gives embeddings "
+                f"(texts, tokens, width). Export the model anew."
             )
         self._output = output.name
 

@@ -1,6 +1,7 @@
 """MiniLM as it runs on this machine, and any other model of sentence-transformers."""
 
 import hashlib
+import json
 import pickle
 import shutil
 import sys
@@ -140,16 +141,20 @@ WIDTH = 32
 @pytest.fixture
 def export(tiny_model: Path, tmp_path: Path) -> Path:
     """The tiny model's folder with, in the place of its weights, a graph that looks each token up in a table."""
+    return _export(tiny_model, tmp_path, "input_ids", WIDTH)
+
+
+def _export(tiny_model: Path, tmp_path: Path, name: str, *axes: int) -> Path:
     import onnx
     from onnx import helper, numpy_helper
 
     folder = tmp_path / "exported"
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").unlink()
-    table = np.random.default_rng(0).normal(size=(100, WIDTH)).astype(np.float32)
-    ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["texts", "tokens"])
-    output = helper.make_tensor_value_info("last_hidden_state", onnx.TensorProto.FLOAT, ["texts", "tokens", WIDTH])
-    look_up = helper.make_node("Gather", ["table", "input_ids"], ["last_hidden_state"])
+    table = np.random.default_rng(0).normal(size=(100, *axes)).astype(np.float32)
+    ids = helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["texts", "tokens"])
+    output = helper.make_tensor_value_info("last_hidden_state", onnx.TensorProto.FLOAT, ["texts", "tokens", *axes])
+    look_up = helper.make_node("Gather", ["table", name], ["last_hidden_state"])
     graph = helper.make_graph([look_up], "tiny", [ids], [output], [numpy_helper.from_array(table, "table")])
     (folder / "onnx").mkdir()
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -200,6 +205,19 @@ def test_what_is_no_onnx_export_is_refused(tmp_path: Path, export: Path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(SetupError, match=r"pip install 'stripedrag\[onnx\]'"):
         patch.setitem(sys.modules, "onnxruntime", None)
         OnnxEmbedder(export).embed(["a"])
+    pooling = export.parents[1] / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"include_prompt": False}))
+    with pytest.raises(SetupError, match=r"pools without its prompts"):
+        OnnxEmbedder(export).embed(["a"])
     modules.write_text(modules.read_text().replace("sentence_transformers.", "elsewhere."))
     with pytest.raises(SetupError, match=r"brings modules of its own \(elsewhere\."):
         OnnxEmbedder(export).embed(["a"])
+
+
+@pytest.mark.parametrize(("name", "axes"), [("inputs_embeds", (WIDTH,)), ("input_ids", ())])
+def test_an_export_of_something_else_is_refused(tiny_model: Path, tmp_path: Path, name: str, axes: tuple[int]) -> None:
+    embedder = OnnxEmbedder(_export(tiny_model, tmp_path, name, *axes))
+    with pytest.raises(
+        SetupError, match=rf"takes {name} and gives last_hidden_state of {2 + len(axes)} axes; the export"
+    ):
+        embedder.embed(["a"])

@@ -199,12 +199,15 @@ class SentenceTransformerEmbedder:
 
     @cached_property
     def _model(self) -> Any:
+        return self._load(self._dtype)
+
+    def _load(self, dtype: "torch.dtype | None") -> Any:
         import torch
         from sentence_transformers import SentenceTransformer
 
         self._weight_files()  # tells where there is nothing but a pickle
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-        options = {"dtype": self._dtype or hardware.fast_dtype(device), "use_safetensors": True}
+        options = {"dtype": dtype or hardware.fast_dtype(device), "use_safetensors": True}
         return SentenceTransformer(str(self._folder), device=device, local_files_only=True, model_kwargs=options)
 
 
@@ -231,41 +234,54 @@ class MiniLMEmbedder(SentenceTransformerEmbedder):
 
 
 class OnnxEmbedder(SentenceTransformerEmbedder):
-    """A model of sentence-transformers by its ONNX export, run by ONNX Runtime (stripedrag[onnx]).
+    """A model of sentence-transformers, its transformer run by ONNX Runtime on an export (stripedrag[onnx]).
 
-    `file` is the `.onnx` file, in the model's folder or in one within it, as the model hub keeps them; its resolved
-    path is the embedder's name. Raises `SetupError` where there is no such file, no model's folder around it, or no
-    ONNX Runtime.
+    `file` is the `.onnx` file, in the folder of the model that it was exported from, weights and all, or in a folder
+    within, as the model hub keeps them; its path is the embedder's name unless `name` is given. Loading it compares its
+    vectors with the model's own. Raises `SetupError` where there is no such file, no model around it, no ONNX Runtime,
+    or it gives other vectors.
     """
 
-    def __init__(self, file: str | Path, *, dimension: int | None = None) -> None:
-        file = Path(file).resolve()
-        if not file.is_file():
-            raise SetupError(f"there is no file {file}. Give the .onnx file of a model of sentence-transformers.")
-        around = (folder for folder in file.parents[:2] if (folder / "modules.json").is_file())
-        folder = next(around, None)
+    def __init__(
+        self,
+        file: str | Path,
+        *,
+        name: str | None = None,
+        dimension: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        file = Path(file).absolute()  # no link is followed: the hub's cache keeps links to files that have no names
+        if file.suffix != ".onnx" or not file.is_file():
+            raise SetupError(f"there is no .onnx file {file}. Give that of a model of sentence-transformers.")
+        folder = next((folder for folder in file.parents[:2] if (folder / "modules.json").is_file()), None)
         if folder is None:
             raise SetupError(
                 f"{file} lies in no folder of sentence-transformers: there is no modules.json beside it or above it. "
                 f"Put it into the folder of the model that it was exported from."
             )
-        super().__init__(folder, name=str(file), dimension=dimension)
+        super().__init__(
+            folder, name=str(file) if name is None else name, dimension=dimension, max_tokens=max_tokens, device="cpu"
+        )
         self._file = file
 
     def _weight_files(self) -> list[Path]:
-        """The export, and beside it the tensors of one that is too large for a single file."""
-        return [self._file, *sorted(self._file.parent.glob(f"{self._file.name}[._]data*"))]
+        return [*super()._weight_files(), self._file]
 
     @cached_property
     def _model(self) -> Any:
-        from stripedrag.indexes.onnx_model import load
+        import torch
 
-        return load(self._folder, self._file)
+        from stripedrag.indexes.onnx_model import run_by
+
+        model = self._load(torch.float32)
+        run_by(self._file, model)
+        return model
 
 
 def embedder_named(name: str, *, dimension: int | None = None) -> Embedder:
     """The embedder that an index was made with, by the name in its manifest; with its dimension no model is loaded."""
     if name == MINILM:
         return MiniLMEmbedder()
-    kind = OnnxEmbedder if name.endswith(".onnx") else SentenceTransformerEmbedder
-    return kind(name, dimension=dimension)
+    if name.endswith(".onnx") and not Path(name).is_dir():
+        return OnnxEmbedder(name, dimension=dimension)
+    return SentenceTransformerEmbedder(name, dimension=dimension)

@@ -58,7 +58,7 @@ def main() -> None:
     try:
         app()
     except StripedragError as error:
-        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        err.print(harmless(f"error: {error}"), style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -163,7 +163,7 @@ def retrieve(
         print_json(dataclasses.asdict(context))
         return
     for span in context.spans:
-        _say(f"[{span.doc_id} {span.start}:{span.end}  score {span.score:.3f}]\n{span.text.strip()}\n")
+        typer.echo(harmless(f"[{span.doc_id} {span.start}:{span.end}  score {span.score:.3f}]\n{span.text.strip()}\n"))
     typer.echo(f"{len(context.spans)} spans, {context.tokens} of {budget_tokens} tokens; {_left_out(context)}")
 
 
@@ -204,9 +204,9 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def _say(text: str) -> None:
-    """Prints what documents say; a space stands for each character that would command the terminal instead."""
-    typer.echo(_CONTROL.sub(" ", text))
+def harmless(text: str) -> str:
+    """What a document or a file's name says, with a space for each character that would command the terminal."""
+    return _CONTROL.sub(" ", text)
 
 
 def _left_out(context: "Context") -> str:
@@ -216,17 +216,17 @@ def _left_out(context: "Context") -> str:
 
 def _print_answer(answer: "Answer") -> None:
     usage, timings = answer.usage, answer.timings
-    _say(f"{answer.text or '(the model gave no text)'}\n")
+    typer.echo(harmless(f"{answer.text or '(the model gave no text)'}\n"))
     for number, citation in enumerate(answer.citations, start=1):
         quote = " ".join(citation.quote.split())
-        _say(f"  [{number}] {citation.doc_id} {citation.start}:{citation.end}  “{quote}”")
+        typer.echo(harmless(f"  [{number}] {citation.doc_id} {citation.start}:{citation.end}  “{quote}”"))
     if not answer.citations:
         typer.echo("  (no sentence holds words of both the question and this answer: check it against the passages)")
     typer.echo("\npassages, as the model read them")
     for span in answer.context.spans:
         opening = " ".join(span.text.split())
         shown = opening if len(opening) <= 72 else opening[:71] + "…"
-        _say(f"  {span.doc_id} {span.start}:{span.end}  {span.score:.3f}  {shown}")
+        typer.echo(harmless(f"  {span.doc_id} {span.start}:{span.end}  {span.score:.3f}  {shown}"))
     prefill_rate = usage.prompt_tokens / timings.prefill_s
     decode_rate = usage.answer_tokens / timings.decode_s if usage.answer_tokens else 0.0
     typer.echo(
@@ -241,7 +241,9 @@ def _print_answer(answer: "Answer") -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
+    text = re.sub(
+        r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False, indent=2)
+    )
     typer.echo(text.encode(errors="backslashreplace").decode())  # of a path whose name is not UTF-8
 
 

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 
 from stripedrag.errors import StoreError, UsageError
-from stripedrag.rag.cli import IndexPlace, Json, app, err, print_json, quiet_libraries
+from stripedrag.rag.cli import IndexPlace, Json, app, err, harmless, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from stripedrag.indexes.documents import Document
@@ -71,7 +71,7 @@ def index(
         found = read_documents(path, skipped=skipped)
         chars = _keep(found, read, lambda number: bar.update(task, description=f"reading ({number} documents)"))
         for left_out in skipped[:_MOST_SHOWN]:
-            err.print(f"skipped {left_out.path}: {left_out.reason}", markup=False, soft_wrap=True)
+            err.print(harmless(f"skipped {left_out.path}: {left_out.reason}"), markup=False, soft_wrap=True)
         if len(skipped) > _MOST_SHOWN:
             err.print(f"and {len(skipped) - _MOST_SHOWN} more; --json tells them all", markup=False)
         target = there or stack.enter_context(_made(to, chosen, chunk_tokens))

@@ -22,7 +22,7 @@ class RagTask(CorpusFields, ReadingTask):
 
     A budget is what prompt and answer may have together, by the reference tokenizer, as `Pipeline.ask` counts it.
     `instruction` is read after the question; empty is the product's own prompt. Of several `policies` each is an order
-    that the same passages are read in, and an axis of the cells.
+    that the same passages are read in, and an axis of the cells; contexts without a budget have one order.
     """
 
     kind: Literal["rag"]
@@ -39,7 +39,7 @@ class RagTask(CorpusFields, ReadingTask):
         for asked in self.drawn(resources):
             for name in self.contexts:
                 for budget in self._budgets(name):
-                    for source in sources:
+                    for source in sources[:1] if name in UNBUDGETED else sources:
                         yield self._question(resources, source, asked, name, budget)
 
     def _budgets(self, name: ContextName) -> tuple[int | None, ...]:
@@ -58,7 +58,7 @@ class RagTask(CorpusFields, ReadingTask):
         room = 0 if budget is None else source.passage_budget(words, budget, self.answer_tokens)
         rng = resources.rng(self.name, asked.id, name, budget)
         cell: dict[str, Axis] = {"context": str(name)} | ({} if budget is None else {"budget_tokens": budget})
-        if len(self.policies) > 1:
+        if len(self.policies) > 1 and name not in UNBUDGETED:
             cell["policy"] = source.policy
         return Question(
             id=self.sample_id(cell, asked.id),

@@ -28,6 +28,7 @@ from stripedrag.eval.tasks.no_overlap import LINKS
 from stripedrag.eval.tasks.recall import KINDS
 from stripedrag.eval.tasks.vocabulary import NAMES, TOWNS
 from stripedrag.jsonl import read_lines
+from stripedrag.rag.retriever import POLICIES
 
 
 @pytest.fixture(scope="module")
@@ -223,14 +224,17 @@ def test_a_filled_context_is_what_the_pipeline_would_read(samples, resources):
 
 def test_several_policies_are_the_same_passages_in_several_orders(samples, resources):
     task, _ = samples["answers"]
-    orders = {"contexts": ("fill",), "budgets": (2048,), "policies": ("best-last", "rank"), "samples_per_cell": 2}
-    pairs = {}
+    orders = {"contexts": ("fill", "none"), "budgets": (2048,), "policies": POLICIES, "samples_per_cell": 2}
+    questions = {}
     for sample in task.model_copy(update=orders).samples(resources):
-        pairs.setdefault(sample.subject, {})[sample.cell["policy"]] = sample.passages
-    assert len(pairs) == 2
-    for pair in pairs.values():
-        assert len(pair["rank"]) > 1
-        assert pair["best-last"] == pair["rank"][::-1]
+        questions.setdefault(sample.subject, {})[sample.cell.get("policy")] = sample.passages
+    assert len(questions) == 2
+    for read in questions.values():
+        assert read.keys() == {None, *POLICIES}
+        assert read[None] == ()
+        assert len(read["rank"]) > 1
+        assert read["best-last"] == read["rank"][::-1]
+        assert all({*read["rank"]} == {*read[policy]} for policy in POLICIES)
 
 
 def test_an_unanswerable_question_has_no_passage_of_its_documents(samples):

@@ -130,7 +130,7 @@ def test_doctor_reports_one_object():
         (("bench", "generate", "--repeats", "0"), "repeats is 0; it is at least 1"),
         (("index", sys.executable, "--to", f"{__file__}/x"), "cannot read"),
         (("index", __file__, "--to", ""), "'' is no place for an index: it is empty. Give the path of a folder."),
-        (("index", __file__, "--to", "x", "--embedder", ""), "--embedder is empty; give a folder or an id"),
+        (("index", __file__, "--to", "x", "--embedder", ""), "--embedder is empty; give a folder, an id"),
         (("retrieve", "x" * 300, "why?"), "File name too long. Check the path and its permissions."),
         (("ask",), "Missing argument"),
         (("frobnicate",), "No such command"),

@@ -201,10 +201,8 @@ def test_an_index_made_by_an_onnx_export_opens_by_its_files_name(tmp_path: Path,
 
 
 def test_an_onnx_export_that_gives_other_vectors_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    ids = torch.ones(2, 16, dtype=torch.int64)
-    confused = _exported(
-        tmp_path / "model", tiny_model, ids, ids
-    )  # one tensor: the trace takes the mask for the tokens
+    ids = torch.ones(2, 16, dtype=torch.int64)  # one tensor for both: the trace takes the mask for the tokens
+    confused = _exported(tmp_path / "model", tiny_model, ids, ids)
     with pytest.raises(
         SetupError, match=r"gives vectors of cosine -?0\.\d+ with those of the model .* the limit is 0\.95"
     ):

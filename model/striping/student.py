@@ -139,7 +139,8 @@ def begin_as(
 def make_trainable(model: StripedHyenaForCausalLM, *, rank: int) -> None:
     """Freeze `model` but for its Hyena layers and norms, which become float32, and give other linear layers LoRA.
 
-    The embedding, which the unembedding shares, stays as it is. `rank` 0 leaves the other layers frozen.
+    The embedding, which the unembedding shares, stays as it is. `rank` 0 leaves the other layers frozen. What is
+    trained is a copy, whatever its dtype was: a norm may be the teacher's own.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -149,14 +150,14 @@ def make_trainable(model: StripedHyenaForCausalLM, *, rank: int) -> None:
             wide += [block.projections, block.filter, block.out_filter_dense]
         for module in wide:
             for parameter in module.parameters():
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(torch.float32, copy=True)
                 parameter.requires_grad_(True)
         if not block.is_attention:
             parametrize.register_parametrization(block.filter, "poles", StablePoles())
         for parent, name in frozen_linears(block) if rank else ():
             setattr(parent, name, LoRALinear(getattr(parent, name), rank))
     norm = model.backbone.norm
-    norm.scale.data = norm.scale.data.float()
+    norm.scale.data = norm.scale.data.to(torch.float32, copy=True)
     norm.scale.requires_grad_(True)
 
 

@@ -196,6 +196,13 @@ def test_a_striped_teacher_learns_layer_by_layer_and_leaves_the_teacher_alone(na
     assert all(torch.equal(before[key], tensor) for key, tensor in teacher.state_dict().items())
 
 
+def test_what_a_student_trains_is_not_the_teachers():
+    teacher = teacher_of()
+    own = {tensor.data_ptr() for tensor in teacher.parameters()}
+    trained = [parameter for parameter in student_of(teacher, [1], rank=2).parameters() if parameter.requires_grad]
+    assert trained and not own & {parameter.data_ptr() for parameter in trained}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_is_had_again_from_its_teacher_and_what_changed(name, ids, tmp_path):
     teacher = teacher_of(name)

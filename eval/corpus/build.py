@@ -8,6 +8,7 @@ Nothing in it is of a document that an evaluation asks about: `rag_qa`'s documen
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import groupby
@@ -15,9 +16,11 @@ from pathlib import Path
 from random import Random
 
 from stripedrag.eval.corpus.packages import Package, packages, texts
-from stripedrag.eval.corpus.planted import plant
+from stripedrag.eval.corpus.planted import Chance, plant
 from stripedrag.eval.corpus.questions import natural, title_of
 from stripedrag.eval.data_formats import DATA, Chapter, CorpusDocument, CorpusQuestion, LongDocument
+from stripedrag.eval.tasks.recall import MATERIALS
+from stripedrag.eval.tasks.vocabulary import ADJECTIVES, NAMES, NOUNS, TOWNS
 from stripedrag.files import written_whole
 from stripedrag.jsonl import read_lines
 from stripedrag.model.striping.data import Asked, Text
@@ -25,6 +28,7 @@ from stripedrag.model.striping.data import Asked, Text
 PLANTED = 12_000  # documents with planted facts, and
 EXCERPTS = 8_000  # of longer ones
 HELD_OUT = 50  # one document in so many is kept to measure on
+EVALUATED_WORDS = frozenset((*NAMES, *TOWNS, *ADJECTIVES, *NOUNS, *MATERIALS))  # what evaluations plant
 _ARTICLE_CHARS = 4_000
 _HOST_CHARS = 2_500  # of a document with planted facts, at most
 _RAG_QA, _WIKIPEDIA = DATA / "rag_qa", "2wiki-distractor"
@@ -45,7 +49,9 @@ def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[st
         tell(f"texts of {package.name}")
         documents += _some(package)
     documents = [document for document in documents if not foreign.shares(document.text)]
-    rng = Random(0)
+    rng = Chance(0)
+    rng.names, rng.words = vocabulary_of(document.text for document in documents)
+    rng.barred = EVALUATED_WORDS
     short = [document for document in documents if len(document.text) <= _HOST_CHARS]
     hosts = rng.choices(short, k=PLANTED)
     planted = [(host, plant(host, rng, number)) for number, host in enumerate(hosts)]
@@ -102,6 +108,29 @@ def evaluated() -> Iterator[str]:
         yield chapter.text
 
 
+def vocabulary_of(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The names and the words of texts, in alphabetical order: those of 3 to 11 letters that stand in some of the texts
+    and not in most, and that no evaluation plants.
+    """
+    found: dict[re.Pattern[str], Counter[str]] = {_NAME: Counter(), _WORD: Counter()}
+    total = 0
+    for text in texts:
+        total += 1
+        for pattern, counts in found.items():
+            counts.update(set(pattern.findall(text)))
+    names, words = (
+        sorted(
+            word for word, count in counts.items() if 3 <= count <= max(3, total / 50) and word not in EVALUATED_WORDS
+        )
+        for counts in found.values()
+    )
+    return names, words
+
+
+_NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,10}\b")
+_WORD = re.compile(r"(?<= )[a-z]{3,11}\b")
+
+
 class _Sourced(CorpusDocument):
     source: str
 
@@ -144,7 +173,7 @@ def _articles(asked: Iterable[Asked]) -> Iterator[Text]:
             yield Text(id=f"{source}/{number}", title=title_of(passages[0]), text="\n".join(passages))
 
 
-def _in_excerpts(documents: Iterable[Text], rng: Random) -> Iterator[list[Asked]]:
+def _in_excerpts(documents: Iterable[Text], rng: Chance) -> Iterator[list[Asked]]:
     """Questions on facts in parts of long documents, the longer the more: mostly novels. None is held out, since the
     whole document may be read."""
     long = [

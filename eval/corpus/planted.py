@@ -5,7 +5,7 @@ to be found by its name and not by its form; and with facts of other kinds, so t
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -89,38 +89,70 @@ FLOORS = "first second third fourth fifth sixth seventh eighth ninth tenth eleve
 MONTHS = "January February March April May June July August September October November December".split()
 
 
+ONSETS = "b bl br c ch cl d dr f fl g gr h j k kl l m n p pr qu r s sh sk st t th tr v w y z".split()
+VOWELS = "a a e e i i o o u ai ea ie oo ou".split()
+CODAS = "b ck d g l ll lt m n nd nk p r rd rn rt s sk ss st t th x".split()
+_OPEN = 0.6  # of the words that could stand in a list
+_MADE_UP = 0.4  # of those
+
+
+class Chance(Random):
+    """Chance with a vocabulary, so that what is asked for can be any word, not one of a list that a model comes to know
+    by heart: `names` begin with a capital, `words` do not. Without one, words are made up, none of them `barred`.
+    """
+
+    names: Sequence[str] = ()
+    words: Sequence[str] = ()
+    barred: Container[str] = ()
+
+    def one_of(self, listed: Sequence[str]) -> str:
+        """One of `listed`, or more often a word of the vocabulary or a made-up one that is written like them."""
+        if self.random() >= _OPEN:
+            return self.choice(listed)
+        capital = listed[0][0].isupper()
+        known = self.names if capital else self.words
+        if known and self.random() >= _MADE_UP:
+            return self.choice(known)
+        while True:
+            syllables = [self.choice(ONSETS) + self.choice(VOWELS) for _ in range(self.randrange(1, 3))]
+            made = "".join([*syllables, self.choice(ONSETS), self.choice(VOWELS), self.choice(CODAS)])
+            made = made.capitalize() if capital else made
+            if made not in self.barred:
+                return made
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of fact: sentences that state it and questions that ask for it, {0} its name and {1} its value."""
 
     sentences: Sequence[str]
     questions: Sequence[str]
-    name: Callable[[Random], str]
-    value: Callable[[Random], str]
+    name: Callable[[Chance], str]
+    value: Callable[[Chance], str]
 
 
-def _person(rng: Random) -> str:
-    return f"{rng.choice(FIRST)} {rng.choice(LAST)}"
+def _person(rng: Chance) -> str:
+    return f"{rng.one_of(FIRST)} {rng.one_of(LAST)}"
 
 
-def _city(rng: Random) -> str:
-    return rng.choice(CITIES)
+def _city(rng: Chance) -> str:
+    return rng.one_of(CITIES)
 
 
-def _thing(rng: Random) -> str:
-    return f"{rng.choice(COLOURS if rng.random() < 0.3 else LOOKS)} {rng.choice(OBJECTS)}"
+def _thing(rng: Chance) -> str:
+    return f"{rng.one_of(COLOURS if rng.random() < 0.3 else LOOKS)} {rng.one_of(OBJECTS)}"
 
 
-def _one_of_two(rng: Random) -> str:
+def _one_of_two(rng: Chance) -> str:
     """A person by both names or by the first alone."""
-    return _person(rng) if rng.random() < 0.5 else rng.choice(FIRST)
+    return _person(rng) if rng.random() < 0.5 else rng.one_of(FIRST)
 
 
-def _code(rng: Random) -> str:
+def _code(rng: Chance) -> str:
     return "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(2)) + f"-{rng.randrange(100, 1000)}"
 
 
-def _date(rng: Random) -> str:
+def _date(rng: Chance) -> str:
     return f"{rng.randrange(1, 29)} {rng.choice(MONTHS)} {rng.randrange(1890, 2024)}"
 
 
@@ -129,7 +161,7 @@ KINDS = (
         ["{0} keeps the {1[0]} {1[1]}.", "You will find {0}'s {1[0]} {1[1]}.", "The {1[0]} of {0} is {1[1]}."],
         ["Where is {0}'s {1[0]}?", "Where can one find the {1[0]} of {0}?", "Where does {0} keep the {1[0]}?"],
         _person,
-        lambda rng: f"{rng.choice(THINGS)}|{rng.choice(SPOTS)}",
+        lambda rng: f"{rng.one_of(THINGS)}|{rng.choice(SPOTS)}",
     ),
     Kind(
         [
@@ -145,7 +177,7 @@ KINDS = (
         ["{0} works as a {1}.", "By trade {0} is a {1}.", "{0} has earned a living as a {1} for years."],
         ["What does {0} do for a living?", "What is the profession of {0}?", "What is {0}'s job?"],
         _person,
-        lambda rng: rng.choice(TRADES),
+        lambda rng: rng.one_of(TRADES),
     ),
     Kind(
         ["{0} was born in {1}.", "The birthplace of {0} is {1}.", "{0} came into the world in {1}."],
@@ -181,13 +213,13 @@ KINDS = (
         ["For dinner {0} always orders {1}.", "{0}'s favourite dish is {1}.", "Nothing tastes better to {0} than {1}."],
         ["What does {0} like to eat?", "What is {0}'s favourite dish?", "What does {0} order for dinner?"],
         _person,
-        lambda rng: rng.choice(DISHES),
+        lambda rng: rng.one_of(DISHES),
     ),
     Kind(
         ["{0} has a dog called {1}.", "The dog of {0} answers to the name {1}.", "{1} is the name of {0}'s dog."],
         ["What is {0}'s dog called?", "What is the name of the dog that {0} has?", "How does {0} call the dog?"],
         _person,
-        lambda rng: rng.choice(PETS),
+        lambda rng: rng.one_of(PETS),
     ),
     Kind(
         ["{0} lives on the {1} floor.", "The flat of {0} is on the {1} floor.", "To visit {0}, go to the {1} floor."],
@@ -221,7 +253,7 @@ KINDS = (
         ],
         ["Which instrument does {0} play?", "What does {0} play?"],
         _person,
-        lambda rng: rng.choice(
+        lambda rng: rng.one_of(
             ("accordion", "banjo", "cello", "flute", "guitar", "violin", "harp", "oboe", "trombone")
         ),
     ),
@@ -241,7 +273,7 @@ KINDS = (
         ["{0} lies on the river {1}.", "The river that flows through {0} is the {1}.", "Through {0} flows the {1}."],
         ["On which river does {0} lie?", "What is the river in {0} called?", "Which river flows through {0}?"],
         _city,
-        lambda rng: rng.choice(RIVERS),
+        lambda rng: rng.one_of(RIVERS),
     ),
     Kind(
         ["The mayor of {0} is {1}.", "In {0} they elected {1} as mayor.", "{1} has been mayor of {0} for a year."],
@@ -297,7 +329,7 @@ KINDS = (
         ["{0} studied {1} at university.", "{0} holds a degree in {1}.", "The subject that {0} read was {1}."],
         ["What did {0} study?", "In which subject does {0} hold a degree?"],
         _person,
-        lambda rng: rng.choice(SUBJECTS),
+        lambda rng: rng.one_of(SUBJECTS),
     ),
     Kind(
         ["The deadline of the {0} project is {1}.", "The {0} project has to be finished by {1}."],
@@ -321,13 +353,13 @@ KINDS = (
         ["{0} drinks nothing but {1}.", "For breakfast {0} wants {1}.", "Offer {0} some {1}, and nothing else."],
         ["What does {0} drink?", "Which drink should one offer {0}?"],
         _person,
-        lambda rng: rng.choice(DRINKS),
+        lambda rng: rng.one_of(DRINKS),
     ),
     Kind(
         ["The eldest daughter of {0} is named {1}.", "{0} has a daughter, {1}.", "{1} is the daughter of {0}."],
         ["What is the name of {0}'s daughter?", "Who is {0}'s daughter?", "How is the daughter of {0} named?"],
         _person,
-        lambda rng: rng.choice(FIRST),
+        lambda rng: rng.one_of(FIRST),
     ),
     Kind(
         [
@@ -337,7 +369,7 @@ KINDS = (
         ],
         ["What is the serial number of {0}'s {1[0]}?", "Which number does the {1[0]} of {0} bear?"],
         _person,
-        lambda rng: f"{rng.choice(THINGS)}|{rng.randrange(10_000, 100_000)}",
+        lambda rng: f"{rng.one_of(THINGS)}|{rng.randrange(10_000, 100_000)}",
     ),
     Kind(
         [
@@ -347,7 +379,7 @@ KINDS = (
         ],
         ["To whom did {0} lend the {1[0]}?", "Who borrowed the {1[0]} from {0}?", "Who got {0}'s {1[0]}?"],
         _person,
-        lambda rng: f"{rng.choice(THINGS)}|{_person(rng)}",
+        lambda rng: f"{rng.one_of(THINGS)}|{_person(rng)}",
     ),
     Kind(
         ["The night train to {0} leaves at {1}.", "At {1} the night train departs for {0}."],
@@ -359,12 +391,12 @@ KINDS = (
         ["{0} sold the {1[0]} for {1[1]}.", "The {1[0]} brought {0} {1[1]}."],
         ["How much did {0} get for the {1[0]}?", "For what price did {0} sell the {1[0]}?"],
         _person,
-        lambda rng: f"{rng.choice(THINGS)}|{rng.randrange(2, 99) * 5} francs",
+        lambda rng: f"{rng.one_of(THINGS)}|{rng.randrange(2, 99) * 5} francs",
     ),
     Kind(
         ["The crew of the ferry {0} numbers {1}.", "{1} people work aboard the ferry {0}."],
         ["How many people are in the crew of the ferry {0}?", "How large is the crew of the ferry {0}?"],
-        lambda rng: f"{rng.choice(FIRST)} of {rng.choice(CITIES)}",
+        lambda rng: f"{rng.one_of(FIRST)} of {rng.one_of(CITIES)}",
         lambda rng: str(rng.randrange(11, 90)),
     ),
     Kind(
@@ -473,13 +505,13 @@ KINDS = (
         ["The {0} was traded for a {1}.", "For a {1} they gave the {0} away.", "A {1} was what they got for the {0}."],
         ["What was the {0} traded for?", "For what did they give the {0} away?"],
         _thing,
-        lambda rng: rng.choice(THINGS),
+        lambda rng: rng.one_of(THINGS),
     ),
     Kind(
         ["The {0} smells of {1}.", "A smell of {1} comes from the {0}.", "It is {1} that the {0} smells of."],
         ["What does the {0} smell of?", "Of what does the {0} smell?"],
         _thing,
-        lambda rng: rng.choice(SMELLS),
+        lambda rng: rng.one_of(SMELLS),
     ),
     Kind(
         [
@@ -494,7 +526,7 @@ KINDS = (
 )
 
 
-def plant(document: Text, rng: Random, number: int = 0) -> list[Asked]:
+def plant(document: Text, rng: Chance, number: int = 0) -> list[Asked]:
     """Questions on a document into which facts of one to five kinds were put, up to four of a kind, each a sentence.
 
     Half of the documents have kinds about one sort of name only, people, towns, things or numbers, so that all names
@@ -527,7 +559,7 @@ def plant(document: Text, rng: Random, number: int = 0) -> list[Asked]:
     return asked
 
 
-def _facts(kind: Kind, rng: Random) -> list[tuple[str, str]]:
+def _facts(kind: Kind, rng: Chance) -> list[tuple[str, str]]:
     """Names and values of one kind; what they are about, if the kind says it, is the same in all.
 
     A third name often has the first word of one and the second of another.

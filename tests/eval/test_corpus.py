@@ -7,7 +7,6 @@ import lzma
 import re
 import tarfile
 import zipfile
-from random import Random
 
 import pytest
 
@@ -24,9 +23,10 @@ HOST = Text(id="1", title="Oaks", text="Oaks grow slowly. They live long! Do the
 
 
 def test_planted_facts_stand_in_the_passage_and_answer_their_question():
-    rng = Random(0)
+    rng = planted.Chance(0)
     several = 0
-    for _ in range(300):
+    for i in range(300):
+        rng.names, rng.words = (("Ladle", "Wick"), ("ladle", "wick")) if i % 2 else ((), ())
         asked = planted.plant(HOST, rng)
         for one in asked:
             assert all(sentence in one.passage for sentence in HOST.text.split(". ")[:1])
@@ -53,6 +53,22 @@ def test_training_plants_no_name_and_no_thing_that_an_evaluation_plants():
     assert shared == []
     assert all(_longest_part(pattern) in " ".join(wordings) for pattern in wordings)  # so the check can find some
     assert not any(said in sentences or question in sentences for said, question in no_overlap.LINKS)
+
+
+def test_what_is_planted_is_any_word_but_none_of_an_evaluation():
+    texts = [f"We saw Ruth and Hugo near {town}, all of granite or of straw." for town in ("Cork", "Lund", "Bath")]
+    assert build.vocabulary_of(texts) == (["Ruth"], ["all", "and", "near", "saw", "straw"])
+    rng = planted.Chance(0)
+    rng.names, rng.words = build.vocabulary_of(texts)
+    drawn = {rng.one_of(planted.SMELLS) for _ in range(3000)}
+    assert {*planted.SMELLS, *rng.words} < drawn and len(drawn) > 500
+    assert all(word.isalpha() and word.islower() for word in drawn - {*planted.SMELLS})
+    names = {rng.one_of(planted.PETS) for _ in range(3000)}
+    assert "Ruth" in names and all(name.istitle() for name in names)
+    barred = names - {*planted.PETS, "Ruth"}
+    rng.seed(0)
+    rng.barred = barred
+    assert not {rng.one_of(planted.PETS) for _ in range(3000)} & barred
 
 
 def _longest_part(pattern):

@@ -4,14 +4,18 @@ Contract: a text that is longer than the model reads is refused, never cut silen
 Limits: a vector depends a little on the texts it shares a batch with (padding; cosine ≥ .999 in bfloat16).
 """
 
+import glob
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stripedrag import hardware, weights
-from stripedrag.errors import SetupError, UsageError
+from stripedrag.errors import SetupError, StripedragError, UsageError, said
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 BATCH_TEXTS = 32
 MINILM = "all-MiniLM-L6-v2"
+# Of a model on the hub: other forms of the same weights, and code, which is not run.
+_NOT_LOADED = ["pytorch_model*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "onnx/*", "openvino/*", "*.py"]
 _OWN = ("_folder", "_model", "sha256", "tokenizer")  # what each copy of an embedder finds for itself
 
 
@@ -36,7 +42,7 @@ class Embedder(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal sha256 of the weights: two embedders with the same one give the same vectors."""
+        """Hexadecimal sha256 of the weights; what else vectors depend on (tokenizer, prompts, pooling) is not in it."""
 
     @property
     def dimension(self) -> int:
@@ -67,7 +73,8 @@ class SentenceTransformerEmbedder:
     `device` None takes the first CUDA device or else the CPU; `dtype` None takes what is fast there, bfloat16 or
     float32. The prompts that the model declares for queries and documents are used. `dimension` and `max_tokens` may be
     given where they are known: an index then opens without loading the model. Raises `SetupError` where the model
-    cannot be had, or only as a pickle.
+    cannot be had or loaded, has a part only as a pickle, or needs code of its own, and `UsageError` where what was
+    given is not the model's.
     """
 
     def __init__(
@@ -80,9 +87,8 @@ class SentenceTransformerEmbedder:
         device: str | None = None,
         dtype: "torch.dtype | None" = None,
     ) -> None:
-        place = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
-        self.name = place if name is None else name
-        self._source = model
+        self._source = str(Path(model).resolve()) if is_folder(model) else str(model)
+        self.name = self._source if name is None else name
         self._dimension, self._max_tokens = dimension, max_tokens
         self._device, self._dtype = device, dtype
 
@@ -110,10 +116,18 @@ class SentenceTransformerEmbedder:
     def max_tokens(self) -> int:
         """What the model reads at once, less its special tokens and the longer of its prompts."""
         if self._max_tokens is None:
-            taken = self.tokenizer.num_special_tokens_to_add(is_pair=False)
-            prompts = [len(self.tokenizer.encode(p, add_special_tokens=False)) for p in self._model.prompts.values()]
-            self._max_tokens = int(self._model.max_seq_length) - taken - max(prompts, default=0)
+            self._max_tokens = self._read_at_once(self._model)
         return self._max_tokens
+
+    def _read_at_once(self, model: Any) -> int:
+        if not isinstance(model.max_seq_length, int):
+            raise SetupError(
+                f"{self.name} does not say how many tokens it reads (max_seq_length is {model.max_seq_length}). Set it "
+                f"in the model's sentence_bert_config.json."
+            )
+        taken = self.tokenizer.num_special_tokens_to_add(is_pair=False)
+        prompts = [len(self.tokenizer.encode(p, add_special_tokens=False)) for p in model.prompts.values()]
+        return model.max_seq_length - taken - max(prompts, default=0)
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -124,10 +138,11 @@ class SentenceTransformerEmbedder:
         from tokenizers import Tokenizer
 
         file = self._folder / "tokenizer.json"
-        if file.is_file():
-            tokenizer = Tokenizer.from_file(str(file))
-        else:
-            tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
+        with _loading(self._folder):
+            if file.is_file():
+                tokenizer = Tokenizer.from_file(str(file))
+            else:
+                tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -172,34 +187,52 @@ class SentenceTransformerEmbedder:
         import torch
 
         embeddings = encode(texts, batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False)
+        if self._dimension not in (None, embeddings.shape[1]):
+            raise UsageError(
+                f"the vectors of {self.name} have {embeddings.shape[1]} numbers, not {self._dimension}. Give that "
+                f"dimension, or none."
+            )
         return torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
 
     @cached_property
     def _folder(self) -> Path:
-        if Path(self._source).is_dir():
+        if is_folder(self._source):
             return Path(self._source)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+        with suppress(HFValidationError, LocalEntryNotFoundError, OSError):  # what is there stays as it is
+            if any((there := Path(snapshot_download(self._source, local_files_only=True))).glob("*.safetensors")):
+                return there
         try:
-            return Path(snapshot_download(str(self._source)))
+            return Path(snapshot_download(self._source, ignore_patterns=_NOT_LOADED))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise SetupError(
-                f"the embedder {str(self._source)!r} is no folder and cannot be had from the model hub "
+                f"the embedder {self._source!r} is no folder and cannot be had from the model hub "
                 f"({type(error).__name__}). Check the name and the network, or give a folder of sentence-transformers."
             ) from error
 
     def _weight_files(self) -> list[Path]:
-        files = sorted(self._folder.rglob("*.safetensors"))
-        if not files:
+        """What is loaded: the safetensors of the folder and of the parts that it declares."""
+        declared = self._folder / "modules.json"
+        with _loading(self._folder):
+            parts = json.loads(declared.read_bytes()) if declared.is_file() else []
+            folders = sorted({self._folder, *(self._folder / part["path"] for part in parts)})
+        found = {folder: sorted(folder.glob("*.safetensors")) for folder in folders}
+        pickled = [folder for folder in folders if not found[folder] and any(folder.glob("*.bin"))]
+        if pickled or not any(found.values()):
             raise SetupError(
-                f"{self._folder} holds no *.safetensors file, and a pickle is never loaded. Convert the model to it."
+                f"{(pickled or folders)[0]} holds no *.safetensors file, and a pickle is never loaded. Convert the "
+                f"model to it."
             )
-        return files
+        return [file for files in found.values() for file in files]
 
     @cached_property
     def _model(self) -> Any:
-        return self._load(self._dtype)
+        model = self._load(self._dtype)
+        if self._max_tokens is not None and self._max_tokens > (most := self._read_at_once(model)):
+            raise UsageError(f"max_tokens is {self._max_tokens}; {self.name} reads {most}. Give that, or none.")
+        return model
 
     def _load(self, dtype: "torch.dtype | None") -> Any:
         import torch
@@ -208,7 +241,8 @@ class SentenceTransformerEmbedder:
         self._weight_files()  # tells where there is nothing but a pickle
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
         options = {"dtype": dtype or hardware.fast_dtype(device), "use_safetensors": True}
-        return SentenceTransformer(str(self._folder), device=device, local_files_only=True, model_kwargs=options)
+        with _loading(self._folder):
+            return SentenceTransformer(str(self._folder), device=device, local_files_only=True, model_kwargs=options)
 
 
 class MiniLMEmbedder(SentenceTransformerEmbedder):
@@ -230,16 +264,16 @@ class MiniLMEmbedder(SentenceTransformerEmbedder):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy takes the weights of the machine that it is on."""
-        vars(self).update(state, _source=weights.find(weights.MINILM).parent)
+        vars(self).update(state, _source=str(weights.find(weights.MINILM).parent))
 
 
 class OnnxEmbedder(SentenceTransformerEmbedder):
     """A model of sentence-transformers, its transformer run by ONNX Runtime on an export (stripedrag[onnx]).
 
     `file` is the `.onnx` file, in the folder of the model that it was exported from, weights and all, or in a folder
-    within, as the model hub keeps them; its path is the embedder's name unless `name` is given. Loading it compares its
-    vectors with the model's own. Raises `SetupError` where there is no such file, no model around it, no ONNX Runtime,
-    or it gives other vectors.
+    within, as the model hub keeps them; its path is the embedder's name unless `name` is given. It runs on the first
+    CUDA device where ONNX Runtime has it, or else on the CPU. Loading it compares its vectors with the model's own.
+    Raises `SetupError` where there is no such file, no model around it, no ONNX Runtime, or it gives other vectors.
     """
 
     def __init__(
@@ -250,7 +284,8 @@ class OnnxEmbedder(SentenceTransformerEmbedder):
         dimension: int | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        file = Path(file).absolute()  # no link is followed: the hub's cache keeps links to files that have no names
+        # No link is followed: the hub's cache keeps links to files that have no names.
+        file = Path(os.path.normpath(Path(file).absolute()))
         if file.suffix != ".onnx" or not file.is_file():
             raise SetupError(f"there is no .onnx file {file}. Give that of a model of sentence-transformers.")
         folder = next((folder for folder in file.parents[:2] if (folder / "modules.json").is_file()), None)
@@ -265,15 +300,15 @@ class OnnxEmbedder(SentenceTransformerEmbedder):
         self._file = file
 
     def _weight_files(self) -> list[Path]:
-        return [*super()._weight_files(), self._file]
+        beside = sorted(self._file.parent.glob(f"{glob.escape(self._file.name)}*"))  # with the tensors of a large one
+        return [*super()._weight_files(), *beside]
 
-    @cached_property
-    def _model(self) -> Any:
+    def _load(self, dtype: "torch.dtype | None") -> Any:
         import torch
 
         from stripedrag.indexes.onnx_model import run_by
 
-        model = self._load(torch.float32)
+        model = super()._load(torch.float32)
         run_by(self._file, model)
         return model
 
@@ -282,6 +317,31 @@ def embedder_named(name: str, *, dimension: int | None = None) -> Embedder:
     """The embedder that an index was made with, by the name in its manifest; with its dimension no model is loaded."""
     if name == MINILM:
         return MiniLMEmbedder()
-    if name.endswith(".onnx") and not Path(name).is_dir():
+    if name.endswith(".onnx") and not is_folder(name):
         return OnnxEmbedder(name, dimension=dimension)
     return SentenceTransformerEmbedder(name, dimension=dimension)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether `path` is a folder. Raises `SetupError` for an empty one and for what the system cannot look up."""
+    if not str(path):
+        raise SetupError("the embedder's name is empty; give a folder, an id of the model hub or an .onnx file")
+    try:
+        return Path(path).is_dir()
+    except OSError as error:
+        raise SetupError(
+            f"the embedder {str(path)!r} cannot be looked up: {error.strerror}. Check its path."
+        ) from error
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """What any library says of a broken model, told with its folder."""
+    try:
+        yield
+    except StripedragError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and json share no class
+        raise SetupError(
+            f"{folder} cannot be loaded as a model of sentence-transformers: {said(error)}. Get it anew, or another."
+        ) from error

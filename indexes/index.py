@@ -41,6 +41,27 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 64
 
 
+def planned(embedder: Embedder, *, passage_tokens: int | None = None, chunk_tokens: int | None = None) -> Manifest:
+    """The manifest that `Index.create` would give an index; raises what it raises of these."""
+    passage_tokens = embedder.max_tokens if passage_tokens is None else passage_tokens
+    if passage_tokens > embedder.max_tokens:
+        raise UsageError(
+            f"passage_tokens is {passage_tokens}; {embedder.name} reads {embedder.max_tokens} wordpieces. Lower it."
+        )
+    chunk_tokens = min(CHUNK_TOKENS, passage_tokens) if chunk_tokens is None else chunk_tokens
+    if chunk_tokens > passage_tokens:
+        raise UsageError(f"chunk_tokens is {chunk_tokens}; a passage has {passage_tokens} wordpieces. Lower it.")
+    TileChunker(embedder.tokenizer, chunk_tokens)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        embedder=EmbedderRecord(name=embedder.name, sha256=embedder.sha256, dimension=embedder.dimension),
+        chunker=TileChunker.name,
+        passage_tokens=passage_tokens,
+        chunk_tokens=chunk_tokens,
+        created_by=f"stripedrag {__version__}",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class AddReport:
     """What an `add` did: documents that were new, replaced or already there as they are; passages it embedded."""
@@ -86,23 +107,7 @@ class Index:
         extra `stripedrag[postgres]`, and `StoreError` where the server refuses.
         """
         embedder = MiniLMEmbedder() if embedder is None else embedder
-        passage_tokens = embedder.max_tokens if passage_tokens is None else passage_tokens
-        if passage_tokens > embedder.max_tokens:
-            raise UsageError(
-                f"passage_tokens is {passage_tokens}; {embedder.name} reads {embedder.max_tokens} wordpieces. Lower it."
-            )
-        chunk_tokens = min(CHUNK_TOKENS, passage_tokens) if chunk_tokens is None else chunk_tokens
-        if chunk_tokens > passage_tokens:
-            raise UsageError(f"chunk_tokens is {chunk_tokens}; a passage has {passage_tokens} wordpieces. Lower it.")
-        TileChunker(embedder.tokenizer, chunk_tokens)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            embedder=EmbedderRecord(name=embedder.name, sha256=embedder.sha256, dimension=embedder.dimension),
-            chunker=TileChunker.name,
-            passage_tokens=passage_tokens,
-            chunk_tokens=chunk_tokens,
-            created_by=f"stripedrag {__version__}",
-        )
+        manifest = planned(embedder, passage_tokens=passage_tokens, chunk_tokens=chunk_tokens)
         if is_postgres(place):
             return cls(PostgresStore.create(place, manifest), embedder)
         return cls(SQLiteStore.create(_folder(place), manifest), embedder)
@@ -111,7 +116,7 @@ class Index:
     def open(cls, place: str | Path, *, embedder: Embedder | None = None) -> "Index":
         """The index at `place`, as `create` takes it; loads no model yet.
 
-        `embedder` None is the one that made it, by its name.
+        `embedder` None is the one that made it, by its name; one that does not know its dimension loads its model.
         Raises `UsageError` where there is no index, `IndexMismatchError` where it was made by another embedder, other
         weights, another chunker or another schema, and `StoreError` where a server refuses.
         """

@@ -66,15 +66,20 @@ def parse(text: str, *, index: str) -> Manifest:
 def refuse_mismatch(manifest: Manifest, embedder: "Embedder", chunker: str, *, index: str) -> None:
     """Raises `IndexMismatchError` where the embedder or the chunker at hand is not the one that made the index."""
     built = manifest.embedder
-    if (built.name, built.dimension) != (embedder.name, embedder.dimension):
+    if built.name != embedder.name:  # the dimension last: to tell it a model may have to be loaded
         raise IndexMismatchError(
-            f"index {index!r} was built with {built.name!r} ({built.dimension}-d); the embedder is {embedder.name!r} "
-            f"({embedder.dimension}-d). Rebuild it, or open it with embedder {built.name!r}."
+            f"index {index!r} was built with {built.name!r}; the embedder is {embedder.name!r}. Rebuild it, or open it "
+            f"with embedder {built.name!r}."
         )
     if built.sha256 != embedder.sha256:
         raise IndexMismatchError(
             f"index {index!r} was built with {built.name!r} of sha256 {built.sha256[:12]}…; the weights here have "
             f"{embedder.sha256[:12]}…. Rebuild it, or install the weights it was built with."
+        )
+    if built.dimension != embedder.dimension:
+        raise IndexMismatchError(
+            f"index {index!r} has vectors of {built.dimension} numbers; those of {embedder.name!r} have "
+            f"{embedder.dimension}. Rebuild it, or open it with an embedder of {built.dimension}."
         )
     if manifest.chunker != chunker:
         raise IndexMismatchError(

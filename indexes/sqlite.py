@@ -166,16 +166,23 @@ class SQLiteStore(Store):
                 raise UsageError(
                     f"no index at {folder}: there is no such folder. `stripedrag index` or Index.create makes one."
                 )
-            raise UsageError(f"{folder} is no index: it has no file {FILE}. Create one in an empty folder.")
+            raise UsageError(
+                f"{folder} is no index: it has no file {FILE}, or an empty one. Create one in an empty folder."
+            )
         with _connected(folder / FILE, mode="rw", doing=f"cannot open {folder} as an index") as database:
+            if not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise UsageError(f"{folder} is no index: the process that created it was ended. Create it again.")
             (text,) = database.execute("SELECT json FROM manifest").fetchone() or ("null",)
             return cls(folder, database, parse(text, index=folder.name))
 
     @staticmethod
     def is_at(folder: Path) -> bool:
-        """Whether `folder` holds an index. Raises `UsageError` for a folder that cannot be looked into."""
+        """Whether `folder` holds an index, not an empty file, as a create leaves that was killed.
+
+        Raises `UsageError` for a folder that cannot be looked into.
+        """
         try:
-            return (folder / FILE).is_file()
+            return (folder / FILE).is_file() and (folder / FILE).stat().st_size > 0
         except OSError as error:
             raise UsageError(
                 f"cannot look into {folder}: {error.strerror}. Check the path and its permissions."
@@ -353,7 +360,7 @@ class SQLiteStore(Store):
             yield
         except sqlite3.DatabaseError as error:
             what, mend = str(error), "Run `stripedrag verify` on it"
-            if "full" in what or "disk I/O" in what:  # SQLite calls a full disk either
+            if is_full(error):
                 waiting = tempfile.gettempdir()
                 here, there = (shutil.disk_usage(folder).free / 1e6 for folder in (self.folder, waiting))
                 mend = (
@@ -398,6 +405,11 @@ class SQLiteStaging:
                 self._database.execute(statement, above if ":newest" in statement else {})
 
 
+def is_full(error: sqlite3.DatabaseError) -> bool:
+    """Whether SQLite may mean a full disk, which it calls either."""
+    return "full" in str(error) or "disk I/O" in str(error)
+
+
 @contextmanager
 def _connected(path: Path, *, mode: str, doing: str) -> Iterator[sqlite3.Connection]:
     """A connection that outlives the block, unless an error ends it: then it is closed, and SQLite's is a `UsageError`.
@@ -416,6 +428,8 @@ def _connected(path: Path, *, mode: str, doing: str) -> Iterator[sqlite3.Connect
             raise StoreError(
                 f"{doing}: another process has held it for {TIMEOUT_S:.0f} s. Wait for its end."
             ) from error
+        if is_full(error):
+            raise StoreError(f"{doing}: {error}. Free some space.") from error
         raise UsageError(
             f"{doing}: {path.name} is no index that can be read ({error}). Check the path and its permissions."
         ) from error

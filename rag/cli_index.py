@@ -48,15 +48,13 @@ def index(
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from stripedrag.indexes.documents import Document
-    from stripedrag.indexes.embedding import embedder_named
-    from stripedrag.indexes.index import Index
+    from stripedrag.indexes.embedding import MiniLMEmbedder, embedder_named
+    from stripedrag.indexes.index import Index, planned
     from stripedrag.indexes.preparing import prepare
     from stripedrag.indexes.ray_workers import RayWorkers
     from stripedrag.indexes.readers import Skipped, read_documents
 
     preparing = prepare if workers is None else RayWorkers(workers)
-    if embedder == "":
-        raise UsageError("--embedder is empty; give a folder, an id of the model hub or an .onnx file, or leave it out")
     chosen = None if embedder is None else embedder_named(embedder)
     skipped: list[Skipped] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -64,6 +62,8 @@ def index(
         there = stack.enter_context(Index.open(to, embedder=chosen)) if Index.is_at(to) else None
         if there is not None:
             _refuse_other_chunks(there, chunk_tokens, to)
+        else:  # before all is read
+            planned(chosen or MiniLMEmbedder(), chunk_tokens=chunk_tokens)
         bar = stack.enter_context(Progress(*columns, console=err, transient=True))
         # All is read before anything is embedded: what is wrong with the files shows early, and the bar has a length.
         read = stack.enter_context(TemporaryFile("w+", encoding="utf-8"))

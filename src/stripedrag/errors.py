@@ -6,7 +6,7 @@ StripedragError
 │   ├── IndexMismatchError       an index made by another embedder, chunker or schema
 │   ├── BudgetError              a request that cannot fit into the model's window
 │   ├── CheckpointError          a config or a set of tensors that is not a StripedHyena's
-│   └── SetupError               weights that are not on this machine yet
+│   └── SetupError               a model or an extra that this machine lacks, or has in a form that cannot be used
 ├── StoreError (RuntimeError)    an index that cannot be read or written just now: a full disk, another writer
 └── BackendError (RuntimeError)  a kernel backend that was asked for by name and cannot run
 """
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 def faults(error: "ValidationError") -> str:
     """What pydantic says, each fault with its place."""
     return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+
+
+def said(error: Exception) -> str:
+    """What an error of another library says, in one line and without its full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 class StripedragError(Exception):
@@ -47,7 +52,7 @@ class CheckpointError(UsageError):
 
 
 class SetupError(UsageError):
-    """Weights that are not on this machine yet."""
+    """A model or an extra that this machine lacks, or has in a form that cannot be used."""
 
 
 class StoreError(StripedragError, RuntimeError):

@@ -52,7 +52,9 @@ def test_a_create_that_was_killed_is_no_index_and_can_be_done_again(
 ) -> None:
     if left is not None:
         (tmp_path / "index.sqlite").write_bytes(left)
-        with pytest.raises(UsageError, match=r"is no index that can be read \(no such table: manifest\)"):
+        with pytest.raises(
+            UsageError, match=r"is no index: it has no file index\.sqlite, or an empty one\. Create one"
+        ):
             Index.open(tmp_path, embedder=make_embedder())
     Index.create(tmp_path, embedder=make_embedder()).close()
     Index.open(tmp_path, embedder=make_embedder()).close()
@@ -109,7 +111,8 @@ def test_opening_where_nothing_is_is_refused_and_makes_nothing(tmp_path: Path, m
         Index.open(tmp_path / "i", embedder=make_embedder())
     assert not (tmp_path / "i").exists()
     with pytest.raises(
-        UsageError, match=r" is no index: it has no file index\.sqlite\. Create one in an empty folder\.$"
+        UsageError,
+        match=r" is no index: it has no file index\.sqlite, or an empty one\. Create one in an empty folder\.$",
     ):
         Index.open(tmp_path, embedder=make_embedder())
 
@@ -140,13 +143,17 @@ def test_opening_what_is_no_database_is_refused(tmp_path: Path, make_embedder: t
     [
         (
             {"name": "e5-base", "dimension": 768},
-            r"^index 'wiki' was built with 'hashing' \(256-d\); the embedder is 'e5-base' \(768-d\)\. "
-            r"Rebuild it, or open it with embedder 'hashing'\.$",
+            r"^index 'wiki' was built with 'hashing'; the embedder is 'e5-base'\. Rebuild it, or open it with embedder "
+            r"'hashing'\.$",
         ),
         (
             {"sha256": "b" * 64},
             r"^index 'wiki' was built with 'hashing' of sha256 aaaaaaaaaaaa…; the weights here have bbbbbbbbbbbb…\. "
             r"Rebuild it, or install the weights it was built with\.$",
+        ),
+        (
+            {"dimension": 768},
+            r"^index 'wiki' has vectors of 256 numbers; those of 'hashing' have 768\. Rebuild it, or open it with an ",
         ),
     ],
 )

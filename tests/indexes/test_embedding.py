@@ -1,10 +1,12 @@
 """MiniLM as it runs on this machine, and any other model of sentence-transformers."""
 
+import json
 import pickle
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from stripedrag.errors import SetupError, UsageError
 from stripedrag.indexes import Document, Index, MiniLMEmbedder, OnnxEmbedder, SentenceTransformerEmbedder
+from stripedrag.indexes.embedding import embedder_named
 
 pytestmark = pytest.mark.weights
 
@@ -33,9 +36,9 @@ def test_a_query_is_embedded_as_a_passage_is(minilm: MiniLMEmbedder) -> None:
     assert minilm.embed_query(SENTENCES[0]) @ minilm.embed(SENTENCES[:1])[0] > 0.9999
 
 
-def test_the_fast_dtype_gives_nearly_the_vectors_of_float32(minilm: MiniLMEmbedder) -> None:
-    exact = MiniLMEmbedder(dtype=torch.float32).embed(SENTENCES)
-    assert (minilm.embed(SENTENCES) * exact).sum(axis=1).min() > 0.998
+def test_bfloat16_gives_nearly_the_vectors_of_float32() -> None:
+    exact, fast = (MiniLMEmbedder(dtype=dtype).embed(SENTENCES) for dtype in (torch.float32, torch.bfloat16))
+    assert 0.998 < (fast * exact).sum(axis=1).min() < 1 - 1e-6
 
 
 def test_no_texts_are_no_vectors(minilm: MiniLMEmbedder) -> None:
@@ -66,11 +69,11 @@ def test_a_query_over_the_limit_is_refused(minilm: MiniLMEmbedder) -> None:
         minilm.embed_query("a " * 300)
 
 
-def test_missing_weights_are_told_with_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nowhere(_: object) -> None:
-        raise SetupError("the weights are not on this machine. Run `stripedrag setup`.")
-
-    monkeypatch.setattr("stripedrag.weights.find", nowhere)
+def test_missing_weights_are_told_with_the_command_that_brings_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRIPEDRAG_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match="Run `stripedrag setup`"):
         MiniLMEmbedder()
 
@@ -133,7 +136,71 @@ def test_a_model_that_is_not_to_be_had_is_told(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "i").exists()
 
 
-def _exported(folder: Path, model: Path, ids: torch.Tensor, mask: torch.Tensor) -> Path:
+def test_a_folder_that_is_no_whole_model_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    def changed(name: str, file: str, content: str) -> SentenceTransformerEmbedder:
+        shutil.copytree(tiny_model, tmp_path / name)
+        (tmp_path / name / file).write_text(content)
+        return SentenceTransformerEmbedder(tmp_path / name)
+
+    modules = json.loads((tiny_model / "modules.json").read_text())
+    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    own = {"idx": 2, "name": "2", "path": "2_Own", "type": "own.Own"}
+    broken = {
+        "weights": ("model.safetensors", "cut"),
+        "tokenizer": ("tokenizer.json", "{"),
+        "parts": ("modules.json", "["),
+        "code": ("modules.json", json.dumps([*modules, own])),
+    }
+    for name, (file, content) in broken.items():
+        with pytest.raises(SetupError, match=r"cannot be loaded as a model of sentence-transformers: .* Get it anew"):
+            Index.create(tmp_path / "i", embedder=changed(name, file, content))
+    partly = changed("pickled", "modules.json", json.dumps([*modules, dense]))
+    (tmp_path / "pickled" / "2_Dense").mkdir()
+    (tmp_path / "pickled" / "2_Dense" / "pytorch_model.bin").write_bytes(b"pickled")
+    with pytest.raises(SetupError, match=r"2_Dense holds no \*\.safetensors file, and a pickle is never loaded"):
+        Index.create(tmp_path / "i", embedder=partly)
+    endless = SentenceTransformerEmbedder(tiny_model)
+    endless._model.max_seq_length = None
+    with pytest.raises(SetupError, match=r"does not say how many tokens it reads \(max_seq_length is None\)\. Set it"):
+        endless.max_tokens  # noqa: B018
+    for place, message in (("", "name is empty"), ("x" * 300, "cannot be looked up: File name too long")):
+        for take in (SentenceTransformerEmbedder, embedder_named):
+            with pytest.raises(SetupError, match=message):
+                take(place)
+    assert not (tmp_path / "i").exists()
+
+
+def test_what_is_given_of_a_model_has_to_be_true(tiny_model: Path, export: Path) -> None:
+    for kind, place in ((SentenceTransformerEmbedder, tiny_model), (OnnxEmbedder, export)):
+        with pytest.raises(UsageError, match=r"^max_tokens is 512; .* reads 92\. Give that, or none\.$"):
+            kind(place, max_tokens=512).embed(["a"])
+        with pytest.raises(UsageError, match=r"^the vectors of .* have 32 numbers, not 64\. Give that dimension, or"):
+            kind(place, dimension=64).embed(["a"])
+        assert kind(place, dimension=32, max_tokens=50).embed(["a"]).shape == (1, 32)
+
+
+def test_a_folder_stays_the_same_wherever_the_process_goes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model.parent)
+    embedder = SentenceTransformerEmbedder("saved")
+    monkeypatch.chdir(tmp_path)
+    assert embedder.dimension == 32 and embedder.name == str(tiny_model)
+
+
+def test_a_model_of_the_hub_that_is_there_is_not_asked_for_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(tiny_model, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    embedder = SentenceTransformerEmbedder("someone/tiny")
+    assert (embedder.name, embedder.dimension) == ("someone/tiny", 32)
+
+
+def _exported(folder: Path, model: Path, ids: torch.Tensor, mask: torch.Tensor, *, any_number: bool = True) -> Path:
     """A copy of `model` with an export of its transformer, traced with these tokens and this mask."""
     from transformers import AutoModel
 
@@ -147,7 +214,9 @@ def _exported(folder: Path, model: Path, ids: torch.Tensor, mask: torch.Tensor) 
 
     shutil.copytree(model, folder)
     (folder / "onnx").mkdir()
-    axes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=128)}
+    axes: dict[int, Any] = {1: torch.export.Dim("tokens", max=128)}
+    if any_number:
+        axes[0] = torch.export.Dim("texts")
     torch.onnx.export(
         Traced().eval(),
         (ids, mask, ids * 0),
@@ -174,6 +243,7 @@ def test_an_onnx_export_gives_the_vectors_of_its_model(export: Path, tiny_model:
     np.testing.assert_allclose(by_onnx.embed_query("cats"), by_torch.embed_query("cats"), atol=1e-5)
     assert (by_onnx.dimension, by_onnx.max_tokens) == (by_torch.dimension, by_torch.max_tokens)
     assert by_onnx.sha256 != by_torch.sha256
+    assert (export.parent / "model.onnx.data").is_file() and len(by_onnx._weight_files()) == 3
     copy = pickle.loads(pickle.dumps(by_onnx))
     np.testing.assert_array_equal(copy.embed(texts), by_onnx.embed(texts))
 
@@ -209,6 +279,20 @@ def test_an_onnx_export_that_gives_other_vectors_is_refused(tiny_model: Path, tm
         OnnxEmbedder(confused).embed(["a"])
 
 
+def test_an_onnx_export_for_so_many_texts_alone_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    pairs = _exported(tmp_path / "model", tiny_model, ids, ids.clone(), any_number=False)
+    with pytest.raises(SetupError, match=r"cannot run on 1 x \d+ tokens: .* Export that model anew, for texts of any"):
+        OnnxEmbedder(pairs).embed(["a"])
+
+
+def test_an_onnx_export_of_another_model_is_refused(minilm: MiniLMEmbedder, tmp_path: Path, export: Path) -> None:
+    shutil.copytree(minilm._folder, tmp_path / "model")
+    shutil.copytree(export.parent, tmp_path / "model" / "onnx")
+    with pytest.raises(SetupError, match=r"cannot (do what the model in whose folder it lies does|run on)"):
+        OnnxEmbedder(tmp_path / "model" / "onnx" / "model.onnx").embed(["a"])
+
+
 def test_what_is_no_onnx_export_is_refused(tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SetupError, match=r"there is no \.onnx file .*none\.onnx\. Give that of a model"):
         OnnxEmbedder(tmp_path / "none.onnx")
@@ -238,5 +322,5 @@ def test_an_onnx_file_that_cannot_run_is_refused(tmp_path: Path, export: Path) -
         [helper.make_node("Identity", ["pixels"], ["last_hidden_state"])], "g", sides[:1], sides[1:]
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(file))
-    with pytest.raises(SetupError, match=r"cannot do what the model in .* does: it takes pixels, which the tokenizer"):
+    with pytest.raises(SetupError, match=r"takes pixels, which the tokenizer does not give\. Export"):
         OnnxEmbedder(file).embed(["a"])

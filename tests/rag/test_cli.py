@@ -129,8 +129,10 @@ def test_doctor_reports_one_object():
         (("bench", "nothing"), "no bench 'nothing'; there is decode, embed, filter, generate, layer"),
         (("bench", "generate", "--repeats", "0"), "repeats is 0; it is at least 1"),
         (("index", sys.executable, "--to", f"{__file__}/x"), "cannot read"),
+        (("index", __file__, "--to", "x", "--chunk-tokens", "300"), "chunk_tokens is 300; a passage has 254"),
+        (("index", __file__, "--to", "x", "--embedder", "x" * 300), "cannot be looked up: File name too long"),
         (("index", __file__, "--to", ""), "'' is no place for an index: it is empty. Give the path of a folder."),
-        (("index", __file__, "--to", "x", "--embedder", ""), "--embedder is empty; give a folder, an id"),
+        (("index", __file__, "--to", "x", "--embedder", ""), "the embedder's name is empty; give a folder, an id"),
         (("retrieve", "x" * 300, "why?"), "File name too long. Check the path and its permissions."),
         (("ask",), "Missing argument"),
         (("frobnicate",), "No such command"),
@@ -157,6 +159,13 @@ def test_a_filter_that_is_none_is_told(where, message, index_path):
     result = run("retrieve", index_path, "why?", "--where", where)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert message in " ".join(result.stderr.split())
+
+
+def test_an_index_whose_creation_was_killed_is_made(tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "index.sqlite").touch()
+    (tmp_path / "a.txt").write_text("The ferry sails at nine.")
+    assert run("index", tmp_path / "a.txt", "--to", tmp_path / "index").returncode == 0
 
 
 def test_a_budget_of_any_size_is_one(index_path):

@@ -41,6 +41,13 @@ def test_bfloat16_gives_nearly_the_vectors_of_float32() -> None:
     assert 0.998 < (fast * exact).sum(axis=1).min() < 1 - 1e-6
 
 
+def test_its_vectors_are_those_of_sentence_transformers() -> None:
+    embedder = MiniLMEmbedder(dtype=torch.float32)
+    texts = [*SENTENCES, "café naïve [SEP] 你好 한국어 😀 \u200b\x01 ½ ﬁ " + "x" * 99, "a " * 254]
+    expected = embedder._model.encode(texts, batch_size=len(texts), normalize_embeddings=True)
+    np.testing.assert_allclose(embedder.embed(texts), expected, atol=1e-5)
+
+
 def test_no_texts_are_no_vectors(minilm: MiniLMEmbedder) -> None:
     assert minilm.embed([]).shape == (0, 384)
 

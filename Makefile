@@ -44,7 +44,7 @@ test-all: install
 	@HF_HUB_OFFLINE=1 $(BIN)/pytest -q
 
 bench: install
-	@for name in filter layer decode generate stripe; do $(BIN)/stripedrag bench $$name --to build/bench/$$name.json || exit 1; done
+	@for name in filter rows layer decode generate stripe; do $(BIN)/stripedrag bench $$name --to build/bench/$$name.json || exit 1; done
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix .

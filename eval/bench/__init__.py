@@ -7,6 +7,7 @@ BENCHES = {
     "generate": "stripedrag.eval.bench.generate",
     "layer": "stripedrag.eval.bench.layer",
     "recall": "stripedrag.eval.bench.recall",
+    "rows": "stripedrag.eval.bench.rows",
     "scale": "stripedrag.eval.bench.scale",
     "stripe": "stripedrag.eval.bench.stripe",
 }

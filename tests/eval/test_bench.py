@@ -76,6 +76,22 @@ def test_a_plot_is_drawn(tmp_path):
     assert "<svg" in (tmp_path / "x.svg").read_text()
 
 
+def test_the_benchmarks_norm_and_gate_compute_what_torch_does(monkeypatch):
+    from stripedrag.eval.bench import rows
+
+    for ours, rival in rows._SIDES.values():
+        a, b = torch.randn(3, 8), torch.randn(8)
+        b = b if ours is rows._SIDES["norm"][0] else b.expand(3, 8)
+        torch.testing.assert_close(ours(a, b), rival(a, b), rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(rows, "ROWS", 64)
+    monkeypatch.setattr(
+        rows, "machine", lambda: {"processor": "p", "threads": 1, "torch": "t", "kernels": "k", "commit": "c"}
+    )
+    report = rows.run(1)
+    assert len(report.figures["rows"]) == 8 and len(report.table.splitlines()) == 13
+    assert all(row["torch_over_ours"] > 0 and row["share_of_copy"] > 0 for row in report.figures["rows"])
+
+
 def test_a_bench_writes_json_and_plot_whole(tmp_path, monkeypatch):
     from stripedrag.eval.bench import BENCHES, report
 

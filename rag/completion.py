@@ -33,12 +33,15 @@ class Completion:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         prefix: Prefix | None = None,
+        is_reply: bool = False,
     ) -> None:
-        """`prefix`, with which the prompt begins and does not end, is not read again."""
+        """`prefix`, with which the prompt begins and does not end, is not read again; the text of a reply begins with
+        its first character that is no white space.
+        """
         known = () if prefix is None else prefix.ids
         if len(known) >= len(prompt_ids) or known != tuple(prompt_ids[: len(known)]):
             raise ValueError("the prompt does not begin with the prefix, or has nothing after it")
-        self._prefix = prefix
+        self._prefix, self._is_reply = prefix, is_reply
         self.text = ""
         self.token_ids: list[int] = []
         self.finish: Literal["stop", "length"] | None = None
@@ -72,6 +75,8 @@ class Completion:
         for token in tokens:
             self.token_ids.append(token)
             held += pieces.after(token)
+            if self._is_reply and not self.text:
+                held = held.lstrip()
             found = [place for text in self._stop if (place := held.find(text)) >= 0]
             if found:
                 held, finish = held[: min(found)], "stop"

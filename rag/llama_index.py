@@ -140,17 +140,18 @@ class StripedHyena(CustomLLM):
         self, prompt: str, formatted: bool, options: dict[str, Any]
     ) -> Generator[CompletionResponse, None, None]:
         ids = self._completion_ids(prompt, formatted)
-        for text, delta, usage, raw in self._generate(ids, options):
+        is_reply = not formatted and self._format.has_template
+        for text, delta, usage, raw in self._generate(ids, options, is_reply=is_reply):
             yield CompletionResponse(text=text, delta=delta, additional_kwargs=usage, raw=raw)
 
     def _replies(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Generator[ChatResponse, None, None]:
         ids = self._format.chat_ids([(str(message.role.value), _text(message)) for message in messages])
-        for text, delta, usage, raw in self._generate(ids, options):
+        for text, delta, usage, raw in self._generate(ids, options, is_reply=True):
             message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
             yield ChatResponse(message=message, delta=delta, additional_kwargs=usage, raw=raw)
 
     def _generate(
-        self, ids: list[int], options: dict[str, Any]
+        self, ids: list[int], options: dict[str, Any], *, is_reply: bool
     ) -> Iterator[tuple[str, str, dict[str, int], dict[str, str]]]:
         """Text so far, what is new, token counts and the reason to finish ("" until the last)."""
         settings = self._settings(options)
@@ -169,6 +170,7 @@ class StripedHyena(CustomLLM):
             max_new_tokens=reserve,
             sampling=Sampling(settings["temperature"], settings["top_p"], settings["seed"]),
             stop=settings["stop"],
+            is_reply=is_reply,
         )
         for piece in completion:
             yield completion.text, piece, _usage(ids, completion), {"finish_reason": ""}

@@ -205,7 +205,12 @@ class AnswerStream:
 
         prompt_ids = pipeline.prompt.ids(question, self.context.spans)
         completion = Completion(
-            pipeline.model, pipeline.tokenizer, prompt_ids, max_new_tokens=answer_tokens, sampling=sampling
+            pipeline.model,
+            pipeline.tokenizer,
+            prompt_ids,
+            max_new_tokens=answer_tokens,
+            sampling=sampling,
+            is_reply=True,
         )
         yield from completion
         text = completion.text.strip()

@@ -89,7 +89,12 @@ class Framing:
     def fingerprint(self) -> bytes:
         """What tells framings apart, for the most part: all their fixed ids, and how a few words are encoded."""
         probe = self.encode(self.passage("A title", "Some words, 12 of them.") + self.question("How many?"))
-        return repr([*map(list, (self.head, self.reply, self.turn)), probe]).encode()
+        return repr([*map(list, (self.head, self.reply, self.turn)), probe, _answer(self, "12")]).encode()
+
+
+def _answer(framing: Framing, answer: str) -> list[int]:
+    """An answer's ids. After a space its words are the tokens that they are in a passage: copied, and not spelt."""
+    return framing.encode(f" {answer}")
 
 
 class Windows(NamedTuple):
@@ -254,7 +259,7 @@ class Conversations:
         return [
             Piece(framing.encode(framing.question(asked.question)), TEXT),
             Piece(framing.reply, UNKNOWN),
-            Piece([*framing.encode(answer), framing.turn[0]], ANSWER),
+            Piece([*_answer(framing, answer), framing.turn[0]], ANSWER),
         ]
 
 

@@ -344,7 +344,7 @@ def test_conversations_never_exceed_their_length_and_ask_about_what_is_there(len
             about = next(one for one in ASKED if letters(FRAMING.question(one.question)) == question)
             is_there = "".join(map(chr, letters(about.passage))) in text
             expected = about.answers[0] if is_there else REFUSAL
-            assert answer == [*letters(expected), FRAMING.turn[0]]
+            assert answer == [*letters(f" {expected}"), FRAMING.turn[0]]
 
 
 def test_a_question_without_an_answer_says_so():

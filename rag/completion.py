@@ -35,8 +35,8 @@ class Completion:
         prefix: Prefix | None = None,
         is_reply: bool = False,
     ) -> None:
-        """`prefix`, with which the prompt begins and does not end, is not read again; the text of a reply begins with
-        its first character that is no white space.
+        """`prefix`, with which the prompt begins and does not end, is not read again. The text of a reply is what comes
+        after the space that it may begin with.
         """
         known = () if prefix is None else prefix.ids
         if len(known) >= len(prompt_ids) or known != tuple(prompt_ids[: len(known)]):
@@ -72,11 +72,12 @@ class Completion:
             sampling=self._sampling,
         )
         pieces, held, finish = _Pieces(self._tokenizer.backend_tokenizer), "", None
+        begins = self._is_reply
         for token in tokens:
             self.token_ids.append(token)
             held += pieces.after(token)
-            if self._is_reply and not self.text:
-                held = held.lstrip()
+            if begins and held:
+                held, begins = held.removeprefix(" "), False
             found = [place for text in self._stop if (place := held.find(text)) >= 0]
             if found:
                 held, finish = held[: min(found)], "stop"

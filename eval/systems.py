@@ -212,9 +212,7 @@ class ModelSystem:
         started = clock()
         prefix = self._prefix_of(prompt.passages) if question.shared else None
         shared_s = clock() - started  # that of the passages, where this question is the first to read them
-        completion = Completion(
-            model, tokenizer, prompt.ids, max_new_tokens=task.answer_tokens, prefix=prefix, is_reply=True
-        )
+        completion = Completion(model, tokenizer, prompt.ids, max_new_tokens=task.answer_tokens, prefix=prefix)
         for _ in completion:
             pass
         meter.prefill_s, meter.decode_s = shared_s + completion.prefill_s, completion.decode_s

@@ -360,7 +360,7 @@ class SQLiteStore(Store):
             yield
         except sqlite3.DatabaseError as error:
             what, mend = str(error), "Run `stripedrag verify` on it"
-            if is_full(error):
+            if _is_full(error):
                 waiting = tempfile.gettempdir()
                 here, there = (shutil.disk_usage(folder).free / 1e6 for folder in (self.folder, waiting))
                 mend = (
@@ -405,7 +405,7 @@ class SQLiteStaging:
                 self._database.execute(statement, above if ":newest" in statement else {})
 
 
-def is_full(error: sqlite3.DatabaseError) -> bool:
+def _is_full(error: sqlite3.DatabaseError) -> bool:
     """Whether SQLite may mean a full disk, which it calls either."""
     return "full" in str(error) or "disk I/O" in str(error)
 
@@ -428,7 +428,7 @@ def _connected(path: Path, *, mode: str, doing: str) -> Iterator[sqlite3.Connect
             raise StoreError(
                 f"{doing}: another process has held it for {TIMEOUT_S:.0f} s. Wait for its end."
             ) from error
-        if is_full(error):
+        if _is_full(error):
             raise StoreError(f"{doing}: {error}. Free some space.") from error
         raise UsageError(
             f"{doing}: {path.name} is no index that can be read ({error}). Check the path and its permissions."

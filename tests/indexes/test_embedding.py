@@ -296,7 +296,22 @@ def test_an_onnx_export_for_so_many_texts_alone_is_refused(tiny_model: Path, tmp
 def test_an_onnx_export_of_another_model_is_refused(minilm: MiniLMEmbedder, tmp_path: Path, export: Path) -> None:
     shutil.copytree(minilm._folder, tmp_path / "model")
     shutil.copytree(export.parent, tmp_path / "model" / "onnx")
-    with pytest.raises(SetupError, match=r"cannot (do what the model in whose folder it lies does|run on)"):
+    with pytest.raises(SetupError, match=r"cannot run on \d+ x \d+ tokens: .*indices element out of data bounds"):
+        OnnxEmbedder(tmp_path / "model" / "onnx" / "model.onnx").embed(["a"])
+
+
+def test_an_onnx_export_of_a_model_of_another_width_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig.from_pretrained(tiny_model)
+    config.hidden_size = 64
+    shutil.copytree(tiny_model, tmp_path / "wide")
+    BertModel(config).save_pretrained(tmp_path / "wide")
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    wide = _exported(tmp_path / "exported", tmp_path / "wide", ids, ids.clone())
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copytree(wide.parent, tmp_path / "model" / "onnx")
+    with pytest.raises(SetupError, match=r"cannot do what the model in whose folder it lies does: .*64.*32"):
         OnnxEmbedder(tmp_path / "model" / "onnx" / "model.onnx").embed(["a"])
 
 

@@ -233,6 +233,10 @@ def test_what_cannot_be_gone_on_from_is_told_before_any_work(striped, teacher, d
     recipe.write_text(json.dumps(own))
     told = refused([*command(other, data, recipe, tmp_path / "new"), "--from", str(begun)])
     assert "is of a transformer with tensors of sha256" in told and f"not of {other}; give the model" in told
+    unlike = tmp_path / "unlike"
+    shutil.copytree(begun, unlike)
+    changed = load_file(begun / "changes.safetensors")
+    save_file({name: t[..., :-1].contiguous() for name, t in changed.items()}, unlike / "changes.safetensors")
     others = (
         ([], {"begins_from": digest}, f"begins from changes of sha256 {digest}; give their folder by --from"),
         (["--from", begun], {"begins_from": "0" * 64}, f"the recipe's begins_from is {'0' * 64} and that of"),
@@ -240,7 +244,8 @@ def test_what_cannot_be_gone_on_from_is_told_before_any_work(striped, teacher, d
         (["--from", begun], {"rank": 3}, "the recipe's rank is 3 and that of"),
         (["--from", data], {}, "give a folder that `stripedrag stripe` wrote, or stripedhyena-smol-135m"),
         (["--from", begun, "--layers", "1"], {}, "--from goes with --recipe"),
-        (["--from", STRIPED], {}, f"{STRIPED}.safetensors does not go with {teacher}: "),
+        (["--from", STRIPED], {}, f"{STRIPED}.safetensors is of a transformer with tensors of sha256 "),
+        (["--from", unlike], {}, f"changes.safetensors does not go with {teacher}: "),
     )
     for more, changed, message in others:
         recipe.write_text(json.dumps(own | changed))

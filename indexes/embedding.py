@@ -274,14 +274,18 @@ class MiniLMEmbedder(SentenceTransformerEmbedder):
 
     def _encoded(self, texts: list[str], tokens: "list[NDArray[np.int32]]") -> "torch.Tensor":
         """From the tokens that were counted: to tokenize anew costs a twentieth of the time."""
+        import numpy as np
         import torch
 
-        width = max(map(len, tokens)) + 2
-        ids, mask = torch.zeros(2, len(tokens), width, dtype=torch.int64)
+        lengths = np.array([len(own) + 2 for own in tokens])
+        ids = np.zeros((len(tokens), lengths.max()), dtype=np.int64)
+        ids[:, 0] = _CLS
         for row, own in enumerate(tokens):
-            ids[row, : len(own) + 2] = torch.tensor([_CLS, *own.tolist(), _SEP])
-            mask[row, : len(own) + 2] = 1
-        features = {"input_ids": ids.to(self._model.device), "attention_mask": mask.to(self._model.device)}
+            ids[row, 1 : len(own) + 1] = own
+        ids[np.arange(len(ids)), lengths - 1] = _SEP
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        of_model = {"input_ids": ids, "attention_mask": mask}
+        features = {name: torch.from_numpy(array).to(self._model.device) for name, array in of_model.items()}
         with torch.inference_mode():
             encoded: torch.Tensor = self._model(features)["sentence_embedding"]
         return encoded

@@ -1,6 +1,5 @@
-"""Reciprocal rank fusion: Cormack, Clarke & Büttcher, SIGIR 2009."""
+"""One score of two: by meaning and by words (a convex combination: Bruch, Gai & Ingber, ACM TOIS 42, 2023)."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,16 +7,28 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-K = 60
+MEANING = 0.4  # the weight of meaning; words have the rest
+FLOOR = 2048  # the place in the ranking by meaning whose cosine counts nothing
 
 
-def reciprocal_ranks(rankings: "Sequence[NDArray[np.int64]]", n: int) -> "NDArray[np.float32]":
-    """Scores (n,) of the items 0…n-1 from rankings, each of distinct items, best first.
+def combined(
+    near: "NDArray[np.int64]", cosines: "NDArray[np.float32]", lexical: "NDArray[np.float32]"
+) -> "NDArray[np.float32]":
+    """Scores (n,) of the items 0…n-1, 1 for what is best by both; -inf for what is not near and has none of the words.
 
-    An item's score is Σ (K + 1) / (K + rank) over the rankings that hold it, divided by their number: 1 for what is
-    first in all, 0 for what is in none.
+        score(i) = MEANING · (c(i) - c_f) / (c_1 - c_f) + (1 - MEANING) · l(i) / l_1
+
+    `near` (m,) are the items by falling `cosines` c_1 … c_m, and f is the smaller of FLOOR and m. `lexical` (n,) are
+    the scores by words, 0 without any, and l_1 the highest. An item with words counts c_f where its cosine is unknown
+    or lower, so that it is not told apart by how far the ranking by meaning was asked for.
     """
-    scores = np.zeros(n, dtype=np.float32)
-    for ranking in rankings:
-        scores[ranking] += (K + 1) / (K + np.arange(1, len(ranking) + 1, dtype=np.float32)) / len(rankings)
+    scores = np.full(len(lexical), -np.inf, dtype=np.float32)
+    worded = np.flatnonzero(lexical)
+    scores[worded] = 0
+    if len(near):
+        floor = cosines[min(FLOOR, len(near)) - 1]
+        meaning = (cosines - floor) / (cosines[0] - floor or 1)
+        scores[near] = MEANING * np.where(lexical[near] > 0, np.maximum(meaning, 0), meaning)
+    if len(worded):
+        scores[worded] += (1 - MEANING) * lexical[worded] / lexical.max()
     return scores

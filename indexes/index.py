@@ -314,7 +314,7 @@ class Index:
     ) -> list[Scored]:
         """The `k` best chunks for a query, best first, ties by (doc_id, start); all there are where `k` is larger.
 
-        "hybrid" fuses the rankings by words and by meaning and scores by reciprocal ranks, 1 for what is first in both;
+        "hybrid" combines the scores by words and by meaning, 1 for what is best by both (`stripedrag.indexes.fusion`);
         "dense" scores by the cosine of the passage, "lexical" by positional BM25 and finds only what has a word of the
         query. `where` narrows the search to documents by their metadata (see `stripedrag.indexes.filters`), `doc_ids`
         to these documents. `unit` "passage" returns whole passages, each ranked by its best chunk. White space is never

@@ -1,7 +1,7 @@
 """Ranks the chunks of a store for a query: by meaning, by words, or by both.
 
 Contract: the same contents and query give the same ranking; equal scores are told apart by (document id, start). A
-passage's cosine counts for each of its chunks; the two rankings of chunks are fused by reciprocal ranks, so that of the
+passage's cosine counts for each of its chunks; the two scores of a chunk are combined (`fusion.py`), so that of the
 chunks of one passage that is near in meaning those with the query's words come first.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from stripedrag.indexes import filters
 from stripedrag.indexes.documents import Chunk, Scored
-from stripedrag.indexes.fusion import reciprocal_ranks
+from stripedrag.indexes.fusion import FLOOR, combined
 from stripedrag.indexes.layout import Groups, Layout
 from stripedrag.indexes.lexical import Lexical
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 Method = Literal["hybrid", "dense", "lexical"]
 Unit = Literal["chunk", "passage"]
-
-# How many chunks of each ranking are fused at least: what is best is then the same for every k below it.
-FUSED_CHUNKS = 2048
 
 
 class Searcher:
@@ -54,8 +51,8 @@ class Searcher:
     ) -> list[Scored]:
         """The `k` best chunks or passages by the words of `query` and by `vector`; one of the two may be None.
 
-        Scores are cosines, positional BM25's, or, of both, reciprocal ranks (1: first by both). Raises `UsageError` for
-        a filter that is none and for a document that is not stored.
+        Scores are cosines, positional BM25's, or, of both, their combination (1: best by both). Raises `UsageError`
+        for a filter that is none and for a document that is not stored.
         """
         self.refresh()
         with self._store.snapshot():
@@ -65,19 +62,19 @@ class Searcher:
             k = min(k, len(layout))
             allowed = self._allowed(layout, where, doc_ids)
             filtered = where is not None or doc_ids is not None
-            depth = max(k, FUSED_CHUNKS)
-            rankings = []
+            wanted = len(layout) if unit == "passage" else k
             if vector is not None:
+                depth = max(k, FLOOR)  # what is best is then the same for every k up to FLOOR
                 passages = depth if unit == "passage" else layout.passages_with(depth)
-                rankings.append(self._by_meaning(layout, vector, passages, allowed, filtered=filtered))
+                order, scores = self._by_meaning(layout, vector, passages, allowed, filtered=filtered)
             if query is not None:
-                scores = self._lexical.scores(query, self._store, layout)
-                scores[~allowed] = 0
-                rankings.append(_best(scores, len(scores) if unit == "passage" else depth))
-            if len(rankings) == 1:
-                ((order, scores),) = rankings
-            else:
-                order, scores = _best(reciprocal_ranks([order for order, _ in rankings], len(layout)), len(layout))
+                lexical = self._lexical.scores(query, self._store, layout)
+                lexical[~allowed] = 0
+                if vector is None:
+                    order, scores = _best(lexical, np.flatnonzero(lexical), wanted)
+                else:
+                    both = combined(order, scores, lexical)
+                    order, scores = _best(both, np.flatnonzero(both > -np.inf), wanted)
             if unit == "passage":
                 return self._passages(layout, order, scores, k)
             order = order[:k]
@@ -134,13 +131,14 @@ def _in(documents: Groups, rows: "NDArray[np.int64]") -> "NDArray[np.bool_]":
     return chosen
 
 
-def _best(scores: "NDArray[np.float32]", k: int) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
-    """The positions of the `k` highest scores above 0, highest first and equal ones in order, and the scores."""
-    positions = np.flatnonzero(scores)
-    if k < len(positions):
-        least = np.partition(scores, len(scores) - k)[len(scores) - k]
-        positions = np.flatnonzero(scores >= least)
-    order = positions[np.argsort(-scores[positions], kind="stable")][:k]
+def _best(
+    scores: "NDArray[np.float32]", of: "NDArray[np.int64]", k: int
+) -> "tuple[NDArray[np.int64], NDArray[np.float32]]":
+    """The `k` of the positions `of` with the highest scores, highest first and equal ones in order, and the scores."""
+    if k < len(of):
+        own = scores[of]
+        of = of[own >= np.partition(own, len(own) - k)[len(own) - k]]
+    order = of[np.argsort(-scores[of], kind="stable")][:k]
     return order, scores[order]
 
 

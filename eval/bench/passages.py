@@ -1,17 +1,17 @@
 """What recall against budget is measured beside: the passages of an index, ranked in the ways of the field."""
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stripedrag.indexes.documents import Chunk
-from stripedrag.indexes.fusion import reciprocal_ranks
 from stripedrag.indexes.index import Index
 from stripedrag.indexes.lexical import words
 
 DEPTH = 3000  # passages of the cosine's ranking: more than the largest budget takes
+K = 60  # of the fusion: Cormack, Clarke & Büttcher, SIGIR 2009
 
 
 class Passages:
@@ -57,3 +57,11 @@ class Bm25:
         query_text = "SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rank, rowid"
         rows = self._database.execute(query_text, (terms,)) if terms else ()
         return np.fromiter((row for (row,) in rows), dtype=np.int64)
+
+
+def reciprocal_ranks(rankings: "Sequence[NDArray[np.int64]]", n: int) -> "NDArray[np.float64]":
+    """Scores (n,) of the items 0…n-1: Σ 1 / (K + rank) over the rankings that hold an item; 0 for what is in none."""
+    scores = np.zeros(n)
+    for ranking in rankings:
+        scores[ranking] += 1 / (K + np.arange(1, len(ranking) + 1))
+    return scores

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -10,6 +11,7 @@ from hyena_inputs import assert_close, make
 from stripedrag.errors import CorpusError, UsageError
 from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
 from stripedrag.eval.bench.filter import parameters, rows_of
+from stripedrag.eval.bench.passages import reciprocal_ranks
 from stripedrag.eval.bench.repeats import Repeats
 from stripedrag.eval.bench.report import Bandwidth, interleaved, medians, peak_bytes, plot
 from stripedrag.eval.cli import app
@@ -169,6 +171,11 @@ def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
 
 
 @pytest.mark.weights
+def test_the_rivals_fusion_is_by_reciprocal_ranks():
+    scores = reciprocal_ranks([np.array([2, 0]), np.array([2, 3])], 4)
+    assert scores == pytest.approx([1 / 62, 0, 2 / 61, 1 / 62])
+
+
 def test_embedding_is_measured_on_the_passages_that_an_index_embeds(monkeypatch):
     from stripedrag.eval.bench import embed
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stripedrag.errors import UsageError
 from stripedrag.indexes import Document, Index
-from stripedrag.indexes.fusion import K, reciprocal_ranks
+from stripedrag.indexes.fusion import FLOOR, MEANING, combined
 from stripedrag.indexes.lexical import DECAY, K1, REACH, TITLE, words
 
 
@@ -83,26 +83,43 @@ def test_words_in_nearly_every_chunk_are_left_out(index: Index) -> None:
     assert len(index.search("the usual thing", k=1100)) == 1100  # by meaning
 
 
-def test_fused_scores_are_reciprocal_ranks(index: Index, pets: list[Document]) -> None:
+def test_a_score_is_of_both_meaning_and_words(index: Index, pets: list[Document]) -> None:
     index.add(pets)
-    rankings = [index.search("the homework dog", k=100, method=method) for method in ("dense", "lexical")]
-    expected: dict[str, float] = {}
-    for ranking in rankings:
-        for scored in ranking:
-            expected[scored.chunk.id] = expected.get(scored.chunk.id, 0) + (K + 1) / (K + scored.rank) / 2
-    fused = index.search("the homework dog", k=100)
-    assert {scored.chunk.id: scored.score for scored in fused} == pytest.approx(expected)
-    assert (fused[0].chunk.doc_id, fused[0].score) == ("dogs", 1.0)
+    dense, lexical = (index.search("the homework dog", k=100, method=method) for method in ("dense", "lexical"))
+    best, worst = dense[0].score, dense[-1].score
+    expected = {scored.chunk.id: MEANING * (scored.score - worst) / (best - worst) for scored in dense}
+    for scored in lexical:
+        expected[scored.chunk.id] += (1 - MEANING) * scored.score / lexical[0].score
+    both = index.search("the homework dog", k=100)
+    assert {scored.chunk.id: scored.score for scored in both} == pytest.approx(expected, abs=1e-6)
+    assert both[0].chunk.doc_id == "dogs" and both[0].score == pytest.approx(1)
 
 
-@given(st.lists(st.permutations(range(20)), min_size=1, max_size=4), st.integers(0, 20))
-def test_fusion_is_one_for_what_is_first_in_all_and_never_more(rankings: list[list[int]], depth: int) -> None:
-    scores = reciprocal_ranks([np.array(ranking[:depth], dtype=np.int64) for ranking in rankings], 20)
+@given(
+    st.lists(st.floats(-1, 1, width=16), min_size=1, max_size=20),
+    st.lists(st.floats(0, 50, width=16), min_size=20, max_size=20),
+    st.randoms(),
+)
+def test_a_combined_score_is_one_at_most_and_more_words_or_meaning_never_lower_it(cosines, lexical, random) -> None:
+    near = np.array(random.sample(range(20), len(cosines)))
+    cosines = np.array(sorted(cosines, reverse=True), dtype=np.float32)
+    words = np.array(lexical, dtype=np.float32)
+    scores = combined(near, cosines, words)
     assert scores.max() <= 1 + 1e-6
-    firsts = {ranking[0] for ranking in rankings}
-    if depth and len(firsts) == 1:
-        assert scores[firsts.pop()] == pytest.approx(1)
-    assert set(np.flatnonzero(scores)) == {item for ranking in rankings for item in ranking[:depth]}
+    assert set(np.flatnonzero(scores > -np.inf)) == set(near) | set(np.flatnonzero(words))
+    assert np.all(np.diff(combined(near, cosines, np.zeros_like(words))[near]) <= 0)
+    worded = np.argsort(words)[np.count_nonzero(words == 0) :]
+    assert np.all(np.diff(combined(near[:0], cosines[:0], words)[worded]) >= 0)
+
+
+def test_a_cosine_below_the_floor_counts_as_an_unknown_one_where_there_are_words() -> None:
+    near = np.arange(FLOOR + 2)
+    cosines = np.linspace(0.9, 0.1, len(near), dtype=np.float32)
+    words = np.zeros(FLOOR + 3, dtype=np.float32)
+    words[[0, -2, -1]] = 4, 2, 2  # the best by both; below the floor; not near at all
+    scores = combined(near, cosines, words)
+    assert scores[0] == 1 and scores[-2] == scores[-1] == pytest.approx((1 - MEANING) / 2)
+    assert scores[FLOOR] < scores[FLOOR - 1] == 0  # without words the cosine alone tells
 
 
 @pytest.mark.parametrize("unit", ["chunk", "passage"])

@@ -114,7 +114,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_model_of_sentence_transformers_makes_an_index_that_opens_by_its_name(
     tmp_path: Path, tiny_model: Path, contents: Callable
 ) -> None:
-    embedder = SentenceTransformerEmbedder(tiny_model, dtype=torch.float32)
+    embedder = SentenceTransformerEmbedder(tiny_model)
     assert (embedder.dimension, embedder.max_tokens) == (32, 100 - 2 - len("query:"))
     with Index.create(tmp_path / "i", embedder=embedder) as index:
         index.add([Document("a", "Cats", "the cat sat on the mat. " * 30), Document("b", "", "another text")])

@@ -46,19 +46,15 @@ class Lexical:
         n = len(layout)
         limit = int(min(max(COMMON * n, _FEWEST_COMMON), _MOST_COMMON))
         scores, near = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
-        seen: set[bytes] = set()
-        for word in words(query):
-            if word in self._common:
+        asked = words(query)
+        for stem, word in dict(zip(store.stems(asked), asked, strict=True)).items():
+            if not stem or stem in self._common:
                 continue
             rows = store.chunk_rows_with(word, limit=limit)
             titled = store.document_rows_with(word, limit=limit)
             if rows is None or titled is None:
-                self._common.add(word)
+                self._common.add(stem)
                 continue
-            stem = rows.tobytes() + titled.tobytes()
-            if not stem or stem in seen:  # another word of the same stem came before
-                continue
-            seen.add(stem)
             holding = max(len(rows), len(titled))
             idf = math.log(1 + (n - holding + 0.5) / (holding + 0.5))
             documents = np.searchsorted(layout.documents.rows, titled)

@@ -192,6 +192,12 @@ class PostgresStore(Store):
             return "left(text, 64) = left(?, 64) AND text = ?", [value, value]
         return f"text {_COMPARED[operator]} ?", [value]
 
+    def stems(self, words: Sequence[str]) -> list[str]:
+        """See `Store.stems`."""
+        query = """SELECT plainto_tsquery('pg_catalog.english', word)::text
+            FROM unnest(%s::text[]) WITH ORDINALITY AS asked (word, place) ORDER BY place"""
+        return [stem for (stem,) in self.execute(query, ([_plain(word) for word in words],))]
+
     def chunk_rows_with(self, word: str, *, limit: int) -> "NDArray[np.int64] | None":
         """See `Store.chunk_rows_with`."""
         return self._rows_with(word, "SELECT id FROM chunks", limit)

@@ -15,7 +15,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -42,6 +42,8 @@ MERGE_CACHE_KIB = 262_144
 _CACHE_KIB = 2_000  # SQLite's own
 VECTOR_DTYPE = np.dtype("<f4")
 
+_TOKENIZER = "porter unicode61 remove_diacritics 2"
+
 # AUTOINCREMENT keeps a deleted row's number from ever meaning another row. A NULL vector: white space, never found.
 # `words` holds no text and no positions of its own (detail=none): which chunks hold a word is all that is asked of it.
 _SCHEMA = (
@@ -66,12 +68,12 @@ _SCHEMA = (
     "CREATE INDEX passages_by_document ON passages (document)",
     "CREATE INDEX chunks_by_passage ON chunks (passage)",
     "CREATE INDEX blank_chunks ON chunks (id) WHERE blank",
-    """CREATE VIRTUAL TABLE words USING fts5 (
+    f"""CREATE VIRTUAL TABLE words USING fts5 (
         text, content = 'chunks', content_rowid = 'id', detail = none, columnsize = 0,
-        tokenize = 'porter unicode61 remove_diacritics 2')""",
-    """CREATE VIRTUAL TABLE title_words USING fts5 (
+        tokenize = '{_TOKENIZER}')""",
+    f"""CREATE VIRTUAL TABLE title_words USING fts5 (
         title, content = 'documents', content_rowid = 'key', detail = none, columnsize = 0,
-        tokenize = 'porter unicode61 remove_diacritics 2')""",
+        tokenize = '{_TOKENIZER}')""",
     """CREATE TRIGGER chunk_added AFTER INSERT ON chunks BEGIN
         INSERT INTO words (rowid, text) VALUES (new.id, new.text); END""",
     """CREATE TRIGGER chunk_deleted AFTER DELETE ON chunks BEGIN
@@ -218,6 +220,17 @@ class SQLiteStore(Store):
         kind = "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"
         bound = float(value) if isinstance(value, int) and abs(value) >= 2**63 else value  # as `json_each` stored it
         return f"value {_COMPARED[operator]}" + ("" if operator == "$eq" else f" AND typeof(value) {kind}"), [bound]
+
+    def stems(self, words: Sequence[str]) -> list[str]:
+        """See `Store.stems`."""
+        with closing(sqlite3.connect(":memory:")) as memory:
+            memory.execute(f"CREATE VIRTUAL TABLE words USING fts5 (word, tokenize = '{_TOKENIZER}')")
+            memory.execute("CREATE VIRTUAL TABLE stems USING fts5vocab (words, instance)")
+            memory.executemany("INSERT INTO words VALUES (?)", [(word,) for word in words])
+            found = [""] * len(words)
+            for row, stem in memory.execute("SELECT doc, term FROM stems ORDER BY doc, offset"):
+                found[row - 1] = f"{found[row - 1]} {stem}".lstrip()
+        return found
 
     def chunk_rows_with(self, word: str, *, limit: int) -> "NDArray[np.int64] | None":
         """See `Store.chunk_rows_with`."""

@@ -105,6 +105,10 @@ class Store(ABC):
         """A list as one value of a query."""
 
     @abstractmethod
+    def stems(self, words: "Sequence[str]") -> list[str]:
+        """The stem of each word, letters and digits alone: words of one stem find the same rows. "" finds none."""
+
+    @abstractmethod
     def chunk_rows_with(self, word: str, *, limit: int) -> "NDArray[np.int64] | None":
         """The rows, ascending, of the chunks that hold `word`, letters and digits alone; None where more than `limit`.
 

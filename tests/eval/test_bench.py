@@ -170,12 +170,12 @@ def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
         recall.run(1, corpus, asked)
 
 
-@pytest.mark.weights
 def test_the_rivals_fusion_is_by_reciprocal_ranks():
     scores = reciprocal_ranks([np.array([2, 0]), np.array([2, 3])], 4)
     assert scores == pytest.approx([1 / 62, 0, 2 / 61, 1 / 62])
 
 
+@pytest.mark.weights
 def test_embedding_is_measured_on_the_passages_that_an_index_embeds(monkeypatch):
     from stripedrag.eval.bench import embed
 

@@ -43,6 +43,7 @@ SAME = """
     test_lexical_scores_are_those_of_the_formula
     test_a_word_is_felt_as_far_as_its_reach_and_not_in_another_document
     test_a_word_is_found_by_its_stem_and_without_its_accents_or_marks test_a_score_is_of_both_meaning_and_words
+    test_words_that_are_held_by_the_same_chunks_each_count test_the_order_of_a_query_does_not_matter
     test_a_smaller_k_gives_the_head_of_the_same_ranking test_passages_are_ranked_by_their_best_chunk
     dated test_filters_by_metadata test_filters_by_document test_what_is_no_search_is_refused
     test_of_a_changed_document_only_the_new_passages_are_embedded test_a_changed_metadata_costs_no_embedding

@@ -64,6 +64,18 @@ def test_a_word_is_found_by_its_stem_and_without_its_accents_or_marks(index: Ind
     assert ids(index, "bananas", method="lexical") == []
 
 
+def test_words_that_are_held_by_the_same_chunks_each_count(index: Index) -> None:
+    cakes, curie = Document("a", "", "A bakery sells radium cakes."), Document("b", "", "Marie Curie was a physicist.")
+    index.add([cakes, curie])
+    (best, other) = index.search("Marie Curie, Curie's radium", k=5, method="lexical")
+    assert (best.chunk.doc_id, best.score) == ("b", pytest.approx(2 * other.score))
+
+
+def test_the_order_of_a_query_does_not_matter(index: Index) -> None:
+    index.add([Document("a", "", "alpha beta."), Document("b", "beta", "alpha only."), Document("c", "", "others")])
+    assert index.search("alpha beta", k=5) == index.search("beta alpha", k=5)
+
+
 def test_the_words_of_a_query_are_letters_and_digits() -> None:
     assert words("What's C++'s “x_1”-Naïve re\u0301sume\u0301 x_1 WHAT?") == [
         "what",
@@ -120,6 +132,12 @@ def test_a_cosine_below_the_floor_counts_as_an_unknown_one_where_there_are_words
     scores = combined(near, cosines, words)
     assert scores[0] == 1 and scores[-2] == scores[-1] == pytest.approx((1 - MEANING) / 2)
     assert scores[FLOOR] < scores[FLOOR - 1] == 0  # without words the cosine alone tells
+
+
+def test_cosines_that_hardly_differ_hardly_tell_apart() -> None:
+    scores = combined(np.arange(3), np.float32([0.35, 0.3499, 0.3498]), np.float32([0, 0, 5]))
+    assert scores == pytest.approx([MEANING, MEANING, 1], abs=0.002)
+    assert combined(np.arange(1), np.float32([0.2]), np.float32([3])) == [1]
 
 
 @pytest.mark.parametrize("unit", ["chunk", "passage"])

@@ -123,9 +123,7 @@ def test_counting_is_what_a_filling_costs_and_few_counts_do(index, tokenizer):
 
 def test_repeats_are_left_out_and_told(tmp_path, minilm):
     """The same page under two names, and again with its last word changed, which may be what is asked for."""
-    text = (
-        "The lighthouse of Veyrac was built in 1862 by the engineer Aurel Costin on the outermost rock of the bay. " * 2
-    )
+    text = "The lighthouse of Veyrac was built in 1862 by the engineer Aurel Costin on the outermost rock of the bay. "
     documents = [
         Document("a", "", text),
         Document("b", "", text),

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MEANING = 0.4  # the weight of meaning; words have the rest
-FLOOR = 2048  # the place in the ranking by meaning whose cosine counts nothing
-LEAST_RANGE = 0.05  # of cosines: those of one text in two batches differ by a hundredth of it in bfloat16
+FLOOR = 2048  # the place in the ranking by meaning whose cosine is the least that an item with words counts
+LEAST_RANGE = 0.05  # of cosines: those of one text in two batches differ by up to .001 in bfloat16
 
 
 def combined(
@@ -23,7 +23,7 @@ def combined(
     `near` are the m items by falling `cosines` c_1 … c_m, and f is the smaller of FLOOR and m: with the usual range
     m(f) is 0. `lexical` (n,) are the scores by words, 0 without any, and l_1 the highest. An item with words counts c_f
     where its cosine is unknown or lower, so that it is not told apart by how far the ranking by meaning was asked for;
-    one without words has less than 0 below c_f.
+    one without words has less than that below c_f.
     """
     scores = np.full(len(lexical), -np.inf, dtype=np.float32)
     worded = np.flatnonzero(lexical)

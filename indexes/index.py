@@ -318,8 +318,9 @@ class Index:
         "dense" scores by the cosine of the passage, "lexical" by positional BM25 and finds only what has a word of the
         query. `where` narrows the search to documents by their metadata (see `stripedrag.indexes.filters`), `doc_ids`
         to these documents. `unit` "passage" returns whole passages, each ranked by its best chunk. White space is never
-        found. Raises `UsageError` for `k` below 1, a query that is blank or longer than the embedder reads, a filter
-        that is none and a document that is not there; `CorpusError` where the index holds no document.
+        found. Raises `UsageError` for `k` below 1, a query that is blank or (not by words alone) longer than the
+        embedder reads, a filter that is none and a document that is not there; `CorpusError` where the index holds no
+        document.
         """
         if k < 1:
             raise UsageError(f"k is {k}; a search returns at least 1 chunk. Raise it.")

@@ -4,10 +4,12 @@ A chunk of 64 wordpieces is small enough to fill a budget well and too small to 
 word counts in its neighbours too: with x_t(i) = 1 where chunk i holds the stem t, over the chunks of one document,
 
     y_t(i) = Σ_{|j| ≤ REACH} exp(-|j| / DECAY) x_t(i + j)       (a propagated count; Lv & Zhai, SIGIR 2009)
+             + TITLE where the title of the document holds t
     score(i) = Σ_t idf_t · y_t(i) (K1 + 1) / (y_t(i) + K1)       (BM25; Robertson & Zaragoza 2009, eq. 3.15)
-    idf_t = log(1 + (n - n_t + .5) / (n_t + .5))                 n chunks, n_t with the stem, or n_t titles
+    idf_t = log(1 + (n - n_t + .5) / (n_t + .5))                 n chunks; n_t with the stem, or titles if more
 
-Words that more than `COMMON` of the chunks hold are left out: they decide nothing and cost the most.
+Words that more than `COMMON` of the chunks hold (but at least 1,000, at most 50,000 of them) are left out: they decide
+nothing and cost the most.
 """
 
 import math
@@ -47,7 +49,9 @@ class Lexical:
         limit = int(min(max(COMMON * n, _FEWEST_COMMON), _MOST_COMMON))
         scores, near = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
         asked = words(query)
-        for stem, word in dict(zip(store.stems(asked), asked, strict=True)).items():
+        for stem, word in sorted(
+            dict(zip(store.stems(asked), asked, strict=True)).items()
+        ):  # sums depend on their order
             if not stem or stem in self._common:
                 continue
             rows = store.chunk_rows_with(word, limit=limit)
@@ -64,8 +68,7 @@ class Lexical:
 
 def words(query: str) -> list[str]:
     """The words of a query, letters and digits alone, each once, in their order."""
-    found = _WORD.findall(unicodedata.normalize("NFC", query))
-    return list(dict.fromkeys(word.lower() for word in found))  # after: "İ" in lower case is two characters
+    return list(dict.fromkeys(_WORD.findall(unicodedata.normalize("NFC", query))))
 
 
 def _add(

@@ -31,7 +31,7 @@ _PASSAGES_AT_ONCE = 512
 _MOST_ID_BYTES = 2000  # a B-tree's entry has 2704 at most
 
 # Cf. the schema of `stripedrag.indexes.sqlite`. The one row of `state` is the lock of the writers, too: each begins by
-# its generation. `words` are those that `_plain` leaves of a text, so that both stores find the same: Postgres's own
+# its generation. `words` are those that `_plain` leaves of a text, so that both stores find nearly the same: Postgres's
 # parser takes "end.Next" for the name of a host and keeps accents. An index has the beginning of a text of metadata: an
 # entry cannot be as long as a text.
 _WORDS = "strip(to_tsvector('pg_catalog.english', plain))"
@@ -365,7 +365,7 @@ def _decimal(value: float | bool | None) -> Decimal | None:
 
 
 def _plain(text: str) -> str:
-    """The words of a text, each once and without its accents."""
+    """The words of a text in lower case, each once and without its accents."""
     if not text.isascii():
         text = "".join(character for character in normalize("NFD", text) if not combining(character))
-    return " ".join(words(text))
+    return " ".join(words(text)).lower()

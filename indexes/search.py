@@ -1,8 +1,10 @@
 """Ranks the chunks of a store for a query: by meaning, by words, or by both.
 
-Contract: the same contents and query give the same ranking; equal scores are told apart by (document id, start). A
+Contract: the same vectors and query give the same ranking; equal scores are told apart by (document id, start). A
 passage's cosine counts for each of its chunks; the two scores of a chunk are combined (`fusion.py`), so that of the
 chunks of one passage that is near in meaning those with the query's words come first.
+Limits: which of equal cosines are found at the depth max(k, FLOOR) depends on their age; above 65,536 passages (over
+Postgres 200,000) cosines are those of 8-bit vectors or of a graph, and depend on when these were made.
 """
 
 from collections.abc import Sequence

@@ -227,10 +227,8 @@ class SQLiteStore(Store):
             memory.execute(f"CREATE VIRTUAL TABLE words USING fts5 (word, tokenize = '{_TOKENIZER}')")
             memory.execute("CREATE VIRTUAL TABLE stems USING fts5vocab (words, instance)")
             memory.executemany("INSERT INTO words VALUES (?)", [(word,) for word in words])
-            found = [""] * len(words)
-            for row, stem in memory.execute("SELECT doc, term FROM stems ORDER BY doc, offset"):
-                found[row - 1] = f"{found[row - 1]} {stem}".lstrip()
-        return found
+            found = dict(memory.execute("SELECT doc, min(term) FROM stems GROUP BY doc HAVING count(*) = 1"))
+        return [found.get(row, "") for row in range(1, len(words) + 1)]
 
     def chunk_rows_with(self, word: str, *, limit: int) -> "NDArray[np.int64] | None":
         """See `Store.chunk_rows_with`."""
@@ -420,7 +418,7 @@ class SQLiteStaging:
 
 def _is_full(error: sqlite3.DatabaseError) -> bool:
     """Whether SQLite may mean a full disk, which it calls either."""
-    return "full" in str(error) or "disk I/O" in str(error)
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 @contextmanager

@@ -106,13 +106,18 @@ class Store(ABC):
 
     @abstractmethod
     def stems(self, words: "Sequence[str]") -> list[str]:
-        """The stem of each word, letters and digits alone: words of one stem find the same rows. "" finds none."""
+        """The stem of each word, letters and digits alone: words of one stem find the same rows.
+
+        "" for a word that finds none: what Postgres takes for a stop word, what SQLite's tokenizer splits.
+        """
 
     @abstractmethod
     def chunk_rows_with(self, word: str, *, limit: int) -> "NDArray[np.int64] | None":
         """The rows, ascending, of the chunks that hold `word`, letters and digits alone; None where more than `limit`.
 
-        A word is found by its stem and without its accents.
+        A word is found by its stem and without its accents. Limits of SQLite's tokenizer: Greek and Cyrillic keep
+        theirs, and scripts are not found where NFC writes them in another way than the text does (Bengali, Hindi).
+        Limit of Postgres's parser: it may take a word of letters and digits for several, which all have to be there.
         """
 
     @abstractmethod

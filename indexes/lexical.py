@@ -49,9 +49,8 @@ class Lexical:
         limit = int(min(max(COMMON * n, _FEWEST_COMMON), _MOST_COMMON))
         scores, near = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
         asked = words(query)
-        for stem, word in sorted(
-            dict(zip(store.stems(asked), asked, strict=True)).items()
-        ):  # sums depend on their order
+        by_stem = dict(zip(store.stems(asked), asked, strict=True))
+        for stem, word in sorted(by_stem.items()):  # sums depend on their order
             if not stem or stem in self._common:
                 continue
             rows = store.chunk_rows_with(word, limit=limit)

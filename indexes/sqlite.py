@@ -418,7 +418,8 @@ class SQLiteStaging:
 
 def _is_full(error: sqlite3.DatabaseError) -> bool:
     """Whether SQLite may mean a full disk, which it calls either."""
-    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    code = getattr(error, "sqlite_errorcode", 0)  # the module's own errors have none
+    return code & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 @contextmanager

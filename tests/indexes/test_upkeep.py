@@ -91,6 +91,13 @@ def test_a_search_in_a_damaged_index_says_so(
         damaged.search("cat", k=3)
 
 
+def test_a_text_that_is_no_text_is_told_by_the_documents_too(index: Index, pets: list[Document]) -> None:
+    index.add(pets)
+    harm(index, "UPDATE chunks SET text = CAST(x'ff41' AS TEXT)")
+    with pytest.raises(StoreError, match=r"Could not decode to UTF-8 .* Run `stripedrag verify` on it"):
+        index.document("cats")
+
+
 def test_verify_lets_others_write_and_reads_what_it_can_of_an_index_that_is_read_only(
     index: Index, pets: list[Document]
 ) -> None:

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from stripedrag.errors import CorpusError, SetupError, StoreError, UsageError
+from stripedrag.eval.cli import app
 from stripedrag.indexes import Document, ray_workers
 from stripedrag.indexes.preparing import Changed
-from stripedrag.rag.cli import app
 
 WINDOW = [Changed(Document(name, "", "x" * 10), {}) for name in "abcd"]
 

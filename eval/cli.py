@@ -100,8 +100,6 @@ def corpus(
     as_json: AsJson = False,
 ) -> None:
     """Write the corpus that the default model is trained on: texts and questions, and what is held out of both."""
-    if to.exists() and not to.is_dir():
-        raise UsageError(f"{to} is a file; give a folder")
     quiet_libraries()
     from stripedrag.eval.corpus.build import build
 
@@ -191,7 +189,7 @@ def stripe(
     except OSError as error:
         raise UsageError(f"{recipe} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise UsageError(f"{recipe or layers} is no recipe: {faults(error)}") from error
+        raise UsageError(f"{' with --layers '.join(str(g) for g in (recipe, layers) if g)}: {faults(error)}") from error
     except ValueError as error:
         raise UsageError(f"--layers is {layers!r}; it is a number, or layers with commas between, as 3,4,9") from error
     if find_spec("matplotlib") is None:

@@ -72,6 +72,12 @@ def substring_exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(normalized(reference) in given for reference in references))
 
 
+def words_match(prediction: str, references: Sequence[str]) -> float:
+    """1 if the words of a normalised reference stand in the normalised prediction, one after another: 13 not in 213."""
+    given = f" {normalized(prediction)} "
+    return float(any(f" {normalized(reference)} " in given for reference in references))
+
+
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L's F-measure with stemming, at the best reference (Lin 2004; the rouge-score package)."""
     return _rouge(prediction, references, "rougeL")
@@ -100,6 +106,7 @@ METRICS: dict[str, Metric] = {
         exact_match,
         token_f1,
         substring_exact_match,
+        words_match,
         rouge_l,
         rouge_1,
         rouge_2,

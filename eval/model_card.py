@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -11,16 +12,18 @@ from random import Random
 from typing import Any
 
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 
 from stripedrag.eval.run_files import write_whole
 from stripedrag.model.striping import Corpus, Evaluation, Recipe
+from stripedrag.model.striping.data import ANSWER, TEXT
 from stripedrag.model.striping.ranking import LayerCost
 
 SAMPLES = 20
 _SHOWN_CHARS = 240
 _CURVES = (
     ("error", "relative error"),
-    ("kl", "KL to the teacher"),
+    ("kl", "KL to the teacher, nats a token"),
     ("answer_nats", "nats a token of answers"),
     ("exact", "answers exact"),
 )
@@ -45,11 +48,11 @@ def write_card(
         _stretches(evaluation),
         "![what was measured while it was trained](curves.svg)" if curves else "",
         "## Made by",
-        _stages(recipe, logs),
+        _stages(teacher, recipe, logs, _read_tokens(run, recipe)),
         _ranking(run / "ranking.json", layers),
         "## Trained on",
         _data(corpus),
-        f"## {SAMPLES} questions of the training data, by chance",
+        "## Questions of the training data, by chance",
         _samples(corpus, recipe.seed),
     ]
     write_whole(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
@@ -57,12 +60,12 @@ def write_card(
 
 
 def _what(teacher: str, layers: Sequence[int], recipe: Recipe) -> str:
-    adapted = f", with differences of rank {recipe.rank}" if recipe.rank else ""
+    trained = f"norms and differences of rank {recipe.rank}" if recipe.rank else "norms"
     made = (
         f"`{teacher}` striped: layers {', '.join(map(str, layers))} are Hyena layers that were distilled from its "
-        f"attention; the others are its own{adapted}."
+        f"attention; of the others {trained} were trained."
         if layers
-        else f"`{teacher}` fine-tuned, without Hyena layers, as a rival for one with them{adapted}."
+        else f"`{teacher}` fine-tuned, without Hyena layers, as a rival for one with them: {trained} were trained."
     )
     if recipe.begins_from:
         made += f" It began from what an earlier run had changed (sha256 `{recipe.begins_from}`)."
@@ -145,7 +148,21 @@ def _stretches(evaluation: Evaluation) -> str:
     return _table(["positions", "tokens", *(f"nats, {name}" for name in names)], rows)
 
 
-def _stages(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]]) -> str:
+def _read_tokens(run: Path, recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """By stage, the answers in its windows, and the tokens that are learnt from."""
+    counts = {}
+    for stage in recipe.stages:
+        if (path := run / "windows" / f"{stage.name}.safetensors").exists():
+            kinds = load_file(path)["kinds"]
+            is_answer = kinds == ANSWER
+            begins = is_answer[:, 1:] & ~is_answer[:, :-1]
+            counts[stage.name] = int(begins.sum()), int((is_answer | (kinds == TEXT)).sum())
+    return counts
+
+
+def _stages(
+    teacher: str, recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]], counts: Mapping[str, tuple[int, int]]
+) -> str:
     rows = []
     for stage in recipe.stages:
         if not logs[stage.name]:  # without Hyena layers there is nothing to distil layer by layer
@@ -154,14 +171,20 @@ def _stages(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]]) -> str:
         seconds = sum(line["seconds"] for line in logs[stage.name])
         rate = f"{stage.steps * tokens / seconds:,.0f}"
         rates = f"{stage.hyena_rate:g}" + (f", {stage.adapter_rate:g}" if stage.kind != "layers" else "")
+        answers, learnt = counts[stage.name]
         rows.append(
-            [stage.name, stage.kind, f"{stage.length:,}", f"{stage.steps * tokens:,}", f"{tokens:,}", rates, rate]
+            [
+                *(stage.name, stage.kind, f"{stage.length:,}", f"{stage.steps * tokens:,}"),
+                *(("", "") if stage.kind == "layers" else (f"{learnt:,}", f"{answers:,}")),
+                *(f"{tokens:,}", rates, rate),
+            ]
         )
-    head = ["stage", "kind", "window", "tokens", "tokens a step", "rates (Hyena, others)", "tokens/s"]
-    command = "stripedrag stripe --recipe recipe.json" + (" --from …" if recipe.begins_from else "")
+    head = ["stage", "kind", "window", "tokens", "learnt from", "answers", "tokens a step", "rates (Hyena, others)"]
+    begun = " --from …" if recipe.begins_from else ""
     return (
-        f"Seed {recipe.seed}; {recipe.modes} modes, {recipe.taps} taps. The whole recipe: `recipe.json`; "
-        f"`{command}` makes the model again.\n\n" + _table(head, rows)
+        f"Seed {recipe.seed}; {recipe.modes} modes, {recipe.taps} taps. The whole recipe: `recipe.json`; `stripedrag "
+        f"stripe {teacher} --data … --recipe recipe.json{begun} --to …` with the data below makes the model again.\n\n"
+        + _table([*head, "tokens/s"], rows)
     )
 
 
@@ -180,15 +203,16 @@ def _ranking(path: Path, layers: Sequence[int]) -> str:
 
 def _data(corpus: Corpus) -> str:
     questions = Counter(one.source or "(no source)" for one in corpus.asked)
-    texts = Counter(one.id.split("/")[0] if "/" in one.id else "(others)" for one in corpus.texts)
+    texts = Counter(re.split(r"/|-\d", one.id)[0] for one in corpus.texts)
     chars = sum(len(one.text) for one in corpus.texts)
     rows = [["texts", source, f"{count:,}"] for source, count in texts.most_common()]
     rows += [["questions", source, f"{count:,}"] for source, count in questions.most_common()]
     passages = {one.passage for one in corpus.asked}
     unanswerable = sum(one.unanswerable for one in corpus.asked)
     return (
-        f"{len(corpus.texts):,} texts of {chars / 1e6:.1f} million characters; {len(corpus.asked):,} questions on "
-        f"{len(passages):,} passages, {unanswerable:,} of them without an answer. Held out: {len(corpus.held_texts):,} "
+        f"Windows were drawn, as far as the stages go, from {len(corpus.texts):,} texts of {chars / 1e6:.1f} million "
+        f"characters and {len(corpus.asked):,} questions on {len(passages):,} passages, {unanswerable:,} of them "
+        f"without an answer; others are asked where their passage is not. Held out: {len(corpus.held_texts):,} "
         f"texts, {len(corpus.held_asked):,} questions. sha256 of all lines: `{corpus.fingerprint()}`.\n\n"
         + _table(["kind", "source", "count"], rows)
     )
@@ -213,7 +237,7 @@ def _log(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *([_line(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

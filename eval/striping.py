@@ -22,8 +22,8 @@ from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import STRIPED, WEIGHTS
 from stripedrag.model.striping import Progress, Recipe, Run
-from stripedrag.model.striping.changes import TRANSFORMER, striped_model, transformer_digest
-from stripedrag.model.striping.families import striped_config
+from stripedrag.model.striping.changes import TRANSFORMER, striped_model
+from stripedrag.model.striping.families import striped_config, transformer_digest
 from stripedrag.model.striping.processes import Processes
 from stripedrag.rag.striping import framing, read_corpus
 from stripedrag.weights import sha256
@@ -87,21 +87,34 @@ def stripe(
         if begun is not None and processes.is_first:
             begun.keep(to / WORK / BEGUN)
         layers = run.hyena_layers(progress)
-        evaluation = run.finish(run.train(layers, progress), to)
+        written = to / WORK / "written"
+        evaluation = run.finish(run.train(layers, progress), written)
         if evaluation is None:
             return {}
-        tokenizer.save_pretrained(to)
+        tokenizer.save_pretrained(written)
         name = to.resolve().name
-        card = write_card(to, to / WORK, name=name, teacher=model, layers=layers, evaluation=evaluation, corpus=corpus)
-    return {"model": to, "card": card, "changes": to / _CHANGES}
+        write_card(written, to / WORK, name=name, teacher=model, layers=layers, evaluation=evaluation, corpus=corpus)
+        _put(written, to)
+    return {"model": to, "card": to / "README.md", "changes": to / _CHANGES}
+
+
+def _put(written: Path, to: Path) -> None:
+    """Move a model's files to their place. None of it can be loaded until the last, its config, is there."""
+    (to / _CONFIG).unlink(missing_ok=True)
+    mode = (written / _CONFIG).stat().st_mode
+    for file in sorted(written.iterdir(), key=lambda file: file.name == _CONFIG):
+        file.chmod(mode)  # safetensors makes files that nobody else can read
+        file.replace(to / file.name)
+    written.rmdir()
 
 
 @dataclass(frozen=True)
 class _Begun:
-    """What another run changed, and `recipe`, with its layers and its hash."""
+    """What another run changed, its Hyena `layers`, and `recipe`, with these and its hash."""
 
     config_file: Path
     file: Path
+    layers: tuple[int, ...]
     recipe: Recipe
     changed: Mapping[str, Tensor]
 
@@ -115,9 +128,8 @@ class _Begun:
                 f"{teacher.config.name_or_path}; give the model that it was made from"
             )
         recipe, tensors = self.recipe, teacher.state_dict()
-        assert isinstance(recipe.hyena_layers, tuple)
         try:
-            config = striped_config(teacher.config, tensors, recipe.hyena_layers, modes=recipe.modes, taps=recipe.taps)
+            config = striped_config(teacher.config, tensors, self.layers, modes=recipe.modes, taps=recipe.taps)
             striped_model(tensors, config, self.changed)
         except CheckpointError as error:
             raise UsageError(f"{self.file} does not go with {teacher.config.name_or_path}: {error}") from error
@@ -149,8 +161,9 @@ def _begun(recipe: Recipe, begin: str, kept: Path) -> _Begun:
         raise UsageError(
             f"--from is {begin}, and this run began from other changes{instead}, or another folder by --to"
         )
+    layers = tuple(i for i in range(config.num_layers) if i not in config.attn_layer_idxs)
     own = {
-        "hyena_layers": tuple(i for i in range(config.num_layers) if i not in config.attn_layer_idxs),
+        "hyena_layers": layers,
         "modes": config.state_size,
         "taps": config.short_filter_length,
         "rank": next((len(tensor) for name, tensor in changed.items() if name.endswith(".down")), 0),
@@ -162,14 +175,16 @@ def _begun(recipe: Recipe, begin: str, kept: Path) -> _Begun:
                 f"the recipe's {name} is {getattr(recipe, name)} and that of {file} is {own[name]}; leave it out"
             )
     try:
-        return _Begun(config_file, file, Recipe.model_validate(recipe.model_dump() | own), changed)
+        return _Begun(config_file, file, layers, Recipe.model_validate(recipe.model_dump() | own), changed)
     except ValidationError as error:
         raise UsageError(f"with --from {begin} the recipe cannot be: {faults(error)}") from error
 
 
 def _has_strangers(to: Path) -> bool:
-    """Whether a folder holds anything that was not left there by a run that was refused before it began."""
-    return any(path not in (to / WORK, to / WORK / ".lock") for path in to.rglob("*"))
+    """Whether a folder holds anything that was not left there by a run that was killed or refused before it began."""
+    ours = {to / WORK} | {to / WORK / name for name in (".lock", "teacher", "model.sha256", "data.sha256")}
+    folders = [folder for folder in (to, to / WORK) if folder.is_dir()]
+    return any(path not in ours for folder in folders for path in folder.iterdir())
 
 
 @contextmanager

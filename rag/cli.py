@@ -61,9 +61,12 @@ def main() -> None:
         err.print(harmless(f"error: {error}"), style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.filename is not None:
+            err.print(harmless(f"error: {error.filename}: {error.strerror}"), style="red", markup=False, soft_wrap=True)
+        elif error.errno == errno.ENOSPC:
+            err.print("error: what the command prints cannot be written: no space is left there", style="red")
+        else:
             raise
-        err.print("error: what the command prints cannot be written: no space is left there", style="red")
         sys.exit(1)
 
 

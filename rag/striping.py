@@ -32,8 +32,8 @@ def framing(tokenizer: "PreTrainedTokenizerBase", name: str) -> Framing:
 def read_corpus(data: Iterable[Path], held_out: Iterable[Path]) -> Corpus:
     """Files of texts and of questions, told apart by the first line's keys; `held_out` are those to measure on.
 
-    Raises `CorpusError` for a file that cannot be read, where texts or questions to measure on are lacking, and for a
-    text or passage on both sides.
+    Raises `CorpusError` for a file that cannot be read, where texts or questions to measure on are lacking, and for
+    what stands on both sides as a whole text or passage.
     """
     texts, asked = _read(data)
     held_texts, held_asked = _read(held_out)
@@ -44,17 +44,17 @@ def read_corpus(data: Iterable[Path], held_out: Iterable[Path]) -> Corpus:
             "striping needs questions to train on and others to measure on; give files whose lines have passage, "
             "question and answers"
         )
-    _refuse_seen({one.text for one in texts}, {one.text for one in held_texts}, "text")
-    _refuse_seen({one.passage for one in asked}, {one.passage for one in held_asked}, "passage")
+    if seen := sorted(_read_in(texts, asked) & _read_in(held_texts, held_asked)):
+        raise CorpusError(
+            f"{len(seen)} held-out texts and passages are also among those to train on, the first {seen[0][:60]!r}; "
+            "leave them out of either"
+        )
     return Corpus(texts, asked, held_texts, held_asked)
 
 
-def _refuse_seen(trained: set[str], held_out: set[str], kind: str) -> None:
-    if seen := sorted(trained & held_out):
-        raise CorpusError(
-            f"{len(seen)} held-out {kind}s are also among those to train on, the first {seen[0][:60]!r}; leave them "
-            "out of either"
-        )
+def _read_in(texts: Iterable[Text], asked: Iterable[Asked]) -> set[str]:
+    """What a model reads, whatever the spaces."""
+    return {" ".join(text.split()) for text in (*(one.text for one in texts), *(one.passage for one in asked))}
 
 
 class _Either(BaseModel):

@@ -4,17 +4,20 @@ It is the same bytes always.
 
 Nothing in it is of a document that an evaluation asks about: `rag_qa`'s documents without questions and those of its
 `train` part are taken, no other, and whatever shares thirteen words in a row with an evaluation's document is left out.
+What is held out to measure on shares next to none with what is trained on.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from random import Random
 
+from stripedrag.errors import UsageError
+from stripedrag.eval.corpus.overlap import Overlap, evaluated_apart
 from stripedrag.eval.corpus.packages import Package, packages, texts
 from stripedrag.eval.corpus.planted import Chance, plant
 from stripedrag.eval.corpus.questions import natural, title_of
@@ -27,7 +30,9 @@ from stripedrag.model.striping.data import Asked, Text
 
 PLANTED = 12_000  # documents with planted facts, and
 EXCERPTS = 8_000  # of longer ones
-HELD_OUT = 50  # one document in so many is kept to measure on
+HELD_OUT = 50  # one document in so many is kept to measure on,
+SEEN = 0.02  # but for one of whose runs of words a larger share stands in what is trained on: that is in no file
+FILES = ("texts", "held-out-texts", "questions", "held-out-questions")
 EVALUATED_WORDS = frozenset((*NAMES, *TOWNS, *ADJECTIVES, *NOUNS, *MATERIALS))  # what evaluations plant
 _ARTICLE_CHARS = 4_000
 _HOST_CHARS = 2_500  # of a document with planted facts, at most
@@ -37,62 +42,48 @@ _RAG_QA, _WIKIPEDIA = DATA / "rag_qa", "2wiki-distractor"
 def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[str, int]:
     """Write texts and questions, and what is held out of both, as JSONL into `folder`; returns the lines of each file.
 
-    Raises what `packages.texts` raises.
+    Raises `UsageError` where one of the files is there, and what `packages.texts` raises.
     """
+    files = {name: folder / f"{name}.jsonl" for name in FILES}
+    if there := [path for path in files.values() if path.exists()]:
+        raise UsageError(f"{there[0]} is there already; remove it, or give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     tell("reading what evaluations ask about")
-    foreign = Overlap(evaluated())
+    foreign = Overlap.of(evaluated()) | evaluated_apart()
     tell("questions")
     asked = [one for one in [*natural(), *_train_part()] if not foreign.shares(one.passage)]
-    documents = [*_distractors(), *_articles(one for one in asked if not is_held_out(one.passage))]
+    documents = list(_distractors())
     for package in packages():
         tell(f"texts of {package.name}")
         documents += _some(package)
-    documents = [document for document in documents if not foreign.shares(document.text)]
+    held_out = [document for document in documents if is_held_out(document.text)]
+    documents = [document for document in documents if not is_held_out(document.text)]
+    documents += _articles(one for one in asked if not is_held_out(one.passage))
+    documents, held_out = ([one for one in some if not foreign.shares(one.text)] for some in (documents, held_out))
     rng = Chance(0)
     rng.names, rng.words = vocabulary_of(document.text for document in documents)
     rng.barred = EVALUATED_WORDS
-    short = [document for document in documents if len(document.text) <= _HOST_CHARS]
-    hosts = rng.choices(short, k=PLANTED)
-    planted = [(host, plant(host, rng, number)) for number, host in enumerate(hosts)]
-    hidden = {host.text for host, ones in planted if is_held_out(ones[0].passage)}
-    asked += [one for host, ones in planted for one in ones if host.text not in hidden or is_held_out(one.passage)]
-    asked += [one for ones in _in_excerpts(documents, rng) for one in ones]
-    documents = [document for document in documents if document.text not in hidden]
-    files: dict[str, str] = {}
-    for name, records in (("texts", documents), ("questions", asked)):
-        lines: dict[str, list[str]] = {name: [], f"held-out-{name}": []}
-        for record in records:
-            content = record.text if isinstance(record, Text) else record.passage
-            lines[f"held-out-{name}" if is_held_out(content) else name].append(record.model_dump_json() + "\n")
-        files |= {file: "".join(kept) for file, kept in lines.items()}
+    asked += _planted(documents, rng)
+    held_asked = [one for one in asked if is_held_out(one.passage)]
+    hidden = {one.id.split(":")[2] for one in held_asked if one.source == "planted"}
+    documents = [document for document in documents if document.id not in hidden]
+    asked = [one for one in asked if not is_held_out(one.passage)]
+    tell("what is held out against what is not")
+    trained = (*(one.text for one in documents), *dict.fromkeys(one.passage for one in asked))
+    seen = Overlap.between([*(one.text for one in held_out), *(one.passage for one in held_asked)], trained)
+    held_out = [one for one in held_out if seen.share(one.text) <= SEEN]
+    held_asked = [one for one in held_asked if seen.share(one.passage) <= SEEN]
+    parts: tuple[Sequence[Text] | Sequence[Asked], ...] = (documents, held_out, asked, held_asked)
     with ExitStack() as at_last:  # all of them are written before the first takes its place
-        for file, content in files.items():
-            at_last.enter_context(written_whole(folder / f"{file}.jsonl")).write_text(content, encoding="utf-8")
-    return {file: content.count("\n") for file, content in files.items()}
+        for path, records in zip(files.values(), parts, strict=True):
+            content = "".join(record.model_dump_json() + "\n" for record in records)
+            at_last.enter_context(written_whole(path)).write_text(content, encoding="utf-8")
+    return {name: len(records) for name, records in zip(files, parts, strict=True)}
 
 
 def is_held_out(text: str) -> bool:
     """Whether a document or passage is one to measure on, by its hash, so that all its questions are on one side."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
-
-
-class Overlap:
-    """Runs of thirteen words of some texts, by hash."""
-
-    words = 13
-
-    def __init__(self, known: Iterable[str]) -> None:
-        self._known = {run for text in known for run in self._runs(text)}
-
-    def shares(self, text: str) -> bool:
-        """Whether a text has such a run."""
-        return any(run in self._known for run in self._runs(text))
-
-    def _runs(self, text: str) -> Iterator[int]:
-        words = re.findall(r"[a-z0-9]+", text.lower())
-        for i in range(len(words) - self.words + 1):
-            yield hash(" ".join(words[i : i + self.words]))
 
 
 def evaluated() -> Iterator[str]:
@@ -173,20 +164,27 @@ def _articles(asked: Iterable[Asked]) -> Iterator[Text]:
             yield Text(id=f"{source}/{number}", title=title_of(passages[0]), text="\n".join(passages))
 
 
-def _in_excerpts(documents: Iterable[Text], rng: Chance) -> Iterator[list[Asked]]:
-    """Questions on facts in parts of long documents, the longer the more: mostly novels. None is held out, since the
-    whole document may be read."""
-    long = [
-        document for document in documents if len(document.text) > 4 * _HOST_CHARS and not is_held_out(document.text)
-    ]
-    lengths = [len(document.text) for document in long]
+def _planted(documents: Sequence[Text], rng: Chance) -> Iterator[Asked]:
+    """Questions on facts planted in short documents, and in parts of long ones, the longer the more: mostly novels.
+
+    A short document with a passage that is held out has no other, and is no text to train on. No part of a long one is
+    held out, since the whole of it may be read.
+    """
+    hosts = rng.choices([one for one in documents if len(one.text) <= _HOST_CHARS], k=PLANTED)
+    planted = [(host.id, plant(host, rng, number)) for number, host in enumerate(hosts)]
+    hidden = {host for host, ones in planted if is_held_out(ones[0].passage)}
+    for host, ones in planted:
+        if host not in hidden or is_held_out(ones[0].passage):
+            yield from ones
+    long = [one for one in documents if len(one.text) > 4 * _HOST_CHARS]
+    lengths = [len(one.text) for one in long]
     for number, document in enumerate(rng.choices(long, lengths, k=EXCERPTS) if long else ()):
         start = document.text.find("\n", rng.randrange(len(document.text) - 2 * _HOST_CHARS)) + 1
         end = document.text.rfind("\n", start, start + _HOST_CHARS)
         part = document.text[start : end if end > 0 else start + _HOST_CHARS].replace("\n", " ")
         ones = plant(document.model_copy(update={"text": part}), rng, PLANTED + number)
         if not is_held_out(ones[0].passage):
-            yield ones
+            yield from ones
 
 
 def _gathered(passages: Iterable[str]) -> Iterator[list[str]]:

@@ -533,7 +533,7 @@ def plant(document: Text, rng: Chance, number: int = 0) -> list[Asked]:
     are alike. One kind in four states two values under one name, both of which are asked for. `number` is part of the
     ids.
     """
-    sentences = [s for s in re.split(r"(?<=[.!?]) +", document.text) if s]
+    sentences = [s for s in _BETWEEN.split(document.text) if s]
     sort = rng.choice(KINDS).name
     kinds = [kind for kind in KINDS if kind.name is sort] if rng.random() < 0.5 else KINDS
     told = [(kind, _facts(kind, rng)) for kind in rng.sample(kinds, min(len(kinds), rng.randrange(1, 6)))]
@@ -545,7 +545,7 @@ def plant(document: Text, rng: Chance, number: int = 0) -> list[Asked]:
     for which, (kind, facts) in enumerate(told):
         for name in dict.fromkeys(name for name, _ in facts):
             values = list(dict.fromkeys(value for named, value in facts if named == name))
-            answers = sorted((value.split("|")[-1] for value in values), key=passage.find)
+            answers = sorted((value.split("|")[-1] for value in values), key=lambda value: _place(value, passage))
             asked.append(
                 Asked(
                     id=f"planted:{number}:{document.id}:{which}:{name}",
@@ -581,4 +581,15 @@ def _facts(kind: Kind, rng: Chance) -> list[tuple[str, str]]:
 def _filled(pattern: str, name: str, value: str) -> str:
     parts = value.split("|")
     sentence = pattern.format(name, parts if len(parts) > 1 else value)
-    return sentence[0].upper() + sentence[1:]
+    return _ARTICLE.sub(r"\1n ", sentence[0].upper() + sentence[1:])
+
+
+def _place(value: str, passage: str) -> int:
+    """Where a value that was planted stands: as a word, and perhaps at the beginning of a sentence."""
+    found = re.search(rf"(?<!\w){re.escape(value)}(?!\w)", passage, re.IGNORECASE)
+    assert found is not None, (value, passage)
+    return found.start()
+
+
+_BETWEEN = re.compile(r"(?<=\w{3}[.!?]) +(?=[A-Z\"“])")  # "c. 1949" and "translit. ani" are no ends
+_ARTICLE = re.compile(r"\b([Aa]) (?=[aio]|e(?!u)|u(?!ni|s[aeu]|ti|ra))")

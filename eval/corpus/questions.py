@@ -1,7 +1,6 @@
 """Natural questions on passages, with answers, for training: `qa_train.jsonl.xz`, whose sources stand in SOURCES.md."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,18 @@ def natural() -> Iterator[Asked]:
 
 
 def title_of(passage: str) -> str:
-    """What a passage seems to be about: the name that it says most often, longer ones first; "" where it has none."""
-    names = Counter(re.findall(r"(?<![.!?] )\b[A-Z][a-z]+(?: [A-Z][a-z]+)*", passage))
-    return max(names, key=lambda name: names[name] * len(name.split()) ** 0.5) if names else ""
+    """What a passage seems to be about: the name that it says most often, longer ones first; "" where it has none.
+
+    A name is told by its capital within a sentence. A word that comes in lower case, too, is none.
+    """
+    within = " | ".join(_BEGINNING.sub("", sentence) for sentence in _ENDS.split(passage))
+    words = set(re.findall(r"[^\W\d_]+", within))
+    names = (name for name in dict.fromkeys(_NAME.findall(within)) if name.lower() not in words)
+    counts = {name: passage.count(name) for name in names}
+    return max(counts, key=lambda name: counts[name] * len(name.split()) ** 0.5, default="")
+
+
+_LETTER = r"[^\W\d_]"
+_ENDS = re.compile(r"(?<=[.!?:])[\"'”)]*\s+|\n")
+_BEGINNING = re.compile(rf"^\W*{_LETTER}+")
+_NAME = re.compile(rf"\b(?=[A-ZÀ-ÖØ-Þ]){_LETTER}{{2,}}(?: (?=[A-ZÀ-ÖØ-Þ]){_LETTER}{{2,}})*")

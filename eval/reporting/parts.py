@@ -18,6 +18,7 @@ _METRICS = {
     "token_f1": "token F1",
     "exact_match": "exact match",
     "substring_exact_match": "substring match",
+    "words_match": "words match",
     "string_match_all": "all strings found",
     "string_match_part": "some string found",
     "rouge_l": "ROUGE-L",

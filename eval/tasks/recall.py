@@ -60,7 +60,7 @@ class RecallTask(HaystackFields, ReadingTask):
     samples_per_cell: int = Field(default=5, ge=1, alias="samples")
     facts: int = Field(default=5, ge=1, le=len(KINDS))
     answer_tokens: int = Field(default=24, ge=1)
-    metrics: tuple[str, ...] = ("substring_exact_match", "exact_match")
+    metrics: tuple[str, ...] = ("words_match", "exact_match")
 
     def samples(self, resources: Resources) -> Iterator[Question]:
         """See the class; length by length, window by window."""

@@ -4,12 +4,10 @@ Names are those of a StripedHyena's backbone. A tensor of that name stands in pl
 `<layer>.down` (r, in) and `<layer>.up` (out, r) is added to `<layer>.weight` as `LORA_SCALE` up · down.
 """
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stripedrag.errors import CheckpointError
 from stripedrag.model.config import StripedHyenaConfig
@@ -18,16 +16,6 @@ from stripedrag.model.striping.families import striped_tensors
 from stripedrag.model.striping.student import LORA_SCALE
 
 TRANSFORMER = "transformer"  # in the metadata of a file of changes: `transformer_digest` of what was changed
-
-
-def transformer_digest(transformer: PreTrainedModel) -> str:
-    """The sha256 of a model's tensors in bfloat16, the same in whatever wider dtype they were loaded."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(transformer.named_parameters()):
-        tensor = parameter.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -53,17 +41,26 @@ def striped_model(
     Raises `CheckpointError` where the changes are of another network.
     """
     tensors = striped_tensors(transformer, config)
-    for name, tensor in changed.items():
-        if name.endswith(".up"):
-            continue
-        if not name.endswith(".down"):
-            tensors[name] = tensor
-            continue
-        layer = name.removesuffix(".down")
-        weight, up = tensors.get(f"{layer}.weight"), changed.get(f"{layer}.up")
-        if weight is None or up is None or weight.shape != (up.shape[0], tensor.shape[1]):
-            raise CheckpointError(f"the low-rank difference {layer!r} does not fit the model; its weights are others'")
-        tensors[f"{layer}.weight"] = (weight.float() + LORA_SCALE * up.float() @ tensor.float()).to(weight.dtype)
+    adapted = {name.rpartition(".")[0] for name in changed if name.endswith((".down", ".up"))}
+    for layer in sorted(adapted):
+        weight, down, up = tensors.get(f"{layer}.weight"), changed.get(f"{layer}.down"), changed.get(f"{layer}.up")
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (weight, down, up)]
+        if (
+            weight is None
+            or down is None
+            or up is None
+            or (*weight.shape, *down.shape)
+            != (
+                *(up.shape[0], down.shape[1]),
+                *(up.shape[1], weight.shape[1]),
+            )
+        ):
+            raise CheckpointError(
+                f"the low-rank difference of {layer!r} does not fit: the weight is {shapes[0]}, down {shapes[1]} and "
+                f"up {shapes[2]}; give the changes of a model of these sizes"
+            )
+        tensors[f"{layer}.weight"] = (weight.float() + LORA_SCALE * up.float() @ down.float()).to(weight.dtype)
+    tensors |= {name: tensor for name, tensor in changed.items() if name.rpartition(".")[0] not in adapted}
     with torch.device("meta"):
         model = StripedHyenaForCausalLM(config)
     _refuse_others(model.backbone.state_dict(), tensors)

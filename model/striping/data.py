@@ -15,7 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-UNKNOWN, TEXT, ANSWER = 0, 1, 2  # kinds of a token: no loss, the teacher's distribution, a label
+UNKNOWN, TEXT, ANSWER = 0, 1, 2  # kinds of a token: no loss, the teacher's distribution, a label; and what is none,
+PADDING = 3  # at the end of a window
 REFUSAL = "not in the documents"
 
 
@@ -98,7 +99,7 @@ def _answer(framing: Framing, answer: str) -> list[int]:
 
 
 class Windows(NamedTuple):
-    """`ids` (W, L) int32, and `kinds` (W, L) uint8 of each token: `UNKNOWN`, `TEXT` or `ANSWER`."""
+    """`ids` (W, L) int32, and `kinds` (W, L) uint8 of each token: `UNKNOWN`, `TEXT`, `ANSWER` or `PADDING`."""
 
     ids: Tensor
     kinds: Tensor
@@ -116,14 +117,14 @@ class Piece(NamedTuple):
 
 
 def pack(windows: Iterable[list[Piece]], length: int, limit: int) -> Windows:
-    """At most `limit` windows as tensors, shorter ones filled up with id 0 of kind `UNKNOWN`."""
+    """At most `limit` windows as tensors, shorter ones filled up with id 0 of kind `PADDING`."""
     rows, kinds = [], []
     for pieces in islice(windows, limit):
         row = [i for piece in pieces for i in piece.ids]
         kind = [piece.kind for piece in pieces for _ in piece.ids]
         assert len(row) <= length, (len(row), length)
         rows.append(row + [0] * (length - len(row)))
-        kinds.append(kind + [UNKNOWN] * (length - len(row)))
+        kinds.append(kind + [PADDING] * (length - len(row)))
     return Windows(
         torch.tensor(rows, dtype=torch.int32).view(-1, length), torch.tensor(kinds, dtype=torch.uint8).view(-1, length)
     )
@@ -142,10 +143,11 @@ def text_windows(texts: Iterable[Text], framing: Framing, length: int) -> Iterat
 class Conversations:
     """Windows of questions over passages and, between these, documents that nothing is asked about.
 
-    Each passage comes once in a round, but one of a source in `source_shares` with that chance. Half of the windows
-    hold passages that stand side by side in `asked`, and so look alike; the others hold passages from anywhere.
-    `unanswerable` is the share of questions that are asked although their passage is not there. After each passage
-    comes a document with a chance of `filler`, and so on.
+    Each passage comes once in a round, but one of a source in `source_shares` with that chance. Half of the passages
+    come with the eight that stand beside them in `asked`, and so look alike; the others come from anywhere.
+    `unanswerable` is the share of questions in whose place one is asked whose passage is not there, as far as there is
+    room. After each passage comes a document with a chance of `filler`, and so on. What is asked about a passage is
+    left out where it does not fit into what is left of the window.
     """
 
     def __init__(
@@ -171,20 +173,21 @@ class Conversations:
 
     def windows(self, length: int, rng: Random) -> Iterator[list[Piece]]:
         """Windows of at most `length` tokens, round after round; none where no passage fits into one."""
-        while True:
-            queue = self._arranged(rng)
-            made = 0
+        fits = True
+        while fits:
+            queue, fits = self._arranged(rng), False
             while queue:
                 window = self._window(queue, length, rng)
+                fits |= bool(window)
                 if window:
-                    made += 1
                     yield window
-            if not made:
-                return
+
+    def _share(self, ones: list[Asked]) -> float:
+        return self._source_shares.get(ones[0].source, 1.0)
 
     def _arranged(self, rng: Random) -> list[list[Asked]]:
-        shares = self._source_shares
-        coming = [p for p in self._passages if p[0].source not in shares or rng.random() < shares[p[0].source]]
+        there = [ones for ones in self._passages if self._share(ones) > 0]
+        coming = [ones for ones in there if (share := self._share(ones)) == 1 or rng.random() < share] or there
         runs = [coming[i : i + _RUN] for i in range(0, len(coming), _RUN)]
         rng.shuffle(runs)
         scattered = [ones for run in runs[len(runs) // 2 :] for ones in run]
@@ -235,7 +238,7 @@ class Conversations:
             ones = queue[place]
             text = self._framing.passage(ones[0].title, ones[0].passage)
             ids = self._framing.encode(text)
-            if len(ids) + max(_size(self._turn(one, one.taught)) for one in ones) <= room:
+            if len(ids) + min(_size(self._turn(one, one.taught)) for one in ones) <= room:
                 del queue[place]
                 return ones, text, ids
         return None

@@ -10,13 +10,12 @@ from transformers import PreTrainedModel
 
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping.data import ANSWER, TEXT, Windows
-from stripedrag.model.striping.loss import Targets, divergence
+from stripedrag.model.striping.loss import ROWS, Targets, divergence
 from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.recipe import Stage
 from stripedrag.model.striping.teacher import Teacher, predicted, unembedding
 
-MICRO_TOKENS = 4096  # activations of so many tokens live at once
-_ROWS = 128  # logits of so many positions live at once
+MICRO_TOKENS = 4096  # activations of so many tokens, or of one window, live at once
 
 
 def take_step(
@@ -58,31 +57,54 @@ def scored(model: PreTrainedModel, windows: Windows) -> Iterator[Scored]:
         hidden = _hidden(model, part)
         labels = part.ids[:, 1:][predicted(part)].long().to(hidden.device)
         nats, is_top = [], []
-        for states, wanted in zip(hidden.split(_ROWS), labels.split(_ROWS), strict=True):
+        for states, wanted in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
             logits = (states.to(weight.dtype) @ weight.T).float()
             nats.append(F.cross_entropy(logits, wanted, reduction="none"))
             is_top.append(logits.argmax(-1) == wanted)
         yield Scored(part, hidden, part.kinds[:, 1:][predicted(part)], torch.cat(nats).cpu(), torch.cat(is_top).cpu())
 
 
+class Said(NamedTuple):
+    """What a teacher says of windows of text: the states (R, H) before the tokens that are predicted, and the `weight`
+    (V, H) that makes logits of them."""
+
+    states: Tensor
+    weight: Tensor
+
+
 @torch.no_grad()
-def measure(model: PreTrainedModel, teacher: Teacher, windows: Windows) -> dict[str, float]:
-    """On held-out windows: `kl` from the teacher on text, `nats` a token of text, `answer_nats` a token of answers, and
-    `exact`, the share of answers of which every token is the likeliest after those before it: greedy decoding gives
-    exactly these.
+def said_of_text(teacher: PreTrainedModel, windows: Windows) -> Said:
+    """What a teacher says of those of the windows that are text throughout."""
+    weight = unembedding(teacher)
+    states = [_hidden(teacher, part) for part in _micro(windows.at(is_text(windows)))]
+    return Said(torch.cat([weight.new_empty(0, weight.shape[1]), *states]), weight)
+
+
+def is_text(windows: Windows) -> Tensor:
+    """(W,) bool: the windows that are text throughout; a passage that is asked about is another kind of text."""
+    return (windows.kinds[:, 1:] == TEXT).all(1)
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, windows: Windows, said: Said) -> dict[str, float]:
+    """On held-out windows: nats a token of those that are text, `nats`, and the KL divergence of the model from what is
+    `said` of them, over the whole vocabulary, `kl`; nats a token of answers, `answer_nats`, and `exact`, the share of
+    answers of which every token is the likeliest after those before it: greedy decoding gives exactly these.
     """
     kl = 0.0
     nats: dict[int, list[Tensor]] = {TEXT: [], ANSWER: []}
     exact: list[Tensor] = []
+    unread = said.states
     for part in scored(model, windows):
-        for kind in (TEXT, ANSWER):
-            nats[kind].append(part.nats[part.kinds == kind])
-        of_text, of_answers = part.kinds == TEXT, part.kinds == ANSWER
-        if of_text.any():
-            said = teacher.targets(part.windows, answer_weight=1.0)
-            hidden = part.hidden[of_text.to(part.hidden.device)]
-            said = Targets(*(t[of_text].to(hidden.device) for t in said))
-            kl += float(divergence(hidden, unembedding(model), said))
+        of_text = is_text(part.windows).repeat_interleave(predicted(part.windows).sum(1))
+        of_answers = part.kinds == ANSWER
+        nats[TEXT].append(part.nats[of_text])
+        nats[ANSWER].append(part.nats[of_answers])
+        count = int(of_text.sum())
+        kl += _divergence(
+            part.hidden[of_text.to(part.hidden.device)], unembedding(model), Said(unread[:count], said.weight)
+        )
+        unread = unread[count:]
         if of_answers.any():
             answer = _answer_numbers(part.windows)[of_answers]
             exact.append(torch.bincount(answer, weights=(~part.is_top[of_answers]).double()) == 0)
@@ -92,6 +114,18 @@ def measure(model: PreTrainedModel, teacher: Teacher, windows: Windows) -> dict[
     if len(answers := torch.cat(nats[ANSWER])):
         measured |= {"answer_nats": float(answers.mean()), "exact": float(torch.cat(exact).double().mean())}
     return measured
+
+
+def _divergence(hidden: Tensor, weight: Tensor, said: Said) -> float:
+    """Σ KL(teacher ‖ model) over positions, in nats."""
+    total = 0.0
+    for ours, theirs in zip(hidden.split(ROWS), said.states.split(ROWS), strict=True):
+        p, q = (
+            (states.to(matrix.dtype) @ matrix.T).float().log_softmax(-1)
+            for states, matrix in ((theirs, said.weight), (ours, weight))
+        )
+        total += float((p.exp() * (p - q)).sum())
+    return total
 
 
 def _loss(student: StripedHyenaForCausalLM, windows: Windows, targets: Targets) -> Tensor:

@@ -7,15 +7,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from stripedrag.model.striping.data import ANSWER, TEXT, Windows
-from stripedrag.model.striping.distillation import measure, scored
-from stripedrag.model.striping.teacher import Teacher
+from stripedrag.model.striping.data import ANSWER, Windows
+from stripedrag.model.striping.distillation import is_text, measure, said_of_text, scored
 
 _FIRST_EDGE = 512  # stretches of positions begin at 0, here, and at every doubling
 
 
 class Measured(BaseModel):
-    """A model on windows of a length, with so many tokens of text and answers: see `distillation.measure`."""
+    """A model on windows of a length, with so many tokens of text and so many answers: see `distillation.measure`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,28 +46,29 @@ class Evaluation(BaseModel):
     stretches: tuple[Stretch, ...]
 
 
-def evaluate(models: Mapping[str, PreTrainedModel], sayings: Teacher, windows: Mapping[int, Windows]) -> Evaluation:
-    """Measure each model on each length's windows, and by position on the longest."""
-    lengths = {
-        length: {
-            name: Measured.model_validate(_counts(some) | measure(model, sayings, some))
-            for name, model in models.items()
+def evaluate(
+    models: Mapping[str, PreTrainedModel], teacher: PreTrainedModel, windows: Mapping[int, Windows]
+) -> Evaluation:
+    """Measure each model on each length's windows, beside its teacher, and by position on the longest."""
+    lengths: dict[int, dict[str, Measured]] = {}
+    for length, some in windows.items():
+        counts, said = _counts(some), said_of_text(teacher, some)
+        lengths[length] = {
+            name: Measured.model_validate(counts | measure(model, some, said)) for name, model in models.items()
         }
-        for length, some in windows.items()
-    }
     return Evaluation(lengths=lengths, stretches=_stretches(models, windows[max(windows)]))
 
 
 def _counts(windows: Windows) -> dict[str, int]:
     is_answer = windows.kinds == ANSWER
     begins = is_answer[:, 1:] & ~is_answer[:, :-1]
-    return {"text_tokens": int((windows.kinds == TEXT).sum()), "answers": int(begins.sum())}
+    texts = windows.at(is_text(windows))
+    return {"text_tokens": texts.ids[:, 1:].numel(), "answers": int(begins.sum())}
 
 
 def _stretches(models: Mapping[str, PreTrainedModel], windows: Windows) -> tuple[Stretch, ...]:
-    of_text = (windows.kinds[:, 1:] == TEXT).all(1)  # a window of questions is another kind of text at its end
-    texts = windows.at(of_text)
-    if not of_text.any():
+    texts = windows.at(is_text(windows))
+    if not len(texts.ids):
         return ()
     nats = {name: torch.cat([s.nats for s in scored(model, texts)]) for name, model in models.items()}
     width = texts.ids.shape[1] - 1

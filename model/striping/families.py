@@ -3,12 +3,13 @@
 A StripedHyena all of whose layers are attention is such a transformer; striping begins from that.
 """
 
+import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from stripedrag.errors import CheckpointError
 from stripedrag.model.config import StripedHyenaConfig
@@ -83,6 +84,16 @@ def striped_tensors(transformer: Mapping[str, Tensor], config: StripedHyenaConfi
     return tensors
 
 
+def transformer_digest(transformer: PreTrainedModel) -> str:
+    """The sha256 of a model's tensors in bfloat16, the same in whatever wider dtype they were loaded."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(transformer.named_parameters()):
+        tensor = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _check(config: PreTrainedConfig, tensors: Collection[str]) -> None:
     kind = config.model_type
     if kind not in FAMILIES:
@@ -98,8 +109,11 @@ def _check(config: PreTrainedConfig, tensors: Collection[str]) -> None:
     rotary = _rotary(config)
     if rotary.get("rope_type", "default") != "default":
         raise CheckpointError(
-            f"the model scales its rotary positions ({rotary['rope_type']!r}), which a StripedHyena's config cannot say"
+            f"the model scales its rotary positions ({rotary['rope_type']!r}); one with rotary positions as they are, "
+            "'default', can be striped"
         )
+    if (part := rotary.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError(f"the model turns {part} of each head by its position; a StripedHyena turns all of it")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < config.max_position_embeddings:
         raise CheckpointError(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stripedrag.model.modeling import StripedHyenaBlock, StripedHyenaForCausalLM
-from stripedrag.model.striping.data import Windows
+from stripedrag.model.striping.data import PADDING, Windows
+from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.student import blocks
 
 
@@ -19,21 +20,26 @@ def mixer(block: StripedHyenaBlock, x: Tensor) -> Tensor:
     return mixed
 
 
-def take_step(student: StripedHyenaForCausalLM, teacher: PreTrainedModel, windows: Windows) -> dict[str, float]:
+def take_step(
+    student: StripedHyenaForCausalLM, teacher: PreTrainedModel, windows: Windows, processes: Processes
+) -> dict[str, float]:
     """Leave in each Hyena layer the gradient of its own loss; returns their mean.
 
-    A layer's loss is its mean squared difference from the attention's output over that output's mean square.
+    A layer's loss is its squared difference from the attention's output over that output's square, both summed over the
+    tokens of all windows. Each of several processes takes its share of them; their mean is the whole's.
     """
     losses: list[Tensor] = []
+    part = processes.share(windows)
 
     def learn(i: int, x: Tensor, wanted: Tensor) -> None:
         block = blocks(student)[i]
+        whole = processes.mean(_of_tokens(wanted, part).square().sum())
         with torch.enable_grad(), _autocast(x):
-            loss = relative_error(mixer(block, x), wanted)
+            loss = _of_tokens(mixer(block, x).float() - wanted.float(), part).square().sum() / whole
         loss.backward()
         losses.append(loss.detach())
 
-    _watch(student, teacher, windows, learn)
+    _watch(student, teacher, part, learn)
     return {"loss": float(torch.stack(losses).mean())}
 
 
@@ -47,9 +53,9 @@ def fit_scales(student: StripedHyenaForCausalLM, teacher: PreTrainedModel, windo
     def fit(i: int, x: Tensor, wanted: Tensor) -> None:
         block = blocks(student)[i]
         with _autocast(x):
-            got = mixer(block, x).float()
+            got = mixer(block, x)
         bias = block.out_filter_dense.bias.float()
-        got, wanted = got - bias, wanted.float() - bias
+        got, wanted = (_of_tokens(tensor.float() - bias, windows) for tensor in (got, wanted))
         block.out_filter_dense.weight.mul_((got * wanted).sum() / got.square().sum().clamp(min=1e-12))
 
     _watch(student, teacher, windows, fit)
@@ -62,15 +68,16 @@ def measure(student: StripedHyenaForCausalLM, teacher: PreTrainedModel, windows:
 
     def compare(i: int, x: Tensor, wanted: Tensor) -> None:
         with _autocast(x):
-            errors[f"error_{i}"] = float(relative_error(mixer(blocks(student)[i], x), wanted))
+            off = _of_tokens(mixer(blocks(student)[i], x).float() - wanted.float(), windows).square().sum()
+        errors[f"error_{i}"] = float(off / _of_tokens(wanted, windows).square().sum())
 
     _watch(student, teacher, windows, compare)
     return {"error": sum(errors.values()) / len(errors)} | errors
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
-    """Σ (got - wanted)² / Σ wanted², float32."""
-    return (got.float() - wanted.float()).square().sum() / wanted.float().square().sum()
+def _of_tokens(states: Tensor, windows: Windows) -> Tensor:
+    """The states (B, L, H) of windows where they are no padding, (R, H) float32."""
+    return states[(windows.kinds != PADDING).to(states.device)].float()
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+ROWS = 128  # logits of so many positions live at once
+
 
 class Targets(NamedTuple):
     """What is known of the next token's distribution at R positions: K tokens each, the rest of the mass unresolved.
@@ -22,7 +24,7 @@ class Targets(NamedTuple):
     weights: Tensor
 
 
-def divergence(hidden: Tensor, unembedding: Tensor, targets: Targets, *, rows: int = 128) -> Tensor:
+def divergence(hidden: Tensor, unembedding: Tensor, targets: Targets, *, rows: int = ROWS) -> Tensor:
     """Σ w_r KL(q_r ‖ p_r) over positions, p the model's next-token distribution, q the target's; a scalar, float32.
 
     Both are taken over the target's K tokens and one class for all others, so that unresolved mass asks only for as

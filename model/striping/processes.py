@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stripedrag.errors import UsageError
 from stripedrag.model.striping.data import Windows
@@ -63,12 +63,18 @@ class Processes:
         if self.count > 1:
             for parameter in parameters:
                 if parameter.grad is not None:
-                    parameter.grad = self._accelerator.reduce(parameter.grad, "mean")
+                    parameter.grad = self.mean(parameter.grad)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes of a tensor of each."""
+        if self.count == 1:
+            return value
+        mean: Tensor = self._accelerator.reduce(value, "mean")
+        return mean
 
     def average(self, measured: Mapping[str, float]) -> dict[str, float]:
         """The means over the processes of what each measured."""
         if self.count == 1 or not measured:
             return dict(measured)
         values = torch.tensor(list(measured.values()), dtype=torch.float32, device=self.device)
-        means = self._accelerator.reduce(values, "mean").tolist()
-        return dict(zip(measured, means, strict=True))
+        return dict(zip(measured, self.mean(values).tolist(), strict=True))

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from stripedrag.errors import UsageError
 from stripedrag.model.striping.data import Windows
-from stripedrag.model.striping.distillation import measure
-from stripedrag.model.striping.teacher import Teacher
+from stripedrag.model.striping.distillation import measure, said_of_text
 
 
 class LayerCost(BaseModel):
-    """What skipping a layer's attention costs on held-out windows: nats of KL on text, nats a token of answers."""
+    """What skipping a layer's attention costs on training data: nats a token of KL on text, and of answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,16 +27,15 @@ class LayerCost(BaseModel):
     answer_nats: float
 
 
-def rank_layers(
-    teacher: PreTrainedModel, sayings: Teacher, windows: Windows, progress: Callable[[int, int], None]
-) -> list[LayerCost]:
+def rank_layers(teacher: PreTrainedModel, windows: Windows, progress: Callable[[int, int], None]) -> list[LayerCost]:
     """The cost of every layer, in the layers' order; `progress` hears of each."""
     layers = teacher.base_model.layers
-    whole = measure(teacher, sayings, windows)
+    said = said_of_text(teacher, windows)
+    whole = measure(teacher, windows, said)
     costs = []
     for i, layer in enumerate(layers):
         with _without(layer.self_attn):
-            got = measure(teacher, sayings, windows)
+            got = measure(teacher, windows, said)
         costs.append(LayerCost(layer=i, kl=got["kl"], answer_nats=got["answer_nats"] - whole["answer_nats"]))
         progress(i + 1, len(layers))
     return costs

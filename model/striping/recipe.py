@@ -1,5 +1,6 @@
 """What a striping run is to do, as it is read from a file and kept with the result."""
 
+from itertools import zip_longest
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -9,25 +10,26 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Stage(_Part):
     """One stretch of training at one length.
 
     `layers` trains each Hyena layer alone, on its teacher layer's inputs and outputs; `end-to-end` trains the whole
-    network on what the teacher says and on answers. A step takes `batch_tokens` tokens; rates fall to a tenth along a
-    cosine after `warmup_steps`. `questions` is the share of windows that hold questions, the others are text. What a
-    token of text is to be is what the teacher says, but for a share of `text_labels`, which is what the token was. In a
-    share `answers_only` of the windows of questions, answers alone are learnt, and the teacher is not asked; a step's
-    loss is the sum over the tokens that count, by all its tokens. Of the passages of a source only the share
-    `source_shares` comes in a round, where it is named.
+    network on what the teacher says and on answers. A step takes as many whole windows as `batch_tokens` tokens hold,
+    and one at least. Rates, `hyena_rate` of the Hyena layers and `adapter_rate` of all others, rise for `warmup_steps`,
+    or half of the stage if that is shorter, and fall to a tenth along a cosine. `questions` is the share of windows
+    that hold questions, the others are text. What a token of text is to be is what the teacher says, but for a share of
+    `text_labels`, which is what the token was. In a share `answers_only` of the windows of questions, answers alone are
+    learnt, and the teacher is not asked; a step's loss is the sum over the tokens that count, by all its tokens. Of the
+    passages of a source only the share `source_shares` comes in a round, where it is named.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
     kind: Literal["layers", "end-to-end"] = "end-to-end"
-    tokens: int = Field(ge=1)
-    length: int = Field(ge=64)
+    tokens: int = Field(ge=1, le=10**12)
+    length: int = Field(ge=64, le=2**20)
     batch_tokens: int = Field(default=4096, ge=64)
     hyena_rate: Positive
     adapter_rate: Positive = 5e-4
@@ -59,19 +61,19 @@ class Stage(_Part):
 
 class Recipe(_Part):
     """A whole run. `hyena_layers` names the layers that become Hyena layers, or says how many the ranking is to choose;
-    with 0 the transformer is only fine-tuned, by the same steps on the same windows.
+    with 0 the transformer is only fine-tuned, by the same end-to-end steps on the same windows.
 
-    `modes` and `taps` size the Hyena filters, `rank` the low-rank differences of all layers that stay (0: they stay as
-    they are). A kill costs the steps of the last `checkpoint_seconds`. A run may begin from what another run changed:
-    `begins_from` is the sha256 of that file; it wants another `seed`, or it reads the same windows again. The defaults
-    made the first weights of `stripedhyena-smol-135m`, with its layers named.
+    `modes` and `taps` size the Hyena filters, `rank` the low-rank differences of all linear layers that stay (0: of
+    what stays the norms alone are trained). A kill costs the steps of the last `checkpoint_seconds`. A run may begin
+    from what another run changed: `begins_from` is the sha256 of that file; it wants another `seed`, or it reads the
+    same windows again. The defaults made the first weights of `stripedhyena-smol-135m`, with its layers named.
     """
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     hyena_layers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...] = 15
     modes: int = Field(default=8, ge=1)
     taps: int = Field(default=3, ge=1)
-    rank: int = Field(default=32, ge=0)
+    rank: int = Field(default=32, ge=0, le=2**16)
     checkpoint_seconds: float = Field(default=300, ge=0)
     begins_from: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     stages: tuple[Stage, ...] = Field(
@@ -101,9 +103,15 @@ class Recipe(_Part):
         min_length=1,
     )
 
-    def goes_on_from(self, other: "Recipe") -> bool:
-        """Whether it is `other`, or that with more stages after its own."""
-        return self.model_copy(update={"stages": self.stages[: len(other.stages)]}) == other
+    def unlike(self, begun: "Recipe") -> str:
+        """In what it is another recipe than that of a run which was begun, by name; "" where the run can go on with it:
+        it may have more stages after those, and other checkpoints."""
+        free = {"stages", "checkpoint_seconds"}
+        for name in Recipe.model_fields.keys() - free:
+            if getattr(self, name) != getattr(begun, name):
+                return name
+        pairs = zip_longest(self.stages[: len(begun.stages)], begun.stages)
+        return next((f"stage {theirs.name!r}" for ours, theirs in pairs if ours != theirs), "")
 
     @model_validator(mode="after")
     def _begins_once(self) -> "Recipe":

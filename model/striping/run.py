@@ -1,25 +1,26 @@
 """A striping run in a folder: windows, ranking, stages, each done once and found again after a kill."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stripedrag.errors import UsageError
+from stripedrag.errors import UsageError, said
 from stripedrag.files import written_whole
 from stripedrag.hardware import keep_freed_memory
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping import distillation, layerwise
-from stripedrag.model.striping.changes import TRANSFORMER, changes, striped_model, take_up, transformer_digest
+from stripedrag.model.striping.changes import TRANSFORMER, changes, striped_model, take_up
 from stripedrag.model.striping.data import (
     ANSWER,
-    TEXT,
     Asked,
     Conversations,
     Corpus,
@@ -31,7 +32,7 @@ from stripedrag.model.striping.data import (
     text_windows,
 )
 from stripedrag.model.striping.evaluation import Evaluation, evaluate
-from stripedrag.model.striping.families import striped_config
+from stripedrag.model.striping.families import striped_config, transformer_digest
 from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.ranking import LayerCost, choose, rank_layers
 from stripedrag.model.striping.recipe import Recipe, Stage
@@ -39,7 +40,7 @@ from stripedrag.model.striping.student import blocks, make_trainable, stripe_lay
 from stripedrag.model.striping.teacher import Teacher
 from stripedrag.model.striping.training import Loop, Progress
 
-HELD_OUT_WINDOWS = 16  # of up to 1,024 tokens; of longer ones as many tokens
+HELD_OUT_WINDOWS = RANKING_WINDOWS = 16  # of up to 1,024 tokens; of longer ones as many tokens
 LEAST_HELD_OUT = 8  # windows at the end, whatever their length
 CHECKS_A_STAGE = 10
 RANKING_LENGTH = 1024
@@ -88,9 +89,9 @@ class Run:
     def _claim_recipe(self) -> None:
         """Keep the recipe, or one that goes on where the kept one ends; refuse another."""
         path = self.folder / "recipe.json"
-        kept = Recipe.model_validate_json(path.read_bytes()) if path.exists() else None
-        if kept is not None and not self.recipe.goes_on_from(kept):
-            raise self._another("of another recipe")
+        kept = _kept(path, Recipe.model_validate_json) if path.exists() else None
+        if kept is not None and (other := self.recipe.unlike(kept)):
+            raise self._another(f"of another recipe, with another {other}")
         if kept != self.recipe and self.processes.is_first:
             _write(path, f"{self.recipe.model_dump_json(indent=1)}\n")
 
@@ -98,7 +99,7 @@ class Run:
         """Keep what the run is of, or refuse another one."""
         path = self.folder / name
         if path.exists():
-            if path.read_text().strip() != content:
+            if _kept(path, str.strip) != content:
                 raise self._another(kind)
         elif self.processes.is_first:
             _write(path, f"{content}\n")
@@ -114,13 +115,19 @@ class Run:
         if wanted == 0:
             return []
         path = self.folder / "ranking.json"
-        if not path.exists():
-            windows = self.held_out(RANKING_LENGTH).at(slice(HELD_OUT_WINDOWS))
-            costs = rank_layers(self.teacher, self.sayings, windows, lambda i, n: progress("ranking", i, n, {}))
-            if self.processes.is_first:
+        with self.processes.first_alone():
+            if not path.exists():
+                windows = self._ranked_on()
+                costs = rank_layers(self.teacher, windows, lambda i, n: progress("ranking", i, n, {}))
                 _write(path, _COSTS.dump_json(costs, indent=1).decode())
-            return choose(costs, wanted)
-        return choose(_COSTS.validate_json(path.read_bytes()), wanted)
+        return choose(_kept(path, _COSTS.validate_json), wanted)
+
+    def _ranked_on(self) -> Windows:
+        """Windows of the training data, text and questions by turns."""
+        length = min(RANKING_LENGTH, self.teacher.config.max_position_embeddings)
+        stage = Stage(name="ranking", tokens=length, length=length, hyena_rate=1.0)
+        made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, Random(f"{self.recipe.seed} ranking"))
+        return _of_both(pack(made, length, RANKING_WINDOWS), "training")
 
     def train(self, layers: Sequence[int], progress: Progress) -> StripedHyenaForCausalLM:
         """A student with these Hyena layers, trained through all stages."""
@@ -156,6 +163,7 @@ class Run:
     ) -> None:
         windows = self.windows(stage, number)
         held_out = self.held_out(stage.length).at(slice(_checked(stage.length)))
+        of_text = distillation.said_of_text(self.teacher, held_out)
 
         def batch(step: int) -> Windows:
             return windows.at(slice(step * stage.windows_a_step, (step + 1) * stage.windows_a_step))
@@ -164,7 +172,7 @@ class Run:
             if not loop.done:
                 layerwise.fit_scales(student, self.teacher, batch(0))
             loop.run(
-                lambda step: layerwise.take_step(student, self.teacher, self.processes.share(batch(step))),
+                lambda step: layerwise.take_step(student, self.teacher, batch(step), self.processes),
                 check=lambda: layerwise.measure(student, self.teacher, held_out),
                 check_every=max(1, stage.steps // CHECKS_A_STAGE),
                 progress=progress,
@@ -172,7 +180,7 @@ class Run:
         else:
             loop.run(
                 lambda step: distillation.take_step(student, self.sayings, stage, batch(step), self.processes),
-                check=lambda: distillation.measure(student, self.sayings, held_out),
+                check=lambda: distillation.measure(student, held_out, of_text),
                 check_every=max(1, stage.steps // CHECKS_A_STAGE),
                 progress=progress,
             )
@@ -181,10 +189,10 @@ class Run:
         """Write the trained model into the folder `to`, as `save_pretrained` does, and `changes.safetensors` with what
         training changed, see `changes`; returns what the model that was written does on held-out windows.
 
-        Every process calls it; the first writes and measures, the others wait and return None.
+        Every process calls it; the first writes and measures, the others wait and return None. A kill can leave some
+        of the files.
         """
-        lengths = sorted({stage.length for stage in self.recipe.stages if stage.kind != "layers"})
-        windows = {length: self.held_out(length) for length in lengths or [RANKING_LENGTH]}
+        windows = {length: self.held_out(length) for length in sorted({stage.length for stage in self.recipe.stages})}
         evaluation = self._write_model(student, to, windows) if self.processes.is_first else None
         self.processes.wait()
         return evaluation
@@ -195,18 +203,17 @@ class Run:
         model = striped_model(self.teacher.state_dict(), student.config, changed)
         model.generation_config = self.teacher.generation_config
         model.save_pretrained(to)
-        return evaluate({"teacher": self.teacher, "striped": model}, self.sayings, windows)
+        return evaluate({"teacher": self.teacher, "striped": model}, self.teacher, windows)
 
     def windows(self, stage: Stage, number: int) -> Windows:
         """The windows of a stage in their order, made once."""
-        path = self.folder / "windows" / f"{stage.name}.safetensors"
-        with self.processes.first_alone():
-            if not path.exists():
-                wanted = stage.steps * stage.windows_a_step
-                rng = Random(f"{self.recipe.seed} {number}")  # a rival of the same recipe reads the same
-                made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, rng)
-                _save_whole(pack(made, stage.length, wanted)._asdict(), path)
-        windows = Windows(**load_file(path))
+
+        def made() -> Windows:
+            rng = Random(f"{self.recipe.seed} {number}")  # a rival of the same recipe reads the same
+            pieces = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, rng)
+            return pack(pieces, stage.length, stage.steps * stage.windows_a_step)
+
+        windows = self._made_once(self.folder / "windows" / f"{stage.name}.safetensors", made)
         if len(windows.ids) < stage.steps * stage.windows_a_step:
             raise UsageError(
                 f"the data give {len(windows.ids)} windows of {stage.length} tokens; the stage {stage.name!r} asks for "
@@ -220,19 +227,47 @@ class Run:
 
         Raises `UsageError` where the held-out data do not give a window of each.
         """
-        path = self.folder / "windows" / f"held-out-{length}.safetensors"
+
+        def made() -> Windows:
+            stage = Stage(name="held-out", tokens=length, length=length, hyena_rate=1.0)
+            pieces = _mixed(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage, Random(0))
+            return _of_both(pack(pieces, length, max(LEAST_HELD_OUT, _checked(length))), "held-out")
+
+        return self._made_once(self.folder / "held-out" / f"{length}.safetensors", made)
+
+    def _made_once(self, path: Path, make: Callable[[], Windows]) -> Windows:
+        """The windows in a file, which the first process makes where it is not there or cannot be read."""
         with self.processes.first_alone():
-            if not path.exists():
-                stage = Stage(name="held-out", tokens=length, length=length, hyena_rate=1.0)
-                made = _mixed(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage, Random(0))
-                windows = pack(made, length, max(LEAST_HELD_OUT, _checked(length)))
-                if not {TEXT, ANSWER} <= set(windows.kinds.unique().tolist()):
-                    raise UsageError(
-                        f"the held-out data do not give a window of {length} tokens of text and one of questions; hold "
-                        "out more texts and shorter passages, or take shorter windows"
-                    )
+            try:
+                return Windows(**load_file(path))
+            except (OSError, SafetensorError, TypeError):
+                windows = make()
                 _save_whole(windows._asdict(), path)
-        return Windows(**load_file(path))
+                return windows
+
+
+def _of_both(windows: Windows, which: str) -> Windows:
+    """The windows, if some are text and some have questions; else raises `UsageError`."""
+    of_text = distillation.is_text(windows)
+    if not of_text.any() or not (windows.kinds == ANSWER).any():
+        raise UsageError(
+            f"the {which} data do not give a window of {windows.ids.shape[1]} tokens of text and one of questions; "
+            "give more texts and shorter passages, or take windows of another length"
+        )
+    return windows
+
+
+Kept = TypeVar("Kept")
+
+
+def _kept(path: Path, read: Callable[[str], Kept]) -> Kept:
+    """What a small file of the run holds. Raises `UsageError` where it is damaged."""
+    try:
+        return read(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is damaged ({said(error)}); remove it, and the same command makes it again"
+        ) from error
 
 
 def _checked(length: int) -> int:

@@ -22,7 +22,8 @@ LORA_SCALE = 2.0
 
 
 class StablePoles(nn.Module):
-    """Poles |λ| (cos θ, sin θ) with |λ| = exp(-exp(a)) < 1, from an unbounded (a, θ) in the last axis.
+    """Poles |λ| (cos θ, sin θ) with |λ| = exp(-exp(a)), from an unbounded (a, θ) in the last axis. |λ| < 1, but for a
+    below -17, where float32 rounds it to 1.
 
     A step of a changes a time constant by the same factor at any length of memory.
     """

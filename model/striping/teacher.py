@@ -5,32 +5,34 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from stripedrag.files import written_whole
-from stripedrag.model.striping.data import TEXT, UNKNOWN, Windows
-from stripedrag.model.striping.loss import Targets
+from stripedrag.model.striping.data import ANSWER, TEXT, Windows
+from stripedrag.model.striping.families import striped_config, transformer_digest
+from stripedrag.model.striping.loss import ROWS, Targets
 
 LIKELIEST = 64  # tokens whose probability is kept; the others' is kept as a sum
-_ROWS = 128
 
 
 class Teacher:
     """A frozen model and the folder of what it said, by the ids that it read; `key` tells models apart.
 
-    A round of the same windows, or a rival trained on them, then costs no forward pass: 384 bytes a token.
+    A round of the same windows, or a rival trained on them, then costs no forward pass: 384 bytes a token. The model
+    is asked window by window, so that what it says does not depend on which of them it was asked before.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         self.model, self._folder = model, folder
         folder.mkdir(parents=True, exist_ok=True)
-        key = hashlib.sha256(model.config.to_json_string().encode())
-        for parameter in model.parameters():
-            key.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-        self.key = key.digest()
+        config = striped_config(model.config, model.state_dict(), (), modes=1, taps=1)  # all that its numbers depend on
+        of_versions = ("transformers_version", "dtype")
+        said = sorted(item for item in config.to_dict().items() if item[0] not in of_versions)
+        content = f"{transformer_digest(model)} {unembedding(model).dtype} {said} {LIKELIEST}"
+        self.key = hashlib.sha256(content.encode()).digest()
 
     def targets(self, windows: Windows, *, answer_weight: float, text_labels: float = 0.0) -> Targets:
         """What each predicted position of `windows` is to be, in the order of `predicted`.
@@ -55,20 +57,20 @@ class Teacher:
 
     def _said(self, windows: Windows) -> tuple[Tensor, Tensor]:
         windows = windows.at((windows.kinds[:, 1:] == TEXT).any(1))
-        rows = list(zip(windows.ids, windows.kinds, strict=True))
-        paths = [self._path(ids, kinds) for ids, kinds in rows]
-        missing = [i for i, path in enumerate(paths) if not _is_whole(path)]
-        if missing:
-            asked = windows.at(missing)
-            counts = (asked.kinds[:, 1:] == TEXT).sum(1).tolist()
-            parts = zip(*(said.split(counts) for said in self.ask(asked)), strict=True)
-            for i, (ids, probabilities) in zip(missing, parts, strict=True):
-                said = {"ids": ids.int().contiguous(), "probabilities": probabilities.half().contiguous()}
-                with written_whole(paths[i], by_many=True) as scratch:
-                    save_file(said, scratch)
-        known = [load_file(path) for path in paths]
+        known = [self._said_of(windows.at([i])) for i in range(len(windows.ids))]
         ids, probabilities = (torch.cat([one[name] for one in known]) for name in ("ids", "probabilities"))
         return ids.long(), probabilities.float()
+
+    def _said_of(self, window: Windows) -> dict[str, Tensor]:
+        path = self._path(*window)
+        count = int((window.kinds[:, 1:] == TEXT).sum())
+        if (kept := _read(path, count, self.model.config.vocab_size)) is not None:
+            return kept
+        ids, probabilities = self.ask(window)
+        said = {"ids": ids.int().contiguous(), "probabilities": probabilities.half().contiguous()}
+        with written_whole(path, by_many=True) as scratch:
+            save_file(said, scratch)
+        return said
 
     def _path(self, ids: Tensor, kinds: Tensor) -> Path:
         content = self.key + ids.numpy().tobytes() + kinds.numpy().tobytes()
@@ -80,17 +82,19 @@ class Teacher:
         device = self.model.device
         hidden = self.model.base_model(windows.ids.long().to(device), use_cache=False).last_hidden_state
         rows = hidden[:, :-1][(windows.kinds[:, 1:] == TEXT).to(device)]
-        said = [likeliest(part @ unembedding(self.model).T, LIKELIEST) for part in rows.split(_ROWS)]
+        said = [likeliest(part @ unembedding(self.model).T, LIKELIEST) for part in rows.split(ROWS)]
         return torch.cat([ids for ids, _ in said]).cpu(), torch.cat([p for _, p in said]).cpu()
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file is there and can be read; a power cut can leave an empty one."""
+def _read(path: Path, count: int, vocabulary: int) -> dict[str, Tensor] | None:
+    """What was said at `count` positions, or None where the file is not there or not what it should be."""
     try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys()) == {"ids", "probabilities"}
-    except (OSError, SafetensorError):
-        return False
+        said = load_file(path)
+        ids, probabilities = said["ids"], said["probabilities"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    is_whole = ids.shape == probabilities.shape == (count, LIKELIEST) and bool(((ids >= 0) & (ids < vocabulary)).all())
+    return said if is_whole else None
 
 
 def _move_to(labels: Tensor, tokens: Tensor, probabilities: Tensor, share: float) -> None:
@@ -104,7 +108,7 @@ def _move_to(labels: Tensor, tokens: Tensor, probabilities: Tensor, share: float
 
 def predicted(windows: Windows) -> Tensor:
     """(W, L - 1) bool: the positions whose next token counts."""
-    return windows.kinds[:, 1:] != UNKNOWN
+    return (windows.kinds[:, 1:] == TEXT) | (windows.kinds[:, 1:] == ANSWER)
 
 
 def unembedding(model: PreTrainedModel) -> Tensor:

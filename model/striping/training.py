@@ -94,9 +94,7 @@ class Loop:
             for parameters in self._clipped:
                 norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
                 if not norm.isfinite():  # before the step, so that the last checkpoint stays a good one
-                    raise UsageError(
-                        f"the gradient is no number at step {step + 1} of stage {self.stage.name!r}; lower its rates"
-                    )
+                    raise self._diverged("the gradient", step)
             self.optimizer.step()
             measured["seconds"] = time.perf_counter() - began
             is_last = step + 1 == self.stage.steps
@@ -111,19 +109,27 @@ class Loop:
             progress(self.stage.name, step + 1, self.stage.steps, measured)
 
     def _factor(self, step: int) -> float:
-        if step < self.stage.warmup_steps:
-            return (step + 1) / self.stage.warmup_steps
-        whole = max(1, self.stage.steps - self.stage.warmup_steps)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - self.stage.warmup_steps) / whole))
+        rising = min(self.stage.warmup_steps, self.stage.steps // 2)
+        if step < rising:
+            return (step + 1) / rising
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rising) / (self.stage.steps - rising)))
 
     def _save(self, step: int) -> None:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
+            if not parameter.isfinite().all():
+                raise self._diverged(name, step - 1)
             tensors[f"parameter:{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}:{name}"] = torch.as_tensor(value)
         with written_whole(self.checkpoint) as scratch:
             save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, metadata={"step": str(step)})
+
+    def _diverged(self, what: str, step: int) -> UsageError:
+        return UsageError(
+            f"{what} is no number at step {step + 1} of stage {self.stage.name!r}, at rates "
+            f"{', '.join(f'{rate:g}' for rate in self._rates)}; lower them, and begin in another folder"
+        )
 
     def resume(self) -> int:
         """Take up the last checkpoint, if there is one; the number of steps that were `done`.

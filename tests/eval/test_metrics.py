@@ -37,6 +37,12 @@ from stripedrag.eval.metrics import METRICS, normalized
         ("substring_exact_match", "It was the Eiffel Tower, in Paris.", ["Eiffel tower"], 1.0),
         ("substring_exact_match", "Paris", ["The Eiffel Tower", "Paris", "a", "b"], 1.0),
         ("substring_exact_match", "Eiffel", ["Eiffel Tower"], 0.0),
+        # Ours: whole words, since a short value stands in many longer ones.
+        ("substring_exact_match", "It weighs 213 ounces", ["13"], 1.0),
+        ("words_match", "It weighs 213 ounces", ["13"], 0.0),
+        ("words_match", "It weighs 13 ounces.", ["12", "13"], 1.0),
+        ("words_match", "a satin cloak", ["tin"], 0.0),
+        ("words_match", "In the Blue Room", ["blue room"], 1.0),
         # ROUGE (Lin 2004): "police killed the gunman" is that paper's example; F with stemming.
         ("rouge_l", "police kill the gunman", ["police killed the gunman"], 1.0),  # stemmed: killed = kill
         ("rouge_l", "the gunman kill police", ["police killed the gunman"], 0.5),

@@ -140,6 +140,9 @@ def test_a_striped_model_is_a_folder_that_loads_with_card_curves_and_changes(str
     for part in ("perplexity", "answers exact", "| whole | end-to-end | 128 | 5,120 |", "| questions | towns | 40 |"):
         assert part in card, part
     assert card.count("passage: Ship") == 20
+    assert f"`stripedrag stripe {teacher} --data … --recipe recipe.json --to …`" in card
+    assert len({oct(path.stat().st_mode) for path in folder.iterdir() if path.is_file()}) == 1
+    assert not (folder / "run" / "written").exists()
     assert "<svg" in (folder / "curves.svg").read_text()
     measured = json.loads((folder / "evaluation.json").read_text())
     assert set(measured["lengths"]["128"]) == {"teacher", "striped"}
@@ -161,7 +164,6 @@ def test_two_processes_take_the_steps_of_one(striped, teacher, data, recipe, tmp
     layers = json.loads((striped[0] / "config.json").read_text())["attn_layer_idxs"]
     wanted = json.loads(recipe.read_text())
     wanted["hyena_layers"] = sorted({0, 1, 2} - set(layers))
-    wanted["stages"] = wanted["stages"][1:]
     recipe.write_text(json.dumps(wanted))
     program = tmp_path / "program.py"
     program.write_text(
@@ -178,7 +180,8 @@ def test_two_processes_take_the_steps_of_one(striped, teacher, data, recipe, tmp
     one, two = (load_file(tmp_path / name / "changes.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         # Not number by number: where a gradient is about nothing, its sign is chance, and Adam's step the sign's.
-        assert (two[name].double() - tensor.double()).norm() <= 0.01 * tensor.double().norm(), name
+        # A mean of each process's relative errors, say, would be off by half.
+        assert (two[name].double() - tensor.double()).norm() <= 0.05 * tensor.double().norm(), name
 
 
 def test_without_hyena_layers_the_transformer_is_fine_tuned(teacher, data, recipe, tmp_path):
@@ -258,6 +261,10 @@ def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, t
     full.mkdir()
     (full / "thesis.txt").write_text("mine")
     assert "holds something that is no striping run; give a new folder" in refused(command(teacher, data, recipe, full))
+    killed = tmp_path / "killed" / "run"  # before its recipe was written
+    (killed / "teacher").mkdir(parents=True)
+    (killed / "model.sha256").write_text("other")
+    assert "holds a run of another model or tokenizer" in refused(command(teacher, data, recipe, killed.parent))
     (full / "run").mkdir()
     assert "holds something that is no striping run" in refused(command(teacher, data, recipe, full))
     assert (full / "thesis.txt").read_text() == "mine"
@@ -268,11 +275,13 @@ def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, t
     assert "the stage 'whole' has windows of 4096 tokens and the model reads 2048; shorten its windows" in told
     recipe.write_text('{"stages": [{"name": "a", "tokens": 128, "length": 128, "hyena_rate": -1}]}')
     told = refused(command(teacher, data, recipe, tmp_path / "new"))
-    assert "is no recipe: stages.0.hyena_rate: Input should be greater than 0" in told
+    assert "recipe.json: stages.0.hyena_rate: Input should be greater than 0" in told
     assert not (tmp_path / "new").exists()
     recipe.write_text("{}")
     told = refused([*command(teacher, data, recipe, tmp_path / "new"), "--layers", "3-5"])
     assert "--layers is '3-5'; it is a number, or layers with commas between, as 3,4,9" in told
+    told = refused([*command(teacher, data, recipe, tmp_path / "new"), "--layers", "1,1"])
+    assert "recipe.json with --layers 1,1: hyena_layers names a layer twice: 1, 1" in told
     assert "cannot be read: No such file" in refused(command(teacher, data, tmp_path / "none", tmp_path / "new"))
 
 

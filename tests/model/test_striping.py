@@ -16,6 +16,7 @@ from stripedrag.model.striping import layerwise
 from stripedrag.model.striping.changes import changes, striped_model, take_up
 from stripedrag.model.striping.data import (
     ANSWER,
+    PADDING,
     REFUSAL,
     TEXT,
     UNKNOWN,
@@ -28,7 +29,7 @@ from stripedrag.model.striping.data import (
     pack,
     text_windows,
 )
-from stripedrag.model.striping.distillation import measure, take_step
+from stripedrag.model.striping.distillation import measure, said_of_text, take_step
 from stripedrag.model.striping.families import striped_config
 from stripedrag.model.striping.loss import Targets, divergence
 from stripedrag.model.striping.processes import Processes
@@ -186,11 +187,22 @@ def test_a_striped_teacher_learns_layer_by_layer_and_leaves_the_teacher_alone(na
     optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(30):
         optimizer.zero_grad()
-        layerwise.take_step(student, teacher, windows)
+        layerwise.take_step(student, teacher, windows, Processes())
         optimizer.step()
     learnt = layerwise.measure(student, teacher, windows)
     assert learnt["error"] < 0.7 * fitted < untouched
     assert set(learnt) == {"error", "error_1", "error_3"}
+    filled = Windows(
+        torch.cat([windows.ids, torch.zeros(2, 24, dtype=torch.int32)], dim=1),
+        torch.cat([windows.kinds, torch.full((2, 24), PADDING, dtype=torch.uint8)], dim=1),
+    )
+    assert layerwise.measure(student, teacher, filled) == pytest.approx(learnt, rel=1e-4)
+    gradients = []
+    for some in (windows, filled):
+        optimizer.zero_grad()
+        layerwise.take_step(student, teacher, some, Processes())
+        gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
     changed = changes(student)
     striped_model(teacher.state_dict(), student.config, changed)
     assert all(torch.equal(before[key], tensor) for key, tensor in teacher.state_dict().items())
@@ -229,9 +241,17 @@ def test_changes_of_another_network_are_refused(tmp_path):
     student = student_of(teacher, [2], rank=4)
     changed = changes(student)
     transformer = teacher.state_dict()
-    with pytest.raises(CheckpointError, match=r"the low-rank difference 'blocks\.0\.mlp\.l1' does not fit the model"):
-        striped_model(transformer, student.config, changed | {"blocks.0.mlp.l1.down": torch.zeros(4, 9)})
-    with pytest.raises(CheckpointError, match=r"the low-rank difference 'blocks\.2\.inner_mha_cls\.Wqkv'"):
+    layer = "blocks.0.mlp.l1"
+    halves = {f"{layer}.down": torch.zeros(4, 9)}, {f"{layer}.down": torch.zeros(2, 32)}, {f"{layer}.up": None}
+    for other, shapes in zip(
+        halves, (r"\(4, 9\) and up \(48, 4\)", r"\(2, 32\) and up \(48, 4\)", r"\(4, 32\) and up None"), strict=True
+    ):
+        broken = {name: tensor for name, tensor in (changed | other).items() if tensor is not None}
+        with pytest.raises(
+            CheckpointError, match=rf"of 'blocks\.0\.mlp\.l1' does not fit: .*\(48, 32\), down {shapes}; give"
+        ):
+            striped_model(transformer, student.config, broken)
+    with pytest.raises(CheckpointError, match=r"of 'blocks\.2\.inner_mha_cls\.Wqkv' does not fit: the weight is None"):
         striped_model(transformer, student.config, changed | {"blocks.2.inner_mha_cls.Wqkv.down": torch.zeros(4, 32)})
     with pytest.raises(CheckpointError, match=r"down is \(4, 32\), and the model's \(2, 32\)"):
         take_up(student_of(teacher, [2], rank=2), changed)
@@ -249,6 +269,10 @@ def test_changes_of_another_network_are_refused(tmp_path):
         (
             dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
             "scales its rotary positions",
+        ),
+        (
+            dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e4}),
+            "turns 0.5 of each head by its position",
         ),
         (dict(sliding_window=64), "sees a sliding window of 64 tokens"),
     ],
@@ -364,22 +388,24 @@ def test_layers_are_ranked_on_text_and_on_recall_together():
         choose(costs, 4)
 
 
-def test_skipping_a_layer_costs_what_measuring_without_it_says(tmp_path, ids):
+def test_skipping_a_layer_costs_what_measuring_without_it_says(ids):
     teacher = teacher_of()
     kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
-    kinds[:, -5:] = ANSWER
+    kinds[1, -5:] = ANSWER
     windows = Windows(ids.int(), kinds)
-    sayings = Teacher(teacher, tmp_path)
-    costs = rank_layers(teacher, sayings, windows, lambda done, layers: None)
-    whole = measure(teacher, sayings, windows)
+    costs = rank_layers(teacher, windows, lambda done, layers: None)
+    said = said_of_text(teacher, windows)
+    whole = measure(teacher, windows, said)
     assert abs(whole["kl"]) < 1e-5
     teacher.model.layers[2].self_attn.o_proj.weight.data.zero_()
-    without = measure(teacher, Teacher(teacher_of(), tmp_path), windows)
+    without = measure(teacher, windows, said)
+    logits = [model(ids[:1]).logits[0, :-1].log_softmax(-1) for model in (teacher_of(), teacher)]
+    assert without["kl"] == pytest.approx((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item(), rel=1e-3)
     assert costs[2].kl == pytest.approx(without["kl"], abs=1e-5)
     assert costs[2].answer_nats == pytest.approx(without["answer_nats"] - whole["answer_nats"], abs=1e-5)
 
 
-def test_an_answer_is_exact_where_greedy_decoding_gives_all_of_it(tmp_path):
+def test_an_answer_is_exact_where_greedy_decoding_gives_all_of_it():
     teacher = teacher_of()
     start = torch.randint(2, 120, (3, 20), generator=torch.Generator().manual_seed(0))
     greedy = teacher.generate(start, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -387,10 +413,11 @@ def test_an_answer_is_exact_where_greedy_decoding_gives_all_of_it(tmp_path):
     ids = torch.cat([greedy, start[:, :2], greedy[:, -4:]], dim=1)  # and what they say of a second answer is chance
     kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
     kinds[:, 20:24] = ANSWER
-    measured = measure(teacher, Teacher(teacher, tmp_path), Windows(ids.int(), kinds))
-    assert measured["exact"] == pytest.approx(2 / 3)
+    windows = Windows(ids.int(), kinds)
+    assert measure(teacher, windows, said_of_text(teacher, windows)).keys() == {"exact", "answer_nats"}
+    assert measure(teacher, windows, said_of_text(teacher, windows))["exact"] == pytest.approx(2 / 3)
     kinds[:, -4:] = ANSWER
-    assert measure(teacher, Teacher(teacher, tmp_path), Windows(ids.int(), kinds))["exact"] <= 0.5
+    assert measure(teacher, windows, said_of_text(teacher, windows))["exact"] <= 0.5
 
 
 def recipe():
@@ -433,8 +460,12 @@ def test_a_run_that_was_killed_ends_with_the_numbers_of_a_whole_one(tmp_path, st
 
 def test_another_recipe_is_refused_in_the_folder_of_a_run(tmp_path):
     Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
-    with pytest.raises(UsageError, match="holds a run of another recipe; choose another folder, or remove it"):
-        Run(tmp_path, recipe().model_copy(update={"seed": 1}), teacher_of(), FRAMING, CORPUS)
+    told = "holds a run of another recipe, with another {}; choose another folder, or remove it"
+    hotter = recipe().stages[1].model_copy(update={"hyena_rate": 1.0})
+    for name, other in ("seed", {"seed": 1}), ("stage 'whole'", {"stages": (recipe().stages[0], hotter)}):
+        with pytest.raises(UsageError, match=told.format(name)):
+            Run(tmp_path, recipe().model_copy(update=other), teacher_of(), FRAMING, CORPUS)
+    Run(tmp_path, recipe().model_copy(update={"checkpoint_seconds": 9}), teacher_of(), FRAMING, CORPUS)
 
 
 def test_a_run_goes_on_with_stages_that_its_recipe_gets_later(tmp_path):
@@ -496,15 +527,18 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, 
     run = Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
     student_step = layerwise.take_step
 
-    def diverge(student, teacher, windows):
-        measured = student_step(student, teacher, windows)
+    def diverge(*taken):
+        measured, student = student_step(*taken), taken[0]
         if len(steps) == 3:
             next(p for p in student.parameters() if p.grad is not None).grad[0] = float("nan")
         return measured
 
     steps = []
     monkeypatch.setattr("stripedrag.model.striping.run.layerwise.take_step", diverge)
-    with pytest.raises(UsageError, match="the gradient is no number at step 4 of stage 'layers'; lower its rates"):
+    told = (
+        "the gradient is no number at step 4 of stage 'layers', at rates 0.01; lower them, and begin in another folder"
+    )
+    with pytest.raises(UsageError, match=told):
         run.train([1, 3], lambda *heard: steps.append(heard))
     kept = load_file(tmp_path / "stages" / "layers" / "checkpoint.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
@@ -522,6 +556,7 @@ def test_a_broken_checkpoint_is_named_and_a_broken_word_of_the_teacher_asked_for
     ):
         Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
     checkpoint.unlink()
+    (tmp_path / "windows" / "whole.safetensors").write_bytes(b"")
     Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
     again = load_file(checkpoint)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
@@ -542,3 +577,41 @@ def test_a_recipe_that_cannot_be_is_refused():
         Recipe(stages=(stage, stage))
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         Recipe(laters=3)
+    with pytest.raises(ValidationError, match="finite number"):
+        Recipe(checkpoint_seconds=float("inf"))
+
+
+def test_a_step_to_no_number_at_the_end_is_told_and_not_kept(tmp_path):
+    stage = Stage(name="one", tokens=128, length=128, batch_tokens=128, hyena_rate=1e300, adapter_rate=1e300)
+    hot = recipe().model_copy(update={"stages": (stage,)})
+    with pytest.raises(
+        UsageError, match=r"blocks\..* is no number at step 1 of stage 'one', at rates 1e\+300, 1e\+300"
+    ):
+        Run(tmp_path, hot, teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+    assert not (tmp_path / "stages" / "one" / "checkpoint.safetensors").exists()
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path):
+    Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
+    (tmp_path / "recipe.json").write_text("")
+    with pytest.raises(
+        UsageError, match=r"recipe\.json is damaged \(.*; remove it, and the same command makes it again"
+    ):
+        Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
+
+
+def test_layers_are_ranked_within_the_models_window_and_on_nothing_that_is_held_out(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        "stripedrag.model.striping.run.rank_layers", lambda teacher, windows, heard: read.append(windows) or costs
+    )
+    costs = [LayerCost(layer=i, kl=i, answer_nats=i) for i in range(4)]
+    two = recipe().model_copy(update={"hyena_layers": 2})
+    corpus = Corpus(TEXTS[2:], ASKED[2:], TEXTS[:2], ASKED[:2])
+    assert Run(tmp_path, two, teacher_of(), FRAMING, corpus).hyena_layers(lambda *heard: None) == [0, 1]
+    assert read[0].ids.shape[1] == SIZES["max_position_embeddings"]
+    held = [letters(one.question) for one in ASKED[:2]]
+    rows = ["".join(map(chr, row)) for row in read[0].ids.tolist()]
+    assert not any("".join(map(chr, question)) in row for row in rows for question in held)
+    assert Run(tmp_path, two, teacher_of(), FRAMING, corpus).hyena_layers(lambda *heard: None) == [0, 1]
+    assert len(read) == 1

@@ -54,11 +54,15 @@ def test_texts_and_questions_are_told_apart_by_their_keys(write):
         assert [one.text for one in texts] == [one.passage for one in asked] == [text]
         assert [one.taught for one in asked] == ["flow"]
     with pytest.raises(
-        CorpusError, match=r"1 held-out texts are also among those to train on, the first 'Rivers flow\.'"
+        CorpusError, match=r"1 held-out texts and passages are also among those to train on, the first 'Rivers flow\.'"
     ):
         read_corpus(files, [*others, write("e.jsonl", TEXT)])
-    with pytest.raises(CorpusError, match="1 held-out passages are also among"):
-        read_corpus([*files, write("f.jsonl", ASKED | {"passage": "Lakes lie."})], others)
+    for seen in (
+        write("f.jsonl", ASKED | {"passage": "Lakes lie."}),
+        write("g.jsonl", TEXT | {"text": "Lakes  lie.\n"}),
+    ):
+        with pytest.raises(CorpusError, match="1 held-out texts and passages are also among"):
+            read_corpus([*files, seen], others)
 
 
 def test_a_corpus_that_lacks_something_is_refused(write):

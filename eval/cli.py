@@ -100,6 +100,10 @@ def corpus(
     as_json: AsJson = False,
 ) -> None:
     """Write the corpus that the default model is trained on: texts and questions, and what is held out of both."""
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{to} cannot be a folder: {error.strerror}; give another") from error
     quiet_libraries()
     from stripedrag.eval.corpus.build import build
 

@@ -221,7 +221,8 @@ def _data(corpus: Corpus) -> str:
 def _samples(corpus: Corpus, seed: int) -> str:
     chosen = Random(seed).sample(corpus.asked, k=min(SAMPLES, len(corpus.asked)))
     return "\n".join(
-        f"{number}. {_line(one.question)} → **{_line(one.taught)}** ({one.source}; passage: {_line(one.passage)})"
+        f"{number}. {_line(one.question)} → **{_line(one.taught)}** ({_line(one.source)}; "
+        f"passage: {_line(one.passage)})"
         for number, one in enumerate(chosen, start=1)
     )
 

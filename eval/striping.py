@@ -54,7 +54,7 @@ def stripe(
     Raises `UsageError` for a folder that holds something else or where another process runs, for a recipe that the
     model or the data cannot meet, `CorpusError` for data that cannot be read, and what `load_model` raises.
     """
-    if to.exists() and not (to.is_dir() and ((to / WORK / "recipe.json").is_file() or not _has_strangers(to))):
+    if to.exists() and (not to.is_dir() or _has_strangers(to)):
         raise UsageError(f"{to} holds something that is no striping run; give a new folder")
     begun = None
     if begin is not None:
@@ -182,9 +182,12 @@ def _begun(recipe: Recipe, begin: str, kept: Path) -> _Begun:
 
 def _has_strangers(to: Path) -> bool:
     """Whether a folder holds anything that was not left there by a run that was killed or refused before it began."""
-    ours = {to / WORK} | {to / WORK / name for name in (".lock", "teacher", "model.sha256", "data.sha256")}
-    folders = [folder for folder in (to, to / WORK) if folder.is_dir()]
-    return any(path not in ours for folder in folders for path in folder.iterdir())
+    work = to / WORK
+    if (work / "model.sha256").is_file():  # a run that began, whatever became of its other files
+        return False
+    begun = {".lock", "teacher", ".model.sha256.part"}
+    strangers = [path for path in to.iterdir() if path != work]
+    return bool(strangers) or (work.is_dir() and any(path.name not in begun for path in work.iterdir()))
 
 
 @contextmanager

@@ -264,7 +264,10 @@ def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, t
     killed = tmp_path / "killed" / "run"  # before its recipe was written
     (killed / "teacher").mkdir(parents=True)
     (killed / "model.sha256").write_text("other")
+    (killed / ".recipe.json.part").touch()
     assert "holds a run of another model or tokenizer" in refused(command(teacher, data, recipe, killed.parent))
+    told = refused(["corpus", "--to", full / "thesis.txt"])
+    assert "thesis.txt cannot be a folder: File exists; give another" in told
     (full / "run").mkdir()
     assert "holds something that is no striping run" in refused(command(teacher, data, recipe, full))
     assert (full / "thesis.txt").read_text() == "mine"

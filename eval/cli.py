@@ -34,7 +34,8 @@ def eval_run(
     suite: Annotated[
         str,
         typer.Argument(
-            help="A suite that ships (quick, compare, striping, full, openllm), or a file.", show_default=False
+            help="A suite that ships (quick, compare, look, order, striping, window, full, openllm), or a file.",
+            show_default=False,
         ),
     ],
     to: Annotated[
@@ -100,10 +101,6 @@ def corpus(
     as_json: AsJson = False,
 ) -> None:
     """Write the corpus that the default model is trained on: texts and questions, and what is held out of both."""
-    try:
-        to.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{to} cannot be a folder: {error.strerror}; give another") from error
     quiet_libraries()
     from stripedrag.eval.corpus.build import build
 
@@ -193,7 +190,8 @@ def stripe(
     except OSError as error:
         raise UsageError(f"{recipe} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise UsageError(f"{' with --layers '.join(str(g) for g in (recipe, layers) if g)}: {faults(error)}") from error
+        given = " with --layers ".join(str(part) for part in (recipe, layers) if part)
+        raise UsageError(f"{given} is no recipe: {faults(error)}") from error
     except ValueError as error:
         raise UsageError(f"--layers is {layers!r}; it is a number, or layers with commas between, as 3,4,9") from error
     if find_spec("matplotlib") is None:

@@ -12,12 +12,12 @@ from random import Random
 from typing import Any
 
 from pydantic import TypeAdapter
-from safetensors.torch import load_file
 
 from stripedrag.eval.run_files import write_whole
 from stripedrag.model.striping import Corpus, Evaluation, Recipe
-from stripedrag.model.striping.data import ANSWER, TEXT
+from stripedrag.model.striping.data import Windows
 from stripedrag.model.striping.ranking import LayerCost
+from stripedrag.model.striping.teacher import predicted
 
 SAMPLES = 20
 _SHOWN_CHARS = 240
@@ -30,9 +30,18 @@ _CURVES = (
 
 
 def write_card(
-    folder: Path, run: Path, *, name: str, teacher: str, layers: Sequence[int], evaluation: Evaluation, corpus: Corpus
+    folder: Path,
+    run: Path,
+    *,
+    name: str,
+    teacher: str,
+    layers: Sequence[int],
+    windows: Mapping[str, Windows],
+    evaluation: Evaluation,
+    corpus: Corpus,
 ) -> Path:
-    """Write README.md, evaluation.json, recipe.json and, with matplotlib, curves.svg into a model's `folder`."""
+    """Write README.md, evaluation.json, recipe.json and, with matplotlib, curves.svg into a model's `folder`; `windows`
+    are those of the stages that were taken."""
     recipe = Recipe.model_validate_json((run / "recipe.json").read_bytes())
     logs = {stage.name: list(_log(run / "stages" / stage.name / "log.jsonl")) for stage in recipe.stages}
     write_whole(folder / "evaluation.json", evaluation.model_dump_json(indent=1) + "\n")
@@ -48,7 +57,7 @@ def write_card(
         _stretches(evaluation),
         "![what was measured while it was trained](curves.svg)" if curves else "",
         "## Made by",
-        _stages(teacher, recipe, logs, _read_tokens(run, recipe)),
+        _stages(teacher, recipe, logs, windows),
         _ranking(run / "ranking.json", layers),
         "## Trained on",
         _data(corpus),
@@ -148,20 +157,8 @@ def _stretches(evaluation: Evaluation) -> str:
     return _table(["positions", "tokens", *(f"nats, {name}" for name in names)], rows)
 
 
-def _read_tokens(run: Path, recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """By stage, the answers in its windows, and the tokens that are learnt from."""
-    counts = {}
-    for stage in recipe.stages:
-        if (path := run / "windows" / f"{stage.name}.safetensors").exists():
-            kinds = load_file(path)["kinds"]
-            is_answer = kinds == ANSWER
-            begins = is_answer[:, 1:] & ~is_answer[:, :-1]
-            counts[stage.name] = int(begins.sum()), int((is_answer | (kinds == TEXT)).sum())
-    return counts
-
-
 def _stages(
-    teacher: str, recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]], counts: Mapping[str, tuple[int, int]]
+    teacher: str, recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]], windows: Mapping[str, Windows]
 ) -> str:
     rows = []
     for stage in recipe.stages:
@@ -171,11 +168,12 @@ def _stages(
         seconds = sum(line["seconds"] for line in logs[stage.name])
         rate = f"{stage.steps * tokens / seconds:,.0f}"
         rates = f"{stage.hyena_rate:g}" + (f", {stage.adapter_rate:g}" if stage.kind != "layers" else "")
-        answers, learnt = counts[stage.name]
+        read = windows[stage.name]
+        learnt = int(predicted(read).sum())
         rows.append(
             [
                 *(stage.name, stage.kind, f"{stage.length:,}", f"{stage.steps * tokens:,}"),
-                *(("", "") if stage.kind == "layers" else (f"{learnt:,}", f"{answers:,}")),
+                *(("", "") if stage.kind == "layers" else (f"{learnt:,}", f"{read.answers:,}")),
                 *(f"{tokens:,}", rates, rate),
             ]
         )

@@ -89,11 +89,21 @@ def stripe(
         layers = run.hyena_layers(progress)
         written = to / WORK / "written"
         evaluation = run.finish(run.train(layers, progress), written)
+        windows = {stage.name: run.windows(stage, number) for number, stage in run.stages(layers)}  # every process
         if evaluation is None:
             return {}
         tokenizer.save_pretrained(written)
         name = to.resolve().name
-        write_card(written, to / WORK, name=name, teacher=model, layers=layers, evaluation=evaluation, corpus=corpus)
+        write_card(
+            written,
+            to / WORK,
+            name=name,
+            teacher=model,
+            layers=layers,
+            windows=windows,
+            evaluation=evaluation,
+            corpus=corpus,
+        )
         _put(written, to)
     return {"model": to, "card": to / "README.md", "changes": to / _CHANGES}
 

@@ -15,9 +15,10 @@ from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 from stripedrag.errors import UsageError
-from stripedrag.eval.corpus.overlap import Overlap, evaluated_apart
+from stripedrag.eval.corpus.overlap import Overlap, evaluated_apart, runs
 from stripedrag.eval.corpus.packages import Package, packages, texts
 from stripedrag.eval.corpus.planted import Chance, plant
 from stripedrag.eval.corpus.questions import natural, title_of
@@ -42,32 +43,33 @@ _RAG_QA, _WIKIPEDIA = DATA / "rag_qa", "2wiki-distractor"
 def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[str, int]:
     """Write texts and questions, and what is held out of both, as JSONL into `folder`; returns the lines of each file.
 
-    Raises `UsageError` where one of the files is there, and what `packages.texts` raises.
+    Raises `UsageError` for a place that can be no folder and where one of the files is there, and what `packages.texts`
+    raises.
     """
     files = {name: folder / f"{name}.jsonl" for name in FILES}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be a folder: {error.strerror}; give another") from error
     if there := [path for path in files.values() if path.exists()]:
         raise UsageError(f"{there[0]} is there already; remove it, or give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     tell("reading what evaluations ask about")
-    foreign = Overlap.of(evaluated()) | evaluated_apart()
+    foreign = asked_about()
     tell("questions")
-    asked = [one for one in [*natural(), *_train_part()] if not foreign.shares(one.passage)]
-    documents = list(_distractors())
+    asked, held_asked = _parted([*natural(), *_train_part()], lambda one: one.passage, foreign)
+    found = list(_distractors())
     for package in packages():
         tell(f"texts of {package.name}")
-        documents += _some(package)
-    held_out = [document for document in documents if is_held_out(document.text)]
-    documents = [document for document in documents if not is_held_out(document.text)]
-    documents += _articles(one for one in asked if not is_held_out(one.passage))
-    documents, held_out = ([one for one in some if not foreign.shares(one.text)] for some in (documents, held_out))
+        found += _some(package)
+    documents, held_out = _parted(found, lambda one: one.text, foreign)
+    documents += [article for article in _articles(asked) if not foreign.shares(article.text)]
     rng = Chance(0)
     rng.names, rng.words = vocabulary_of(document.text for document in documents)
     rng.barred = EVALUATED_WORDS
-    asked += _planted(documents, rng)
-    held_asked = [one for one in asked if is_held_out(one.passage)]
-    hidden = {one.id.split(":")[2] for one in held_asked if one.source == "planted"}
+    planted, held_planted, hidden = _planted(documents, rng)
+    asked += planted
+    held_asked += held_planted
     documents = [document for document in documents if document.id not in hidden]
-    asked = [one for one in asked if not is_held_out(one.passage)]
     tell("what is held out against what is not")
     trained = (*(one.text for one in documents), *dict.fromkeys(one.passage for one in asked))
     seen = Overlap.between([*(one.text for one in held_out), *(one.passage for one in held_asked)], trained)
@@ -84,6 +86,23 @@ def build(folder: Path, tell: Callable[[str], None] = lambda _: None) -> dict[st
 def is_held_out(text: str) -> bool:
     """Whether a document or passage is one to measure on, by its hash, so that all its questions are on one side."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
+
+
+Kept = TypeVar("Kept", Text, Asked)
+
+
+def _parted(records: Iterable[Kept], content: Callable[[Kept], str], foreign: Overlap) -> tuple[list[Kept], list[Kept]]:
+    """Those that share nothing with what is `foreign`: to train on, and held out."""
+    parts: tuple[list[Kept], list[Kept]] = ([], [])
+    for record in records:
+        if not foreign.shares(content(record)):
+            parts[is_held_out(content(record))].append(record)
+    return parts
+
+
+def asked_about() -> Overlap:
+    """All runs of the texts that evaluations ask about, of those that do not ship a sample."""
+    return Overlap([*(run for text in evaluated() for run in runs(text)), *evaluated_apart()])
 
 
 def evaluated() -> Iterator[str]:
@@ -164,18 +183,18 @@ def _articles(asked: Iterable[Asked]) -> Iterator[Text]:
             yield Text(id=f"{source}/{number}", title=title_of(passages[0]), text="\n".join(passages))
 
 
-def _planted(documents: Sequence[Text], rng: Chance) -> Iterator[Asked]:
+def _planted(documents: Sequence[Text], rng: Chance) -> tuple[list[Asked], list[Asked], set[str]]:
     """Questions on facts planted in short documents, and in parts of long ones, the longer the more: mostly novels.
+    Those to train on, those held out, and the ids of the documents with one of these.
 
     A short document with a passage that is held out has no other, and is no text to train on. No part of a long one is
     held out, since the whole of it may be read.
     """
     hosts = rng.choices([one for one in documents if len(one.text) <= _HOST_CHARS], k=PLANTED)
     planted = [(host.id, plant(host, rng, number)) for number, host in enumerate(hosts)]
-    hidden = {host for host, ones in planted if is_held_out(ones[0].passage)}
-    for host, ones in planted:
-        if host not in hidden or is_held_out(ones[0].passage):
-            yield from ones
+    apart = [(host, ones) for host, ones in planted if is_held_out(ones[0].passage)]
+    hidden = {host for host, _ in apart}
+    asked = [one for host, ones in planted if host not in hidden for one in ones]
     long = [one for one in documents if len(one.text) > 4 * _HOST_CHARS]
     lengths = [len(one.text) for one in long]
     for number, document in enumerate(rng.choices(long, lengths, k=EXCERPTS) if long else ()):
@@ -184,7 +203,8 @@ def _planted(documents: Sequence[Text], rng: Chance) -> Iterator[Asked]:
         part = document.text[start : end if end > 0 else start + _HOST_CHARS].replace("\n", " ")
         ones = plant(document.model_copy(update={"text": part}), rng, PLANTED + number)
         if not is_held_out(ones[0].passage):
-            yield from ones
+            asked += ones
+    return asked, [one for _, ones in apart for one in ones], hidden
 
 
 def _gathered(passages: Iterable[str]) -> Iterator[list[str]]:

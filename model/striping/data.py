@@ -104,6 +104,12 @@ class Windows(NamedTuple):
     ids: Tensor
     kinds: Tensor
 
+    @property
+    def answers(self) -> int:
+        """How many answers the windows hold."""
+        is_answer = self.kinds == ANSWER
+        return int((is_answer[:, 1:] & ~is_answer[:, :-1]).sum())
+
     def at(self, which: slice | Tensor | list[int]) -> "Windows":
         """Some of the windows."""
         return Windows(self.ids[which], self.kinds[which])

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from stripedrag.model.striping.data import ANSWER, Windows
+from stripedrag.model.striping.data import Windows
 from stripedrag.model.striping.distillation import is_text, measure, said_of_text, scored
 
 _FIRST_EDGE = 512  # stretches of positions begin at 0, here, and at every doubling
@@ -60,10 +60,8 @@ def evaluate(
 
 
 def _counts(windows: Windows) -> dict[str, int]:
-    is_answer = windows.kinds == ANSWER
-    begins = is_answer[:, 1:] & ~is_answer[:, :-1]
     texts = windows.at(is_text(windows))
-    return {"text_tokens": texts.ids[:, 1:].numel(), "answers": int(begins.sum())}
+    return {"text_tokens": texts.ids[:, 1:].numel(), "answers": windows.answers}
 
 
 def _stretches(models: Mapping[str, PreTrainedModel], windows: Windows) -> tuple[Stretch, ...]:

@@ -84,11 +84,11 @@ def striped_tensors(transformer: Mapping[str, Tensor], config: StripedHyenaConfi
     return tensors
 
 
-def transformer_digest(transformer: PreTrainedModel) -> str:
-    """The sha256 of a model's tensors in bfloat16, the same in whatever wider dtype they were loaded."""
+def transformer_digest(transformer: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The sha256 of a model's tensors in `dtype`; in bfloat16 it is the same in whatever wider one they were loaded."""
     digest = hashlib.sha256()
     for name, parameter in sorted(transformer.named_parameters()):
-        tensor = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        tensor = parameter.detach().to("cpu", dtype).contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.view(torch.uint8).numpy())
     return digest.hexdigest()

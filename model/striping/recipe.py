@@ -106,12 +106,11 @@ class Recipe(_Part):
     def unlike(self, begun: "Recipe") -> str:
         """In what it is another recipe than that of a run which was begun, by name; "" where the run can go on with it:
         it may have more stages after those, and other checkpoints."""
-        free = {"stages", "checkpoint_seconds"}
-        for name in Recipe.model_fields.keys() - free:
-            if getattr(self, name) != getattr(begun, name):
-                return name
+        fixed = (name for name in Recipe.model_fields if name not in ("stages", "checkpoint_seconds"))
         pairs = zip_longest(self.stages[: len(begun.stages)], begun.stages)
-        return next((f"stage {theirs.name!r}" for ours, theirs in pairs if ours != theirs), "")
+        unlike = [name for name in fixed if getattr(self, name) != getattr(begun, name)]
+        unlike += [f"stage {theirs.name!r}" for ours, theirs in pairs if ours != theirs]
+        return next(iter(unlike), "")
 
     @model_validator(mode="after")
     def _begins_once(self) -> "Recipe":

@@ -129,6 +129,10 @@ class Run:
         made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, Random(f"{self.recipe.seed} ranking"))
         return _of_both(pack(made, length, RANKING_WINDOWS), "training")
 
+    def stages(self, layers: Sequence[int]) -> list[tuple[int, Stage]]:
+        """The stages that are taken, with their numbers: without Hyena layers none is layer by layer."""
+        return [(n, stage) for n, stage in enumerate(self.recipe.stages) if layers or stage.kind != "layers"]
+
     def train(self, layers: Sequence[int], progress: Progress) -> StripedHyenaForCausalLM:
         """A student with these Hyena layers, trained through all stages."""
         keep_freed_memory()
@@ -140,9 +144,7 @@ class Run:
         if self._begins_from is not None:
             take_up(student, self._begins_from)
         student.train()
-        for number, stage in enumerate(recipe.stages):
-            if stage.kind == "layers" and not layers:
-                continue
+        for number, stage in self.stages(layers):
             groups = _groups(student, stage)
             together = [parameter for parameters, _ in groups for parameter in parameters.values()]
             each = [list(block.parameters()) for block in blocks(student) if not block.is_attention]
@@ -163,7 +165,6 @@ class Run:
     ) -> None:
         windows = self.windows(stage, number)
         held_out = self.held_out(stage.length).at(slice(_checked(stage.length)))
-        of_text = distillation.said_of_text(self.teacher, held_out)
 
         def batch(step: int) -> Windows:
             return windows.at(slice(step * stage.windows_a_step, (step + 1) * stage.windows_a_step))
@@ -178,6 +179,7 @@ class Run:
                 progress=progress,
             )
         else:
+            of_text = distillation.said_of_text(self.teacher, held_out)
             loop.run(
                 lambda step: distillation.take_step(student, self.sayings, stage, batch(step), self.processes),
                 check=lambda: distillation.measure(student, held_out, of_text),

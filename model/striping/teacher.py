@@ -31,7 +31,8 @@ class Teacher:
         config = striped_config(model.config, model.state_dict(), (), modes=1, taps=1)  # all that its numbers depend on
         of_versions = ("transformers_version", "dtype")
         said = sorted(item for item in config.to_dict().items() if item[0] not in of_versions)
-        content = f"{transformer_digest(model)} {unembedding(model).dtype} {said} {LIKELIEST}"
+        dtype = unembedding(model).dtype
+        content = f"{transformer_digest(model, dtype)} {dtype} {said} {LIKELIEST}"
         self.key = hashlib.sha256(content.encode()).digest()
 
     def targets(self, windows: Windows, *, answer_weight: float, text_labels: float = 0.0) -> Targets:

@@ -15,6 +15,7 @@ def written_whole(path: Path, *, by_many: bool = False) -> Iterator[Path]:
     process has a place of its own, and a cut can leave an empty file.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part" if by_many else f".{path.name}.part")
+    scratch.unlink(missing_ok=True)  # of a process that was killed
     scratch.touch()
     mode = scratch.stat().st_mode
     yield scratch

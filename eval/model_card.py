@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from stripedrag.errors import UsageError
 from stripedrag.eval.run_files import write_whole
 from stripedrag.model.striping import Corpus, Evaluation, Recipe
 from stripedrag.model.striping.data import Windows
@@ -231,8 +232,16 @@ def _line(text: str) -> str:
 
 
 def _log(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        yield from map(json.loads, path.read_text().splitlines())
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            measured = json.loads(line)
+            measured["step"], measured["seconds"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path}, line {number} is damaged; remove it, and the same command writes the model and its card"
+            ) from error
+        yield measured
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

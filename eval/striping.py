@@ -1,8 +1,9 @@
 """Striping from files to a model folder with its card: what `stripedrag stripe` does."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,15 @@ def stripe(
     Raises `UsageError` for a folder that holds something else or where another process runs, for a recipe that the
     model or the data cannot meet, `CorpusError` for data that cannot be read, and what `load_model` raises.
     """
-    if to.exists() and (not to.is_dir() or _has_strangers(to)):
-        raise UsageError(f"{to} holds something that is no striping run; give a new folder")
+    name = to.resolve().name
+    for given in (name, model):
+        if not given.isprintable():
+            raise UsageError(f"{given!r} cannot be written on the model's card; give a name of printable characters")
+    with _writing(to):
+        if to.exists() and (not to.is_dir() or _has_strangers(to)):
+            raise UsageError(f"{to} holds something that is no striping run; give a new folder")
+        if teacher_cache is not None and teacher_cache.exists() and not teacher_cache.is_dir():
+            raise UsageError(f"{teacher_cache} is no folder; what the teacher says is kept in one")
     begun = None
     if begin is not None:
         begun = _begun(recipe, begin, to / WORK / BEGUN)
@@ -86,14 +94,13 @@ def stripe(
         )
         if begun is not None and processes.is_first:
             begun.keep(to / WORK / BEGUN)
+        windows = run.make_windows()  # every process
         layers = run.hyena_layers(progress)
         written = to / WORK / "written"
         evaluation = run.finish(run.train(layers, progress), written)
-        windows = {stage.name: run.windows(stage, number) for number, stage in run.stages(layers)}  # every process
         if evaluation is None:
             return {}
         tokenizer.save_pretrained(written)
-        name = to.resolve().name
         write_card(
             written,
             to / WORK,
@@ -111,10 +118,9 @@ def stripe(
 def _put(written: Path, to: Path) -> None:
     """Move a model's files to their place. None of it can be loaded until the last, its config, is there."""
     (to / _CONFIG).unlink(missing_ok=True)
-    mode = (written / _CONFIG).stat().st_mode
     for file in sorted(written.iterdir(), key=lambda file: file.name == _CONFIG):
-        file.chmod(mode)  # safetensors makes files that nobody else can read
-        file.replace(to / file.name)
+        with written_whole(to / file.name) as scratch:
+            shutil.move(file, scratch)  # from another disk, where the folder of the run is a link to one
     written.rmdir()
 
 
@@ -215,15 +221,22 @@ def _writing(to: Path) -> Iterator[None]:
 def corpus_files(data: Sequence[Path], held_out: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The files to train on and to measure on; a folder stands for its JSON lines, plain or compressed. What is called
     `held-out-…` is only measured on. Raises `UsageError` for a folder without any."""
-    files = [file for path in data for file in _files(path)]
+    files = _each_once(file for path in data for file in _files(path))
     apart = [file for file in files if file.name.startswith(HELD_OUT)]
     named = [file for path in held_out for file in _files(path)]
-    return [file for file in files if file not in apart], list(dict.fromkeys([*named, *apart]))
+    return [file for file in files if file not in apart], _each_once([*named, *apart])
+
+
+def _each_once(files: Iterable[Path]) -> list[Path]:
+    return list({os.path.realpath(file): file for file in files}.values())
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
+    try:
+        if not path.is_dir():
+            return [path]
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     found = sorted(one for one in path.iterdir() if one.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")))
     if not found:
         raise UsageError(f"{path} holds no .jsonl file")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,6 +21,7 @@ from stripedrag.errors import SetupError, StripedragError, UsageError
 from stripedrag.hardware import fast_dtype
 from stripedrag.model.baselines import BASELINES, hub_id, snapshot
 from stripedrag.model.config import StripedHyenaConfig
+from stripedrag.model.modeling import refuse_unfit
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
 
 DEFAULT_MODEL = STRIPED
@@ -45,7 +47,7 @@ def load_model(
 
     Raises:
         SetupError: a prepared model that is not on this machine yet, or a baseline that the hub did not give.
-        CheckpointError: a StripedHyena folder whose tensors and config do not belong together.
+        CheckpointError: tensors and a config that do not belong together.
         UsageError: no such model, one without a tokenizer, or one whose positions cannot be stretched.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -59,11 +61,17 @@ def load_model(
             raise UsageError(f"window_tokens is {window_tokens}; a window has at least 1")
         config = AutoConfig.from_pretrained(source)
         stretched = window_tokens is not None and _stretch(config, window_tokens, str(name_or_path))
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype).to(device).eval()
+        # a StripedHyena refuses what does not fit by itself; of others transformers leaves it random
+        unfit = {} if isinstance(config, StripedHyenaConfig) else {"ignore_mismatched_sizes": True}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **unfit
+        )
+        refuse_unfit(source, info)
+        model = model.to(device).eval()
         model.has_stretched_window = stretched
     except StripedragError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except _DAMAGES as error:
         name = str(name_or_path)
         if is_folder:
             raise UsageError(f"the model folder {source} cannot be read: {_first_line(error)}") from error
@@ -87,9 +95,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> PreT
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(_source(name_or_path))
-    except (OSError, ValueError) as error:
-        if isinstance(error, StripedragError):
-            raise
+    except StripedragError:
+        raise
+    except _DAMAGES as error:
         raise UsageError(f"the model {str(name_or_path)!r} has no tokenizer: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UsageError(
@@ -143,5 +151,15 @@ def _source(name_or_path: str | os.PathLike[str]) -> Any:
     return hub_id(name) if name in BASELINES else name_or_path
 
 
+# what transformers raises of a damaged folder
+_DAMAGES = (
+    *(OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    first, *others = str(error).strip().splitlines() or [""]
+    if isinstance(error, LookupError | ArithmeticError) or not first:  # which say a key, or nothing
+        return f"{type(error).__name__} {first}".strip()
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

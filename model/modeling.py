@@ -5,7 +5,7 @@ text. B batch, L length, H width, K taps, N modes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 import torch
@@ -232,20 +232,9 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        for fault, names in (
-            ("lacks", info["missing_keys"]),
-            ("has unused", info["unexpected_keys"]),
-            (
-                "has misshapen",
-                [f"{name} {tuple(got)} for {tuple(want)}" for name, got, want in info["mismatched_keys"]],
-            ),
-        ):
-            if names:
-                shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-                raise CheckpointError(
-                    f"the checkpoint {str(pretrained_model_name_or_path)!r} {fault} tensors: {shown}. "
-                    "Its weights and its config.json are not of one model"
-                )
+        refuse_unfit(pretrained_model_name_or_path, info)
+        if unused := info["unexpected_keys"]:
+            raise _unfit(pretrained_model_name_or_path, "has unused", unused)
         return (model, info) if wants_info else model
 
     @torch.no_grad()
@@ -476,3 +465,18 @@ def _attention_mask(real: Tensor | None, length: int, past: int, device: torch.d
 
 AutoConfig.register("stripedhyena", StripedHyenaConfig)
 AutoModelForCausalLM.register(StripedHyenaConfig, StripedHyenaForCausalLM)
+
+
+def refuse_unfit(source: Any, info: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` where a checkpoint that transformers loaded, with this `info`, left weights random."""
+    if missing := info["missing_keys"]:
+        raise _unfit(source, "lacks", missing)
+    if misshapen := [f"{name} {tuple(got)} for {tuple(want)}" for name, got, want in info["mismatched_keys"]]:
+        raise _unfit(source, "has misshapen", misshapen)
+
+
+def _unfit(source: Any, fault: str, names: Collection[str]) -> CheckpointError:
+    shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return CheckpointError(
+        f"the checkpoint {str(source)!r} {fault} tensors: {shown}. Its weights and its config.json are not of one model"
+    )

@@ -10,6 +10,7 @@ import os
 import re
 import reprlib
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -261,7 +262,11 @@ def spinner(message: str) -> Iterator[Any]:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and advice out of what a command says; a long conversion keeps its bar."""
+    """Keep the libraries' own bars and advice out of what a command says; a long conversion keeps its bar.
+
+    Warnings are told in a line, without the code that warns.
+    """
+    warnings.showwarning = _tell
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -269,3 +274,7 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _tell(message: Warning | str, *_: object, **__: object) -> None:
+    err.print(f"warning: {message}", markup=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -57,21 +57,25 @@ def _read_in(texts: Iterable[Text], asked: Iterable[Asked]) -> set[str]:
     return {" ".join(text.split()) for text in (*(one.text for one in texts), *(one.passage for one in asked))}
 
 
-class _Either(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class Record(BaseModel):
+    """A line of either kind."""
 
-    question: str | None = None
+    model_config = ConfigDict(extra="ignore")
+
+    question: Any = None
 
 
 def _read(files: Iterable[Path]) -> tuple[list[Text], list[Asked]]:
     texts: list[Text] = []
     asked: list[Asked] = []
     for path in files:
-        first = next(iter(read_lines(path, _Either)), None)
+        if path.exists() and not path.is_file():
+            raise CorpusError(f"{path} is no file that can be read again; write it to one")
+        first = next(iter(read_lines(path, Record)), None)
         if first is None:
             raise CorpusError(f"{path} is empty")
-        if first.question is None:
-            texts += read_lines(path, Text)
-        else:
+        if "question" in first.model_fields_set:
             asked += read_lines(path, Asked)
+        else:
+            texts += read_lines(path, Text)
     return texts, asked

@@ -94,6 +94,13 @@ def _refuse_others(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
             f"the changes are of another network: {wrong[0]} is {_shape(given, wrong[0])}, and the model's "
             f"{_shape(wanted, wrong[0])}"
         )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name} holds values that are no numbers; give changes that are whole")
+        if name.endswith(".poles") and (radius := tensor.square().sum(-1).max().sqrt()) > 1 + 1e-6:
+            raise CheckpointError(
+                f"{name} has a pole of |λ| = {radius:g}; a stable one is at most 1. Give changes that are whole."
+            )
 
 
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:

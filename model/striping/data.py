@@ -47,6 +47,8 @@ class Asked(BaseModel):
     def _has_an_answer_or_says_so(self) -> "Asked":
         if not self.unanswerable and not (self.answers and self.answers[0].strip()):
             raise ValueError("it has no answer, or a blank first one; give one, or say unanswerable: true")
+        if self.unanswerable and self.answers:
+            raise ValueError("it is unanswerable and has answers; take either out")
         return self
 
     @property
@@ -110,6 +112,14 @@ class Windows(NamedTuple):
         is_answer = self.kinds == ANSWER
         return int((is_answer[:, 1:] & ~is_answer[:, :-1]).sum())
 
+    def are_whole(self, shape: tuple[int, int], vocabulary: int) -> bool:
+        """Whether they have this shape, ids of a vocabulary, and kinds that there are."""
+        return (
+            (self.ids.shape, self.ids.dtype) == (shape, torch.int32)
+            and (self.kinds.shape, self.kinds.dtype) == (shape, torch.uint8)
+            and bool(((self.ids >= 0) & (self.ids < vocabulary) & (self.kinds <= PADDING)).all())
+        )
+
     def at(self, which: slice | Tensor | list[int]) -> "Windows":
         """Some of the windows."""
         return Windows(self.ids[which], self.kinds[which])
@@ -153,7 +163,8 @@ class Conversations:
     come with the eight that stand beside them in `asked`, and so look alike; the others come from anywhere.
     `unanswerable` is the share of questions in whose place one is asked whose passage is not there, as far as there is
     room. After each passage comes a document with a chance of `filler`, and so on. What is asked about a passage is
-    left out where it does not fit into what is left of the window.
+    left out where it does not fit into what is left of the window. `too_long` are the passages of which that was so
+    of all that is asked, in an empty window.
     """
 
     def __init__(
@@ -172,10 +183,11 @@ class Conversations:
             grouped.setdefault((one.title, one.passage), []).append(one)
         self._passages = list(grouped.values())
         self._texts = [text for text in texts if len(text.text) <= _FILLER_CHARS]
-        self._framing = framing
+        self.framing = framing
         self._unanswerable, self._filler, self._answers_only = unanswerable, filler, answers_only
         self._source_shares = dict(source_shares or {})
         self._strays = [one for ones in self._passages for one in ones if _stands_alone(one)]
+        self.too_long: set[str] = set()
 
     def windows(self, length: int, rng: Random) -> Iterator[list[Piece]]:
         """Windows of at most `length` tokens, round after round; none where no passage fits into one."""
@@ -204,7 +216,7 @@ class Conversations:
 
     def _window(self, queue: list[list[Asked]], length: int, rng: Random) -> list[Piece]:
         """The next window; takes its passages from the end of `queue`."""
-        framing = self._framing
+        framing = self.framing
         room = length - len(framing.head) - len(framing.turn)
         passages: list[tuple[str, list[int]]] = []
         turns: list[list[Piece]] = []
@@ -226,7 +238,7 @@ class Conversations:
                 passages.append((text, ids))
                 room -= len(ids)
         if not passages:
-            queue.pop()  # longer than a window
+            self.too_long.add(queue.pop()[0].passage)
             return []
         rng.shuffle(passages)
         rng.shuffle(turns)
@@ -242,8 +254,8 @@ class Conversations:
         """The next of the queue's coming passages that fits with a question, taken out of the queue, and its ids."""
         for place in range(len(queue) - 1, max(-1, len(queue) - 1 - _RUN), -1):
             ones = queue[place]
-            text = self._framing.passage(ones[0].title, ones[0].passage)
-            ids = self._framing.encode(text)
+            text = self.framing.passage(ones[0].title, ones[0].passage)
+            ids = self.framing.encode(text)
             if len(ids) + min(_size(self._turn(one, one.taught)) for one in ones) <= room:
                 del queue[place]
                 return ones, text, ids
@@ -264,7 +276,7 @@ class Conversations:
                 room -= longer
 
     def _turn(self, asked: Asked, answer: str) -> list[Piece]:
-        framing = self._framing
+        framing = self.framing
         return [
             Piece(framing.encode(framing.question(asked.question)), TEXT),
             Piece(framing.reply, UNKNOWN),

@@ -28,8 +28,8 @@ class Processes:
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started != self.count:
+        started = os.environ.get("WORLD_SIZE", "1")
+        if started != str(self.count):
             raise UsageError(
                 f"{started} processes were started and Accelerate sees {self.count}; on a CPU set "
                 "ACCELERATE_USE_CPU=true"
@@ -50,13 +50,16 @@ class Processes:
         self._accelerator.wait_for_everyone()
 
     def share(self, windows: Windows) -> Windows:
-        """This process's windows of a step's. Raises `UsageError` where they cannot be shared evenly."""
-        if len(windows.ids) % self.count:
-            raise UsageError(
-                f"a step of {len(windows.ids)} windows cannot be shared by {self.count} processes; set the stage's "
-                f"batch_tokens to a multiple of {self.count} windows of {windows.ids.shape[1]} tokens"
-            )
+        """This process's windows of a step's, see `refuse_uneven`."""
         return windows.at(slice(self.rank, None, self.count))
+
+    def refuse_uneven(self, windows: int, length: int) -> None:
+        """Raises `UsageError` where so many windows, of `length` tokens, cannot be shared evenly."""
+        if windows % self.count:
+            raise UsageError(
+                f"a step of {windows} windows cannot be shared by {self.count} processes; set the stage's batch_tokens "
+                f"to a multiple of {self.count} windows of {length} tokens"
+            )
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put the mean over the processes in place of each gradient."""

@@ -18,15 +18,16 @@ class Stage(_Part):
 
     `layers` trains each Hyena layer alone, on its teacher layer's inputs and outputs; `end-to-end` trains the whole
     network on what the teacher says and on answers. A step takes as many whole windows as `batch_tokens` tokens hold,
-    and one at least. Rates, `hyena_rate` of the Hyena layers and `adapter_rate` of all others, rise for `warmup_steps`,
-    or half of the stage if that is shorter, and fall to a tenth along a cosine. `questions` is the share of windows
-    that hold questions, the others are text. What a token of text is to be is what the teacher says, but for a share of
-    `text_labels`, which is what the token was. In a share `answers_only` of the windows of questions, answers alone are
-    learnt, and the teacher is not asked; a step's loss is the sum over the tokens that count, by all its tokens. Of the
-    passages of a source only the share `source_shares` comes in a round, where it is named.
+    a stage as many whole steps as `tokens` hold, and of either one at least. Rates, `hyena_rate` of the Hyena layers
+    and `adapter_rate` of all others, rise for `warmup_steps`, or half of the stage if that is shorter, and fall to a
+    tenth along a cosine. `questions` is the share of windows that hold questions, the others are text. What a token of
+    text is to be is what the teacher says, but for a share of `text_labels`, which is what the token was. In a share
+    `answers_only` of the windows of questions, answers alone are learnt, and the teacher is not asked; a step's loss is
+    the sum over the tokens that count, by all its tokens. Of the passages of a source only the share `source_shares`
+    comes in a round, where it is named.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    name: str = Field(pattern=r"^[a-z0-9-]+$", max_length=64)
     kind: Literal["layers", "end-to-end"] = "end-to-end"
     tokens: int = Field(ge=1, le=10**12)
     length: int = Field(ge=64, le=2**20)
@@ -39,7 +40,7 @@ class Stage(_Part):
     filler: Share = 0.0
     answers_only: Share = 0.0
     source_shares: dict[str, Share] = Field(default_factory=dict)
-    answer_weight: Positive = 4.0
+    answer_weight: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     text_labels: Share = 0.25
 
     @property
@@ -71,8 +72,8 @@ class Recipe(_Part):
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     hyena_layers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...] = 15
-    modes: int = Field(default=8, ge=1)
-    taps: int = Field(default=3, ge=1)
+    modes: int = Field(default=8, ge=1, le=1024)
+    taps: int = Field(default=3, ge=1, le=1024)
     rank: int = Field(default=32, ge=0, le=2**16)
     checkpoint_seconds: float = Field(default=300, ge=0)
     begins_from: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -111,6 +112,23 @@ class Recipe(_Part):
         unlike = [name for name in fixed if getattr(self, name) != getattr(begun, name)]
         unlike += [f"stage {theirs.name!r}" for ours, theirs in pairs if ours != theirs]
         return next(iter(unlike), "")
+
+    @property
+    def only_fine_tunes(self) -> bool:
+        """Whether no layer becomes a Hyena layer."""
+        return self.hyena_layers in (0, ())
+
+    @property
+    def stages_taken(self) -> list[tuple[int, Stage]]:
+        """The stages that are taken, with their numbers: without Hyena layers none is layer by layer."""
+        taken = enumerate(self.stages)
+        return [(n, stage) for n, stage in taken if not (self.only_fine_tunes and stage.kind == "layers")]
+
+    @model_validator(mode="after")
+    def _trains(self) -> "Recipe":
+        if not self.stages_taken:
+            raise ValueError("without Hyena layers its stages, all layer by layer, train nothing; give one end to end")
+        return self
 
     @model_validator(mode="after")
     def _begins_once(self) -> "Recipe":

@@ -1,6 +1,7 @@
 """A striping run in a folder: windows, ranking, stages, each done once and found again after a kill."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stripedrag.errors import UsageError, said
+from stripedrag.errors import CheckpointError, UsageError, said
 from stripedrag.files import written_whole
 from stripedrag.hardware import keep_freed_memory
 from stripedrag.model.modeling import StripedHyenaForCausalLM
@@ -74,7 +75,7 @@ class Run:
         self.folder, self.recipe, self.framing, self.corpus = folder, recipe, framing, corpus
         self.processes = processes or Processes()
         self._begins_from = begins_from
-        _refuse_impossible(recipe, teacher)
+        _refuse_impossible(recipe, teacher, self.processes)
         _refuse_unknown_sources(recipe, corpus)
         self.teacher = teacher.to(self.processes.device).eval().requires_grad_(False)
         with self.processes.first_alone():
@@ -95,14 +96,14 @@ class Run:
         if kept != self.recipe and self.processes.is_first:
             _write(path, f"{self.recipe.model_dump_json(indent=1)}\n")
 
-    def _claim(self, name: str, content: str, kind: str) -> None:
+    def _claim(self, name: str, digest: str, kind: str) -> None:
         """Keep what the run is of, or refuse another one."""
         path = self.folder / name
         if path.exists():
-            if _kept(path, str.strip) != content:
+            if _kept(path, _digest) != digest:
                 raise self._another(kind)
         elif self.processes.is_first:
-            _write(path, f"{content}\n")
+            _write(path, f"{digest}\n")
 
     def _another(self, kind: str) -> UsageError:
         return UsageError(f"{self.folder} holds a run {kind}; choose another folder, or remove it")
@@ -126,12 +127,18 @@ class Run:
         """Windows of the training data, text and questions by turns."""
         length = min(RANKING_LENGTH, self.teacher.config.max_position_embeddings)
         stage = Stage(name="ranking", tokens=length, length=length, hyena_rate=1.0)
-        made = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, Random(f"{self.recipe.seed} ranking"))
-        return _of_both(pack(made, length, RANKING_WINDOWS), "training")
+        talks = _talks(self.corpus.texts, self.corpus.asked, self.framing, stage)
+        mixed = _mixed(talks, self.corpus.texts, stage, Random(f"{self.recipe.seed} ranking"))
+        return _of_both(pack(mixed, length, RANKING_WINDOWS), "training")
 
-    def stages(self, layers: Sequence[int]) -> list[tuple[int, Stage]]:
-        """The stages that are taken, with their numbers: without Hyena layers none is layer by layer."""
-        return [(n, stage) for n, stage in enumerate(self.recipe.stages) if layers or stage.kind != "layers"]
+    def make_windows(self) -> dict[str, Windows]:
+        """The windows of every stage that is taken, by its name; those to measure on are made as well.
+
+        Called before anything is trained, it raises `UsageError` for data that do not meet the last of the stages.
+        """
+        for _, stage in self.recipe.stages_taken:
+            self.held_out(stage.length)
+        return {stage.name: self.windows(stage, number) for number, stage in self.recipe.stages_taken}
 
     def train(self, layers: Sequence[int], progress: Progress) -> StripedHyenaForCausalLM:
         """A student with these Hyena layers, trained through all stages."""
@@ -144,7 +151,7 @@ class Run:
         if self._begins_from is not None:
             take_up(student, self._begins_from)
         student.train()
-        for number, stage in self.stages(layers):
+        for number, stage in self.recipe.stages_taken:
             groups = _groups(student, stage)
             together = [parameter for parameters, _ in groups for parameter in parameters.values()]
             each = [list(block.parameters()) for block in blocks(student) if not block.is_attention]
@@ -194,7 +201,8 @@ class Run:
         Every process calls it; the first writes and measures, the others wait and return None. A kill can leave some
         of the files.
         """
-        windows = {length: self.held_out(length) for length in sorted({stage.length for stage in self.recipe.stages})}
+        lengths = {stage.length for _, stage in self.recipe.stages_taken}
+        windows = {length: self.held_out(length) for length in sorted(lengths)}
         evaluation = self._write_model(student, to, windows) if self.processes.is_first else None
         self.processes.wait()
         return evaluation
@@ -212,15 +220,23 @@ class Run:
 
         def made() -> Windows:
             rng = Random(f"{self.recipe.seed} {number}")  # a rival of the same recipe reads the same
-            pieces = _mixed(self.corpus.texts, self.corpus.asked, self.framing, stage, rng)
-            return pack(pieces, stage.length, stage.steps * stage.windows_a_step)
+            talks = _talks(self.corpus.texts, self.corpus.asked, self.framing, stage)
+            packed = pack(_mixed(talks, self.corpus.texts, stage, rng), stage.length, count)
+            if talks.too_long:
+                warnings.warn(
+                    f"{len(talks.too_long):,} passages, {min(talks.too_long)[:40]!r} among them, do not fit a "
+                    f"window of {stage.length} tokens with a question: the stage {stage.name!r} asks nothing of them",
+                    stacklevel=2,
+                )
+            return packed
 
-        windows = self._made_once(self.folder / "windows" / f"{stage.name}.safetensors", made)
-        if len(windows.ids) < stage.steps * stage.windows_a_step:
+        count = stage.steps * stage.windows_a_step
+        windows = self._made_once(self.folder / "windows" / f"{stage.name}.safetensors", made, (count, stage.length))
+        if len(windows.ids) < count:
             raise UsageError(
                 f"the data give {len(windows.ids)} windows of {stage.length} tokens; the stage {stage.name!r} asks for "
-                f"{stage.steps * stage.windows_a_step}. What does not fit a window is left out: give shorter passages, "
-                "longer windows, or ask for fewer tokens."
+                f"{count}. What does not fit a window is left out: give shorter passages, longer windows, or ask for "
+                "fewer tokens."
             )
         return windows
 
@@ -232,20 +248,23 @@ class Run:
 
         def made() -> Windows:
             stage = Stage(name="held-out", tokens=length, length=length, hyena_rate=1.0)
-            pieces = _mixed(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage, Random(0))
-            return _of_both(pack(pieces, length, max(LEAST_HELD_OUT, _checked(length))), "held-out")
+            talks = _talks(self.corpus.held_texts, self.corpus.held_asked, self.framing, stage)
+            return _of_both(pack(_mixed(talks, self.corpus.held_texts, stage, Random(0)), length, count), "held-out")
 
-        return self._made_once(self.folder / "held-out" / f"{length}.safetensors", made)
+        count = max(LEAST_HELD_OUT, _checked(length))
+        return self._made_once(self.folder / "held-out" / f"{length}.safetensors", made, (count, length))
 
-    def _made_once(self, path: Path, make: Callable[[], Windows]) -> Windows:
-        """The windows in a file, which the first process makes where it is not there or cannot be read."""
+    def _made_once(self, path: Path, make: Callable[[], Windows], shape: tuple[int, int]) -> Windows:
+        """The windows in a file, which the first process makes where it is not there or no windows of this shape."""
         with self.processes.first_alone():
             try:
-                return Windows(**load_file(path))
+                windows = Windows(**load_file(path))
             except (OSError, SafetensorError, TypeError):
+                windows = None
+            if windows is None or not windows.are_whole(shape, self.teacher.config.vocab_size):
                 windows = make()
                 _save_whole(windows._asdict(), path)
-                return windows
+            return windows
 
 
 def _of_both(windows: Windows, which: str) -> Windows:
@@ -272,27 +291,37 @@ def _kept(path: Path, read: Callable[[str], Kept]) -> Kept:
         ) from error
 
 
+def _digest(content: str) -> str:
+    if not content.strip():
+        raise ValueError("it is empty")
+    return content.strip()
+
+
 def _checked(length: int) -> int:
     """How many held-out windows of a length are measured on while training goes on."""
     return max(2, HELD_OUT_WINDOWS * 1024 // max(length, 1024))
 
 
-def _refuse_impossible(recipe: Recipe, teacher: PreTrainedModel) -> None:
+def _refuse_impossible(recipe: Recipe, teacher: PreTrainedModel, processes: Processes) -> None:
     """Raises before any work where a teacher cannot be striped, not in these layers, or not in windows so long."""
     layers, names = recipe.hyena_layers, teacher.state_dict().keys()
     count = layers if isinstance(layers, int) else len(layers)
     there = striped_config(teacher.config, names, (), modes=recipe.modes, taps=recipe.taps).num_layers
+    if isinstance(layers, tuple) and max(layers, default=0) >= there:
+        striped_config(teacher.config, names, layers, modes=recipe.modes, taps=recipe.taps)  # which names it
     if count >= there:
         raise UsageError(f"{count} Hyena layers of {there}; a StripedHyena keeps one of attention at least")
     window = teacher.config.max_position_embeddings
-    for stage in recipe.stages:
+    for _, stage in recipe.stages_taken:
         if stage.length > window:
             raise UsageError(
                 f"the stage {stage.name!r} has windows of {stage.length} tokens and the model reads {window}; shorten "
                 "its windows, or leave it out"
             )
-    if isinstance(layers, tuple):
-        striped_config(teacher.config, names, layers, modes=recipe.modes, taps=recipe.taps)
+        processes.refuse_uneven(stage.windows_a_step, stage.length)
+    for name, parameter in teacher.named_parameters():
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"the model's {name} holds values that are no numbers; give one that is whole")
 
 
 def _refuse_unknown_sources(recipe: Recipe, corpus: Corpus) -> None:
@@ -303,13 +332,15 @@ def _refuse_unknown_sources(recipe: Recipe, corpus: Corpus) -> None:
                 f"the stage {stage.name!r} has a share of {unknown[0]!r}, and no question is of that source; those of "
                 f"the data are {', '.join(map(repr, sources))}"
             )
+        if stage.questions and not any(stage.source_shares.get(source, 1) for source in sources):
+            raise UsageError(
+                f"the stage {stage.name!r} has a share of 0 of every source, and {stage.questions:g} of its windows "
+                "are to hold questions; give a source a share, or `questions` 0"
+            )
 
 
-def _mixed(
-    texts: Sequence[Text], asked: Sequence[Asked], framing: Framing, stage: Stage, rng: Random
-) -> Iterable[list[Piece]]:
-    """Windows of text and of questions in the stage's proportion; texts come again when all have been read."""
-    talks = Conversations(
+def _talks(texts: Sequence[Text], asked: Sequence[Asked], framing: Framing, stage: Stage) -> Conversations:
+    return Conversations(
         asked,
         texts,
         framing,
@@ -318,6 +349,10 @@ def _mixed(
         answers_only=stage.answers_only,
         source_shares=stage.source_shares,
     )
+
+
+def _mixed(talks: Conversations, texts: Sequence[Text], stage: Stage, rng: Random) -> Iterable[list[Piece]]:
+    """Windows of text and of questions in the stage's proportion; texts come again when all have been read."""
     questions = talks.windows(stage.length, rng)
 
     def rounds() -> Iterable[Text]:
@@ -326,7 +361,7 @@ def _mixed(
             rng.shuffle(order)
             yield from order
 
-    reading = iter(text_windows(rounds(), framing, stage.length))
+    reading = iter(text_windows(rounds(), talks.framing, stage.length))
     owed = 0.0
     while True:
         owed += stage.questions

@@ -94,8 +94,11 @@ def _read(path: Path, count: int, vocabulary: int) -> dict[str, Tensor] | None:
         ids, probabilities = said["ids"], said["probabilities"]
     except (OSError, SafetensorError, KeyError):
         return None
-    is_whole = ids.shape == probabilities.shape == (count, LIKELIEST) and bool(((ids >= 0) & (ids < vocabulary)).all())
-    return said if is_whole else None
+    if not ids.shape == probabilities.shape == (count, LIKELIEST):
+        return None
+    are_ids = (ids >= 0) & (ids < vocabulary)
+    are_probabilities = (probabilities >= 0) & (probabilities.float().sum(1, keepdim=True) < 1.01)  # no NaN either
+    return said if bool((are_ids & are_probabilities).all()) else None
 
 
 def _move_to(labels: Tensor, tokens: Tensor, probabilities: Tensor, share: float) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stripedrag.errors import UsageError
+from stripedrag.errors import UsageError, said
 from stripedrag.files import written_whole
 from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.recipe import Stage
@@ -96,10 +96,13 @@ class Loop:
                 if not norm.isfinite():  # before the step, so that the last checkpoint stays a good one
                     raise self._diverged("the gradient", step)
             self.optimizer.step()
+            self._refuse_diverged(step)
             measured["seconds"] = time.perf_counter() - began
             is_last = step + 1 == self.stage.steps
             if is_last or (step + 1) % check_every == 0:
                 measured |= check()
+                if wrong := [name for name, value in measured.items() if not math.isfinite(value)]:
+                    raise self._diverged(f"the held-out {wrong[0]}", step)
             if self._processes.is_first:
                 with self.log.open("a") as log:
                     log.write(json.dumps({"step": step + 1} | measured) + "\n")
@@ -117,13 +120,16 @@ class Loop:
     def _save(self, step: int) -> None:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            if not parameter.isfinite().all():
-                raise self._diverged(name, step - 1)
             tensors[f"parameter:{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}:{name}"] = torch.as_tensor(value)
         with written_whole(self.checkpoint) as scratch:
             save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, metadata={"step": str(step)})
+
+    def _refuse_diverged(self, step: int) -> None:
+        for name, parameter in self._parameters.items():
+            if not parameter.isfinite().all():
+                raise self._diverged(name, step)
 
     def _diverged(self, what: str, step: int) -> UsageError:
         return UsageError(
@@ -139,10 +145,11 @@ class Loop:
         if not self.checkpoint.exists():
             return 0
         try:
-            tensors, step = load_file(self.checkpoint), _step_of(self.checkpoint)
-        except SafetensorError as error:
+            tensors, step = load_file(self.checkpoint), _step_of(self.checkpoint, self.stage.steps)
+        except (SafetensorError, ValueError) as error:
             raise UsageError(
-                f"{self.checkpoint} cannot be read ({error}); remove it to take the stage {self.stage.name!r} anew"
+                f"{self.checkpoint} cannot be read ({said(error)}); remove it to take the stage {self.stage.name!r} "
+                "anew"
             ) from error
         shapes = {key.removeprefix("parameter:"): t.shape for key, t in tensors.items() if key.startswith("parameter:")}
         if shapes != {name: parameter.shape for name, parameter in self._parameters.items()}:
@@ -174,6 +181,9 @@ def _is_before(line: str, step: int) -> bool:
         return False
 
 
-def _step_of(path: Path) -> int:
+def _step_of(path: Path, steps: int) -> int:
     with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
+        step = (file.metadata() or {}).get("step", "")
+    if not step.isdecimal() or not 0 < int(step) <= steps:
+        raise ValueError(f"its step is {step!r}, of {steps}")
+    return int(step)

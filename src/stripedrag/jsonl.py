@@ -21,7 +21,7 @@ def read_lines(path: Path, kind: type[Line]) -> Iterator[Line]:
     opener = _OPENERS.get(path.suffix, open)
     number, seen = 0, set()
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue

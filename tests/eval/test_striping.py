@@ -288,11 +288,28 @@ def test_what_cannot_be_striped_is_told_before_any_work(teacher, data, recipe, t
     told = refused([*command(teacher, data, recipe, tmp_path / "new"), "--layers", "1,1"])
     assert "recipe.json with --layers 1,1 is no recipe: hyena_layers names a layer twice: 1, 1" in told
     assert "cannot be read: No such file" in refused(command(teacher, data, tmp_path / "none", tmp_path / "new"))
+    told = refused(command(teacher, data, recipe, os.fsdecode(bytes(tmp_path / "new") + b"\xff")))
+    assert "'new\\udcff' cannot be written on the model's card; give a name of printable characters" in told
+    told = refused([*command(teacher, data, recipe, tmp_path / "new"), "--teacher-cache", str(recipe)])
+    assert "recipe.json is no folder; what the teacher says is kept in one" in told
+    assert "File name too long" in refused(command(teacher, data, recipe, tmp_path / ("n" * 300)))
+    assert "File name too long" in refused(command(teacher, tmp_path / ("n" * 300), recipe, tmp_path / "new"))
+    lacking = tmp_path / "lacking"
+    shutil.copytree(teacher, lacking)
+    weights = load_file(lacking / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    told = refused(command(lacking, data, recipe, tmp_path / "new"))
+    assert "lacks tensors: model.layers.1.mlp.up_proj.weight. Its weights and its config.json are not of" in told
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_stands_for_its_files(data, tmp_path):
     files, apart = corpus_files([data], [])
     assert [file.name for file in files] == ["questions.jsonl", "texts.jsonl"]
     assert [file.name for file in apart] == ["held-out-questions.jsonl", "held-out-texts.jsonl"]
+    (tmp_path / "link.jsonl").symlink_to(data / "texts.jsonl")
+    assert len(corpus_files([data, data / "texts.jsonl", tmp_path / "link.jsonl"], [])[0]) == 2
+    (tmp_path / "link.jsonl").unlink()
     with pytest.raises(UsageError, match=r"holds no \.jsonl file"):
         corpus_files([tmp_path], [])

@@ -255,6 +255,12 @@ def test_changes_of_another_network_are_refused(tmp_path):
         striped_model(transformer, student.config, changed | {"blocks.2.inner_mha_cls.Wqkv.down": torch.zeros(4, 32)})
     with pytest.raises(CheckpointError, match=r"down is \(4, 32\), and the model's \(2, 32\)"):
         take_up(student_of(teacher, [2], rank=2), changed)
+    poles = changed["blocks.2.filter.poles"]
+    for wrong, told in ((poles * 50, r"has a pole of \|λ\| = 4\d\.\d*; a stable"), (poles * torch.nan, "holds values")):
+        with pytest.raises(CheckpointError, match=rf"blocks\.2\.filter\.poles {told}"):
+            striped_model(transformer, student.config, changed | {"blocks.2.filter.poles": wrong})
+        with pytest.raises(CheckpointError, match=rf"blocks\.2\.filter\.poles {told}"):
+            take_up(student_of(teacher, [2], rank=4), changed | {"blocks.2.filter.poles": wrong})
     del changed["blocks.2.filter.poles"]
     with pytest.raises(CheckpointError, match=r"blocks\.2\.filter\.poles is missing, and the model's \(32, 4, 1, 2\)"):
         striped_model(transformer, student.config, changed)
@@ -377,6 +383,8 @@ def test_a_question_without_an_answer_says_so():
     with pytest.raises(ValidationError, match="it has no answer, or a blank first one"):
         Asked(id="1", passage="p", question="q", answers=[" ", "Paris"])
     assert Asked(id="1", passage="p", question="q", unanswerable=True).taught == REFUSAL
+    with pytest.raises(ValidationError, match="it is unanswerable and has answers; take either out"):
+        Asked(id="1", passage="p", question="q", answers=["Paris"], unanswerable=True)
 
 
 def test_layers_are_ranked_on_text_and_on_recall_together():
@@ -580,6 +588,8 @@ def test_a_recipe_that_cannot_be_is_refused():
         Recipe(laters=3)
     with pytest.raises(ValidationError, match="finite number"):
         Recipe(checkpoint_seconds=float("inf"))
+    with pytest.raises(ValidationError, match="without Hyena layers its stages, all layer by layer, train nothing"):
+        Recipe(hyena_layers=0, stages=(stage.model_copy(update={"kind": "layers"}),))
 
 
 def test_a_step_to_no_number_at_the_end_is_told_and_not_kept(tmp_path):
@@ -592,13 +602,80 @@ def test_a_step_to_no_number_at_the_end_is_told_and_not_kept(tmp_path):
     assert not (tmp_path / "stages" / "one" / "checkpoint.safetensors").exists()
 
 
-def test_a_damaged_file_of_a_run_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["recipe.json", "model.sha256"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name):
     Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
-    (tmp_path / "recipe.json").write_text("")
-    with pytest.raises(
-        UsageError, match=r"recipe\.json is damaged \(.*; remove it, and the same command makes it again"
-    ):
+    (tmp_path / name).write_text("")
+    with pytest.raises(UsageError, match=rf"{name} is damaged \(.*; remove it, and the same command makes it again"):
         Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
+
+
+def test_windows_that_are_not_those_of_the_run_are_made_again(tmp_path):
+    run = Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS)
+    made = run.make_windows()["whole"]
+    assert (tmp_path / "held-out" / "128.safetensors").exists()
+    path = tmp_path / "windows" / "whole.safetensors"
+    for wrong in (made.at([0]), made._replace(ids=made.ids + 128), made._replace(kinds=made.kinds + 4)):
+        save_file(wrong._asdict(), path)
+        for kept, again in zip(made, run.make_windows()["whole"], strict=True):
+            assert torch.equal(kept, again)
+
+
+def test_data_that_a_later_stage_cannot_take_are_told_before_the_first(tmp_path):
+    later = Stage(name="later", tokens=640, length=64, hyena_rate=1e-3, questions=1.0)
+    brief = Corpus(TEXTS, ASKED, TEXTS[:2], [Asked(id="b", passage="It is 1.", question="q", answers=["1"])])
+    both = recipe().model_copy(update={"stages": (recipe().stages[0], later)})
+    with pytest.raises(UsageError, match=r"the data give 0 windows of 64 tokens; the stage 'later' asks for 64"):
+        Run(tmp_path, both, teacher_of(), FRAMING, brief).make_windows()
+
+
+def test_passages_that_fit_no_window_are_told(tmp_path):
+    far = Asked(id="x", passage="long " * 60, question="q", answers=["a"])
+    corpus = Corpus(TEXTS, [*ASKED[:3], far], TEXTS, ASKED)
+    with pytest.warns(UserWarning, match=r"1 passages, 'long long .*' among them, do not fit a window of 128 tokens"):
+        Run(tmp_path, recipe(), teacher_of(), FRAMING, corpus).make_windows()
+
+
+def test_a_share_of_nothing_is_refused(tmp_path):
+    stage = Stage(name="one", tokens=256, length=64, hyena_rate=1e-3, source_shares={"": 0})
+    with pytest.raises(UsageError, match=r"'one' has a share of 0 of every source, and 0\.5 of its windows are"):
+        Run(tmp_path, Recipe(hyena_layers=[1], stages=[stage]), teacher_of(), FRAMING, CORPUS)
+
+
+def test_a_teacher_that_is_not_whole_is_refused_before_any_work(tmp_path):
+    teacher = teacher_of()
+    teacher.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are no numbers"):
+        Run(tmp_path / "run", recipe(), teacher, FRAMING, CORPUS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_measured_as_no_number_at_the_end_is_told_and_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("stripedrag.model.striping.run.distillation.measure", lambda *of: {"kl": float("nan")})
+    with pytest.raises(UsageError, match="the held-out kl is no number at step 1 of stage 'whole', at rates"):
+        Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+    assert not (tmp_path / "stages" / "whole" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("metadata", [None, {"step": "six"}, {"step": "99"}])
+def test_a_checkpoint_of_no_step_is_named(tmp_path, metadata):
+    Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+    path = tmp_path / "stages" / "whole" / "checkpoint.safetensors"
+    save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, metadata=metadata)
+    with pytest.raises(UsageError, match=r"checkpoint\.safetensors cannot be read \(its step is '.*', of 5\); remove"):
+        Run(tmp_path, recipe(), teacher_of(), FRAMING, CORPUS).train([1, 3], lambda *heard: None)
+
+
+def test_what_a_teacher_said_is_asked_again_where_it_is_not_what_a_teacher_says(tmp_path):
+    [window] = pack(text_windows(TEXTS, FRAMING, 64), 64, 1).ids
+    windows = Windows(window[None], torch.full((1, 64), TEXT, dtype=torch.uint8))
+    teacher = Teacher(teacher_of(), tmp_path)
+    wanted = teacher.targets(windows, answer_weight=1.0)
+    [path] = tmp_path.iterdir()
+    said = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    for wrong in (float("nan"), -0.5, 2.0):
+        save_file(said | {"probabilities": torch.full_like(said["probabilities"], wrong)}, path)
+        torch.testing.assert_close(teacher.targets(windows, answer_weight=1.0).probabilities, wanted.probabilities)
 
 
 def test_layers_are_ranked_within_the_models_window_and_on_nothing_that_is_held_out(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Training reads questions as the pipeline asks them, and files of texts and questions are told apart."""
 
 import json
+import os
 
 import pytest
 
@@ -75,3 +76,15 @@ def test_a_corpus_that_lacks_something_is_refused(write):
         read_corpus([write("empty.jsonl")], [])
     with pytest.raises(CorpusError, match=r"c\.jsonl, line 1 is no Text: text: Field required"):
         read_corpus([write("c.jsonl", {"id": "1"})], [])
+    with pytest.raises(CorpusError, match=r"d\.jsonl, line 1 is no Asked: question: Input should be a valid string"):
+        read_corpus([write("d.jsonl", ASKED | {"question": None})], [])
+    os.mkfifo(texts.with_name("pipe"))
+    with pytest.raises(CorpusError, match="pipe is no file that can be read again; write it to one"):
+        read_corpus([texts.with_name("pipe")], [])
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(write):
+    texts, asked = write("a.jsonl", TEXT), write("b.jsonl", ASKED)
+    texts.write_bytes(b"\xef\xbb\xbf" + texts.read_bytes())
+    others = [write("c.jsonl", ASKED | {"passage": "Lakes lie."}), write("d.jsonl", TEXT | {"text": "Lakes lie."})]
+    assert [one.text for one in read_corpus([texts, asked], others).texts] == ["Rivers flow."]

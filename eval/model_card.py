@@ -44,7 +44,7 @@ def write_card(
     """Write README.md, evaluation.json, recipe.json and, with matplotlib, curves.svg into a model's `folder`; `windows`
     are those of the stages that were taken."""
     recipe = Recipe.model_validate_json((run / "recipe.json").read_bytes())
-    logs = {stage.name: list(_log(run / "stages" / stage.name / "log.jsonl")) for stage in recipe.stages}
+    logs = {stage.name: list(_log(run / "stages" / stage.name / "log.jsonl")) for _, stage in recipe.stages_taken}
     write_whole(folder / "evaluation.json", evaluation.model_dump_json(indent=1) + "\n")
     write_whole(folder / "recipe.json", recipe.model_dump_json(indent=1) + "\n")
     curves = find_spec("matplotlib") is not None
@@ -94,7 +94,7 @@ def draw_curves(recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]], evalua
         axes = figure.subplots(2, 3).flatten()
         for (key, label), panel in zip(_CURVES, axes, strict=False):
             before = 0
-            for stage in recipe.stages:
+            for _, stage in recipe.stages_taken:
                 tokens = stage.windows_a_step * stage.length
                 points = [(before + line["step"] * tokens, line[key]) for line in logs[stage.name] if key in line]
                 if points:
@@ -162,8 +162,8 @@ def _stages(
     teacher: str, recipe: Recipe, logs: Mapping[str, list[dict[str, Any]]], windows: Mapping[str, Windows]
 ) -> str:
     rows = []
-    for stage in recipe.stages:
-        if not logs[stage.name]:  # without Hyena layers there is nothing to distil layer by layer
+    for _, stage in recipe.stages_taken:
+        if not logs[stage.name]:  # removed since
             continue
         tokens = stage.windows_a_step * stage.length
         seconds = sum(line["seconds"] for line in logs[stage.name])

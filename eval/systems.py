@@ -4,8 +4,9 @@ A stub proves the harness: `oracle` scores 1 everywhere and `empty` 0, `echo` wh
 `chance` what another question's answer is.
 """
 
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -23,7 +24,6 @@ from stripedrag.eval.schema import (
     LMResponses,
     Load,
     Losses,
-    Passage,
     Question,
     Ranking,
     Record,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stripedrag.eval.resources import Resources
-    from stripedrag.model.generation import Prefix
+    from stripedrag.rag.context_cache import ContextCache
     from stripedrag.rag.prompt import PromptFormat
 
 _Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")]
@@ -127,7 +127,7 @@ class ModelSystem:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.name, self._spec = spec.name, spec
-        self._prefix: Prefix | None = None
+        self._shared: tuple[int, ...] = ()  # what the last question shared with others
 
     @cached_property
     def _loaded(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -208,14 +208,21 @@ class ModelSystem:
             window_tokens=self.window_tokens,
             overflow=task.overflow,
         )
-        clock = _clock(model)
-        started = clock()
-        prefix = self._prefix_of(prompt.passages) if question.shared else None
-        shared_s = clock() - started  # that of the passages, where this question is the first to read them
-        completion = Completion(model, tokenizer, prompt.ids, max_new_tokens=task.answer_tokens, prefix=prefix)
+        ids, marks = self._prompt.marked_prefix_ids([span_of(passage) for passage in prompt.passages])
+        if question.shared and self._shared != tuple(ids):
+            self._contexts.clear()  # its memory is needed
+            self._shared = tuple(ids)
+        completion = Completion(
+            model,
+            tokenizer,
+            prompt.ids,
+            max_new_tokens=task.answer_tokens,
+            contexts=self._contexts if question.shared else None,
+            marks=marks,
+        )
         for _ in completion:
             pass
-        meter.prefill_s, meter.decode_s = shared_s + completion.prefill_s, completion.decode_s
+        meter.prefill_s, meter.decode_s = completion.prefill_s, completion.decode_s
         return Answered(
             text=completion.text.strip(),
             finish=completion.finish or "stop",
@@ -226,15 +233,11 @@ class ModelSystem:
             cache_bytes=completion.cache_bytes,
         )
 
-    def _prefix_of(self, passages: Sequence[Passage]) -> "Prefix":
-        """The prompts' common beginning, read unless it was the last one asked for."""
-        from stripedrag.model.generation import Prefix
+    @cached_property
+    def _contexts(self) -> "ContextCache":
+        from stripedrag.rag.context_cache import ContextCache
 
-        ids = tuple(self._prompt.prefix_ids([span_of(passage) for passage in passages]))
-        if self._prefix is None or self._prefix.ids != ids:
-            self._prefix = None  # its memory is needed
-            self._prefix = Prefix(self._loaded[0], ids)
-        return self._prefix
+        return ContextCache(self._loaded[0], memory_bytes=sys.maxsize)
 
     def _losses(self, text: Text) -> Losses:
         from stripedrag.eval.losses import losses, prefix_token_id

@@ -4,12 +4,13 @@ A Hyena layer keeps `conv_states` (B, 3H, K-1) and `recurrent_states` (B, H, N, 
 (transformers' `LinearAttentionLayer`). An attention layer keeps keys and values.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from stripedrag.kernels.ops import HyenaState
 
@@ -27,7 +28,7 @@ class GrowingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device from the first states."""
         super().lazy_initialization(key_states, value_states)
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: tuple[Tensor, ...] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values, the new ones (B, Hkv, L, head width) included."""
@@ -38,8 +39,7 @@ class GrowingLayer(DynamicLayer):
         length = filled + key_states.shape[-2]
         if not self._fits(length, key_states):
             capacity = max(length, filled + filled // 2)
-            shape = (*key_states.shape[:2], capacity, key_states.shape[-1])
-            buffers = key_states.new_empty(shape), value_states.new_empty((*shape[:3], value_states.shape[-1]))
+            buffers = tuple(_room(states, capacity) for states in (key_states, value_states))
             if filled:
                 buffers[0][:, :, :filled], buffers[1][:, :, :filled] = self.keys, self.values
             self._buffers = buffers
@@ -49,6 +49,15 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
         return self.keys, self.values
 
+    def fill(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Take these keys and values, one piece after another, into an empty layer, with room to grow by half."""
+        self.lazy_initialization(keys[0], values[0])
+        length = sum(piece.shape[-2] for piece in keys)
+        self._buffers = tuple(_room(pieces[0], length + length // 2) for pieces in (keys, values))
+        for buffer, pieces in zip(self._buffers, (keys, values), strict=True):
+            torch.cat(list(pieces), dim=2, out=buffer[:, :, :length])
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
     def _fits(self, length: int, key_states: Tensor) -> bool:
         """Whether the buffers can take `length` tokens and are still what `keys` shows (beam search replaces it)."""
         return (
@@ -57,6 +66,10 @@ class GrowingLayer(DynamicLayer):
             and self._buffers[0].shape[0] == key_states.shape[0]
             and self.keys.data_ptr() == self._buffers[0].data_ptr()
         )
+
+
+def _room(states: Tensor, capacity: int) -> Tensor:
+    return states.new_empty((*states.shape[:2], capacity, states.shape[-1]))
 
 
 def new_cache(config: PreTrainedConfig) -> DynamicCache:
@@ -103,3 +116,45 @@ def cache_bytes(cache: DynamicCache) -> int:
         elif layer.is_initialized:
             tensors += [layer.keys, layer.values]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def refuses_blocks(cache: DynamicCache) -> str | None:
+    """Why what a cache holds cannot be taken in blocks and put together again; None where it can.
+
+    A sliding window forgets keys and values, so that what it holds of a block depends on what came after.
+    """
+    for layer in cache.layers:
+        if type(layer) not in (GrowingLayer, LinearAttentionLayer) or getattr(layer, "number_of_states", 1) != 1:
+            return f"its cache has a {type(layer).__name__}, which does not keep every token"
+    return None
+
+
+def block(cache: DynamicCache, start: int) -> dict[str, Tensor]:
+    """What a cache holds of its tokens from `start` on: copies of their keys and values (B, Hkv, L, head width), and of
+    the states after the last of them. `cache_of` makes a cache of such blocks again.
+    """
+    held: dict[str, Tensor | None] = {}
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionLayer):
+            held |= {f"{i}.conv": layer.conv_states[0], f"{i}.recurrent": layer.recurrent_states[0]}
+        else:
+            held |= {f"{i}.keys": layer.keys[:, :, start:], f"{i}.values": layer.values[:, :, start:]}
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in held.items()
+        if tensor is not None  # LFM2's convolutions have no recurrent state
+    }
+
+
+def cache_of(config: PreTrainedConfig, blocks: Sequence[Mapping[str, Tensor]]) -> DynamicCache:
+    """A cache that holds these blocks one after another, and shares no memory with them; empty without any."""
+    cache = new_cache(config)
+    for i, layer in enumerate(cache.layers) if blocks else ():
+        if isinstance(layer, LinearAttentionLayer):
+            conv, recurrent = blocks[-1][f"{i}.conv"], blocks[-1].get(f"{i}.recurrent")
+            cache.update_conv_state(conv, i, conv_kernel_size=conv.shape[-1])
+            if recurrent is not None:
+                cache.update_recurrent_state(recurrent, i)
+        else:
+            layer.fill([held[f"{i}.keys"] for held in blocks], [held[f"{i}.values"] for held in blocks])
+    return cache

@@ -4,7 +4,6 @@ Knows ids only. transformers' own `generate` works on the same models; this loop
 prompt fed in pieces of bounded memory, tokens handed out as they come, and no thread whose exception can get lost.
 """
 
-import copy
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from stripedrag.errors import UsageError
-from stripedrag.model.cache import new_cache
+from stripedrag.model.shared import fork, join
 
 SEGMENT_TOKENS = 2048  # activations of so many tokens live at once
 
@@ -49,19 +48,6 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> T
     return last
 
 
-class Prefix:
-    """The beginning of several prompts, read once: its `ids`, and a `fork` of its cache for each that goes on."""
-
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
-        self.ids = tuple(ids)
-        self._cache = new_cache(model.config)
-        prefill(model, torch.tensor([self.ids], device=model.device), self._cache)
-
-    def fork(self) -> DynamicCache:
-        """A cache that holds the prefix and is the caller's own."""
-        return copy.deepcopy(self._cache)
-
-
 @torch.no_grad()
 def decode(
     model: PreTrainedModel,
@@ -73,7 +59,7 @@ def decode(
     sampling: Sampling,
 ) -> Iterator[int]:
     """Tokens that continue a prefill of one sequence, as they come; ends before a stop id or after `max_new_tokens`."""
-    choose = _Chooser(sampling, logits.device)
+    choose = Chooser(sampling, logits.device)
     for made in range(max_new_tokens):
         token = choose(logits)
         if token in stop_ids:
@@ -82,6 +68,55 @@ def decode(
         if made + 1 < max_new_tokens:
             ids = torch.tensor([[token]], device=logits.device)
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+@torch.no_grad()
+def decode_together(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    rests: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling,
+) -> list[list[int]]:
+    """The tokens that continue each of several prompts, which begin with what `cache` holds and go on with `rests`.
+
+    As `decode` of each alone, but for the rounding of products of another shape: one step of the model takes all that
+    have not ended. `cache` stays as it is. Each rest has a token or more. For a StripedHyena.
+    """
+    alike: dict[int, list[int]] = {}
+    for row, rest in enumerate(rests):
+        alike.setdefault(len(rest), []).append(row)
+    forks, firsts = [], []
+    for rows in alike.values():  # of one length: nothing is padded
+        forks.append(fork(cache, len(rows)))
+        ids = torch.tensor([list(rests[row]) for row in rows], device=model.device)
+        firsts.append(prefill(model, ids, forks[-1]))
+    going, together, logits = [row for rows in alike.values() for row in rows], join(forks), torch.cat(firsts)
+    del forks, firsts
+    begun = cache.get_seq_length()
+    made: list[list[int]] = [[] for _ in rests]
+    choosers = [Chooser(sampling, logits.device) for _ in rests]
+    for _ in range(max_new_tokens):
+        chosen = [choosers[row](logits[i : i + 1]) for i, row in enumerate(going)]
+        on = [i for i, token in enumerate(chosen) if token not in stop_ids]
+        for i in on:
+            made[going[i]].append(chosen[i])
+        on = [i for i in on if len(made[going[i]]) < max_new_tokens]
+        if not on:
+            break
+        if len(on) < len(going):
+            together.reorder_cache(torch.tensor(on, device=logits.device))
+        going = [going[i] for i in on]
+        positions = [[begun + len(rests[row]) + len(made[row]) - 1] for row in going]
+        logits = model(
+            input_ids=torch.tensor([[made[row][-1]] for row in going], device=logits.device),
+            position_ids=torch.tensor(positions, device=logits.device),
+            past_key_values=together,
+            use_cache=True,
+        ).logits[:, -1]
+    return made
 
 
 def stop_ids(model: PreTrainedModel) -> frozenset[int]:
@@ -97,7 +132,9 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos)
 
 
-class _Chooser:
+class Chooser:
+    """Chooses one sequence's next token, as its `sampling` says, with a random generator of its own."""
+
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self._greedy = sampling.temperature == 0
         if self._greedy:
@@ -112,6 +149,7 @@ class _Chooser:
             self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor) -> int:
+        """The next token's id, by its logits (1, V)."""
         if self._greedy:
             return int(logits[0].argmax())
         probabilities = self._warp(None, logits.float()).softmax(-1)

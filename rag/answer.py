@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stripedrag.rag.retriever import Context, Span
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_CITATIONS = 3
 _MIN_SUPPORT = 0.5  # the share of an answer's words that its best sentence must hold to be cited
 _SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s|$)|(?=\n)|\Z)", re.DOTALL)
@@ -33,20 +33,32 @@ class Citation(_Record):
 
 
 class Usage(_Record):
-    """Tokens by the model's tokenizer. `context_tokens` is what prompt and answer together were allowed."""
+    """Tokens by the model's tokenizer. `context_tokens` is what prompt and answer together were allowed;
+    `reused_tokens` of the prompt were read for an earlier question, and not again.
+    """
 
     prompt_tokens: int
+    reused_tokens: int
     passage_tokens: int
     answer_tokens: int
     context_tokens: int
 
 
 class Timings(_Record):
-    """Wall seconds of each stage, loading of models excluded."""
+    """Wall seconds of each stage, loading of models excluded. Of what questions did together each has its share."""
 
     retrieval_s: float
     prefill_s: float
     decode_s: float
+
+
+class Warmed(_Record):
+    """What `Pipeline.warm` read: tokens of the context, how many of them were known, and bytes of its cache."""
+
+    tokens: int
+    reused_tokens: int
+    seconds: float
+    cache_bytes: int
 
 
 class Answer(_Record):

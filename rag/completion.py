@@ -1,26 +1,49 @@
 """The text that a model writes after a prompt: prefilled once, decoded as it is read, timed and counted."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from tokenizers import Tokenizer
 
 from stripedrag.model.cache import cache_bytes, new_cache
-from stripedrag.model.generation import Prefix, Sampling, decode, prefill, stop_ids
+from stripedrag.model.generation import Sampling, decode, decode_together, prefill, stop_ids
+from stripedrag.model.modeling import StripedHyenaForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from stripedrag.rag.context_cache import ContextCache
 
-class Completion:
-    """Iterate once for pieces of text, whole characters each; the attributes grow with the iteration.
+_ROWS = 64  # replies that are decoded together
+
+
+@dataclass
+class Completed:
+    """What a model wrote after a prompt of `prompt_tokens`, of which `reused_tokens` were read before.
 
     `text` is all so far, `token_ids` the tokens that were decoded for it, `finish` the reason to end: "stop" for the
     model's end token or a stop string (which is not part of the text), "length" for `max_new_tokens`, None before the
-    end. `prefill_s` and `decode_s` are wall seconds, the reader's own time between pieces not counted; `cache_bytes`
-    is what the cache holds.
+    end. `prefill_s` and `decode_s` are wall seconds, `cache_bytes` is what the cache holds.
+    """
+
+    prompt_tokens: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish: Literal["stop", "length"] | None = None
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    cache_bytes: int = 0
+    reused_tokens: int = 0
+
+
+class Completion(Completed):
+    """Iterate once for pieces of text, whole characters each; the attributes grow with the iteration.
+
+    The reader's own time between pieces is not counted.
     """
 
     def __init__(
@@ -32,21 +55,15 @@ class Completion:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
-        prefix: Prefix | None = None,
+        contexts: "ContextCache | None" = None,
+        marks: Sequence[int] = (),
         is_reply: bool = False,
     ) -> None:
-        """`prefix`, with which the prompt begins and does not end, is not read again. The text of a reply is what comes
-        after the space that it may begin with.
+        """What `contexts`, which is of this model, knows of the prompt's beginning is not read again, and it keeps that
+        beginning up to the last of `marks`. The text of a reply is what comes after the space that it may begin with.
         """
-        known = () if prefix is None else prefix.ids
-        if len(known) >= len(prompt_ids) or known != tuple(prompt_ids[: len(known)]):
-            raise ValueError("the prompt does not begin with the prefix, or has nothing after it")
-        self._prefix, self._is_reply = prefix, is_reply
-        self.text = ""
-        self.token_ids: list[int] = []
-        self.finish: Literal["stop", "length"] | None = None
-        self.prefill_s = self.decode_s = 0.0
-        self.cache_bytes = 0
+        super().__init__(len(prompt_ids))
+        self._contexts, self._marks, self._is_reply = contexts, marks, is_reply
         self._model, self._tokenizer, self._prompt_ids = model, tokenizer, list(prompt_ids)
         self._max_new_tokens, self._sampling, self._stop = max_new_tokens, sampling or Sampling(), tuple(stop)
         self._pieces = self._run()
@@ -56,9 +73,11 @@ class Completion:
 
     def _run(self) -> Iterator[str]:
         started = time.perf_counter()
-        known = 0 if self._prefix is None else len(self._prefix.ids)
-        cache = new_cache(self._model.config) if self._prefix is None else self._prefix.fork()
-        logits = prefill(self._model, torch.tensor([self._prompt_ids[known:]], device=self._model.device), cache)
+        if self._contexts is None:
+            cache = new_cache(self._model.config)
+            logits = prefill(self._model, torch.tensor([self._prompt_ids], device=self._model.device), cache)
+        else:
+            logits, cache, self.reused_tokens = self._contexts.read(self._prompt_ids, self._marks)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         mark = time.perf_counter()
@@ -97,6 +116,67 @@ class Completion:
         self.finish = "length" if full and finish is None else "stop"
         if held:
             yield held
+
+
+def complete_together(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    beginning: Sequence[int],
+    rests: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    contexts: "ContextCache",
+    marks: Sequence[int] = (),
+) -> list[Completed]:
+    """The replies to prompts that begin alike, `beginning`, and go on with `rests`; arguments as in `Completion`.
+
+    The beginning is read once. A StripedHyena decodes all replies together, another model one after another. Each has
+    its share of the seconds, and the first alone has read what `contexts` did not know.
+    """
+    if not isinstance(model, StripedHyenaForCausalLM):
+        alone = [
+            Completion(
+                model,
+                tokenizer,
+                [*beginning, *rest],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                contexts=contexts,
+                marks=[*marks, len(beginning)],
+                is_reply=True,
+            )
+            for rest in rests
+        ]
+        for completion in alone:
+            deque(completion, maxlen=0)
+        return list(alone)
+    started = time.perf_counter()
+    cache, known = contexts.read_beginning(beginning, marks)
+    mark = time.perf_counter()
+    stops, made = stop_ids(model), list[list[int]]()
+    for at in range(0, len(rests), _ROWS):
+        some = rests[at : at + _ROWS]
+        made += decode_together(
+            model, cache, some, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling or Sampling()
+        )
+    ended = time.perf_counter()
+    completed = []
+    for number, (rest, tokens) in enumerate(zip(rests, made, strict=True)):
+        pieces = _Pieces(tokenizer.backend_tokenizer)
+        completed.append(
+            Completed(
+                prompt_tokens=len(beginning) + len(rest),
+                text="".join(pieces.after(token) for token in tokens).removeprefix(" "),
+                token_ids=tokens,
+                finish="length" if len(tokens) == max_new_tokens else "stop",
+                prefill_s=(mark - started) / len(rests),
+                decode_s=(ended - mark) / len(rests),
+                cache_bytes=cache_bytes(cache),
+                reused_tokens=known if number == 0 else len(beginning),
+            )
+        )
+    return completed
 
 
 class _Pieces:

@@ -5,4 +5,5 @@ from stripedrag.rag.retriever import Policy
 MODEL = "stripedhyena-smol-135m"
 CONTEXT_TOKENS = 2048
 ANSWER_TOKENS = 128
+QUESTION_TOKENS = 64  # kept for a question where a context is made before it is asked
 POLICY: Policy = "best-last"  # measured: docs/LOG.md

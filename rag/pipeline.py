@@ -1,16 +1,17 @@
 """The pipeline: retrieve by budget, prefill the model's context once, decode an answer, and say what it rests on."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from stripedrag.errors import BudgetError, UsageError
+from stripedrag.errors import BudgetError, StoreError, UsageError
+from stripedrag.indexes.documents import Scored
 from stripedrag.indexes.index import Index
-from stripedrag.rag.answer import Answer, Timings, Usage, cite
-from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, POLICY
+from stripedrag.rag.answer import Answer, Timings, Usage, Warmed, cite
+from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, POLICY, QUESTION_TOKENS
 from stripedrag.rag.prompt import PromptFormat
 from stripedrag.rag.retriever import Context, Policy, Retriever, Searchable
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stripedrag.model.generation import Sampling
+    from stripedrag.rag.completion import Completed
+    from stripedrag.rag.context_cache import ContextCache
+    from stripedrag.rag.context_files import ContextFiles
 
 
 class Pipeline:
@@ -35,10 +39,13 @@ class Pipeline:
         *,
         model_name: str,
         policy: Policy = POLICY,
+        contexts: "ContextCache | None" = None,
     ) -> None:
+        """`contexts` is a cache of this model; None keeps nothing that was read."""
         from stripedrag.model.baselines import template_options
 
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
+        self.contexts = contexts
         self.retriever = Retriever(index, policy=policy)
         self.prompt = PromptFormat(tokenizer, template_options(model_name))
         self._opened = ExitStack()
@@ -53,20 +60,29 @@ class Pipeline:
         dtype: "torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
         window_tokens: int | None = None,
+        cache_bytes: int | None = None,
+        context_files: "ContextFiles | None" = None,
     ) -> "Pipeline":
         """A pipeline over an index with a model, as `load_model` names it; None is the default.
 
         The index is a place, an open one, or what stands in for one (`stripedrag.rag.llama_index_search`).
-        `window_tokens` asks for a longer window than the model was trained on, see `load_model`. Raises what
-        `Index.open` and `load_model` raise.
+        `window_tokens` asks for a longer window than the model was trained on, see `load_model`. What was read is kept
+        in up to `cache_bytes` of memory (None: 2 GiB; 0: nowhere), and on disk where `context_files` are given. Raises
+        what `Index.open` and `load_model` raise, and `UsageError` for fewer than 0 bytes.
         """
         from stripedrag.model.loading import DEFAULT_MODEL, load_model
+        from stripedrag.rag.context_cache import MEMORY_BYTES, ContextCache
+
+        cache_bytes = MEMORY_BYTES if cache_bytes is None else cache_bytes
+        if cache_bytes < 0:
+            raise UsageError(f"cache_bytes is {cache_bytes}; it is 0 (nothing is kept in memory) or more")
 
         with ExitStack() as unless_well:
             opened = unless_well.enter_context(Index.open(index)) if isinstance(index, str | Path) else index
             name = DEFAULT_MODEL if model is None else model
             loaded, tokenizer = load_model(name, dtype=dtype, device=device, window_tokens=window_tokens)
-            pipeline = cls(opened, loaded, tokenizer, model_name=str(name), policy=policy)
+            contexts = ContextCache(loaded, memory_bytes=cache_bytes, files=context_files)
+            pipeline = cls(opened, loaded, tokenizer, model_name=str(name), policy=policy, contexts=contexts)
             pipeline._opened = unless_well.pop_all()
         return pipeline
 
@@ -92,62 +108,185 @@ class Pipeline:
     def ask(
         self,
         question: str,
-        context_tokens: int = CONTEXT_TOKENS,
+        context_tokens: int | None = None,
         *,
         answer_tokens: int = ANSWER_TOKENS,
         sampling: "Sampling | None" = None,
+        context: Context | None = None,
+        **narrow: Any,
     ) -> Answer:
         """The answer to a question, from one prefill of up to `context_tokens` less the answer's reserve.
 
         Args:
             question: what is asked.
-            context_tokens: how many tokens prompt and answer may have together, by the model's own tokenizer.
+            context_tokens: how many tokens prompt and answer may have together, by the model's own tokenizer. None is
+                2,048, and where a `context` is given the model's window.
             answer_tokens: how many of them are kept for the answer.
             sampling: None is greedy.
+            context: what is read instead of what is retrieved, from `context_for` or `context_of`.
+            **narrow: `where` and `doc_ids`, which documents may be retrieved from, as in `Index.search`.
 
         Raises:
             BudgetError: more context than the model's window, or too little for a prompt and one passage.
             UsageError: a blank question, or one that is longer than the embedder reads.
         """
-        stream = self.stream(question, context_tokens, answer_tokens=answer_tokens, sampling=sampling)
+        stream = self.stream(
+            question, context_tokens, answer_tokens=answer_tokens, sampling=sampling, context=context, **narrow
+        )
         for _ in stream:
             pass
         return stream.answer
 
-    def ask_many(self, questions: Iterable[str], context_tokens: int = CONTEXT_TOKENS, **options: Any) -> list[Answer]:
-        """The answers to several questions, in their order; `options` are those of `ask`."""
-        if isinstance(questions, str):
-            raise UsageError(
-                f"questions is the string {questions!r}; it is a list of questions. Write [{questions!r}]."
-            )
-        return [self.ask(question, context_tokens, **options) for question in questions]
-
     def stream(
         self,
         question: str,
-        context_tokens: int = CONTEXT_TOKENS,
+        context_tokens: int | None = None,
         *,
         answer_tokens: int = ANSWER_TOKENS,
         sampling: "Sampling | None" = None,
+        context: Context | None = None,
+        **narrow: Any,
     ) -> "AnswerStream":
         """The answer's text as it is decoded; iterate to the end, then read `.answer`. Arguments as in `ask`.
 
         Retrieval is done on return; the model has not run yet.
         """
-        budget = self._passage_budget(question, context_tokens, answer_tokens)
         start = time.perf_counter()
-        context = self.retriever.retrieve(
-            question, budget_tokens=budget, tokenizer=self.prompt, render=self.prompt.render
-        )
+        if context is None:
+            allowed = CONTEXT_TOKENS if context_tokens is None else context_tokens
+            context = self.context_for(question, allowed, answer_tokens=answer_tokens, **narrow)
+        else:
+            allowed = self._allowed([question], context, context_tokens, answer_tokens, narrow)
+        return AnswerStream(self, question, context, allowed, answer_tokens, sampling, time.perf_counter() - start)
+
+    def ask_many(
+        self,
+        questions: Iterable[str],
+        context_tokens: int | None = None,
+        *,
+        answer_tokens: int = ANSWER_TOKENS,
+        sampling: "Sampling | None" = None,
+        context: Context | None = None,
+        **narrow: Any,
+    ) -> list[Answer]:
+        """The answers to several questions, in their order, from one context that they share: it is read once, and a
+        StripedHyena decodes all answers together. Without a `context` it is filled with the best chunks of each
+        question in turn. For a context of its own for each question, `ask` each. Arguments and errors as in `ask`.
+        """
+        if isinstance(questions, str):
+            raise UsageError(
+                f"questions is the string {questions!r}; it is a list of questions. Write [{questions!r}]."
+            )
+        questions = list(questions)
+        start = time.perf_counter()
+        if not questions:
+            return []
+        if context is None:
+            allowed = CONTEXT_TOKENS if context_tokens is None else context_tokens
+            context = self.context_for(questions, allowed, answer_tokens=answer_tokens, **narrow)
+        else:
+            allowed = self._allowed(questions, context, context_tokens, answer_tokens, narrow)
         retrieval_s = time.perf_counter() - start
+        ids, marks = self.prompt.marked_prefix_ids(context.spans)
+        from stripedrag.rag.completion import complete_together
+        from stripedrag.rag.context_cache import ContextCache
+
+        completions = complete_together(
+            self.model,
+            self.tokenizer,
+            ids,
+            [self.prompt.question_ids(question) for question in questions],
+            max_new_tokens=answer_tokens,
+            sampling=sampling,
+            contexts=self.contexts or ContextCache(self.model),
+            marks=marks,
+        )
+        return [
+            self._answer(question, context, completion, allowed, retrieval_s / len(questions))
+            for question, completion in zip(questions, completions, strict=True)
+        ]
+
+    def context_for(
+        self,
+        questions: str | Sequence[str],
+        context_tokens: int = CONTEXT_TOKENS,
+        *,
+        answer_tokens: int = ANSWER_TOKENS,
+        **narrow: Any,
+    ) -> Context:
+        """What fills a context for a question, or for several that are to share it; nothing is read yet.
+
+        It leaves room for the longest question and an answer of `answer_tokens`. Arguments and errors as in `ask`.
+        """
+        questions = [questions] if isinstance(questions, str) else questions
+        overhead = max((self.prompt.overhead_tokens(question) for question in questions), default=0)
+        budget = self._passage_budget(overhead, context_tokens, answer_tokens)
+        context = self.retriever.retrieve(
+            questions, budget_tokens=budget, tokenizer=self.prompt, render=self.prompt.render, **narrow
+        )
+        return self._filled(context, context_tokens)
+
+    def context_of(
+        self,
+        doc_ids: Sequence[str],
+        context_tokens: int | None = None,
+        *,
+        question_tokens: int = QUESTION_TOKENS,
+        answer_tokens: int = ANSWER_TOKENS,
+    ) -> Context:
+        """Documents from their beginning, as many of their chunks as fill a context; what did not fit is `dropped`.
+
+        It is the same for every question, of up to `question_tokens`. None is the model's window. Raises `UsageError`
+        for no document or one that the index does not hold, and `BudgetError` as `ask`.
+        """
+        if isinstance(doc_ids, str) or not doc_ids:
+            raise UsageError(f"doc_ids is {doc_ids!r}; it is a list of one document or more")
+        index = self.index
+        if not isinstance(index, Index):
+            raise UsageError(f"a {type(index).__name__} has no documents to read whole; open an index of stripedrag")
+        context_tokens = self.window_tokens if context_tokens is None else context_tokens
+        overhead = self.prompt.overhead_tokens("") + question_tokens
+        budget = self._passage_budget(overhead, context_tokens, answer_tokens)
+        chunks = [chunk for doc_id in dict.fromkeys(doc_ids) for chunk in index.chunks(doc_id)]
+        context = Retriever(index, policy="rank").fill(
+            [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(chunks, start=1)],
+            budget_tokens=budget,
+            tokenizer=self.prompt,
+            render=self.prompt.render,
+            keep_repeats=True,
+        )
+        return self._filled(context, context_tokens)
+
+    def warm(self, context: Context, *, progress: Callable[[int, int], None] | None = None) -> Warmed:
+        """Read a context before it is asked about, so that `ask` with it begins with the question.
+
+        `progress` hears how many of how many tokens are read. Raises `UsageError` where nothing is kept, and
+        `StoreError` where it could not be saved.
+        """
+        from stripedrag.model.cache import cache_bytes
+
+        if self.contexts is None or self.contexts.refuses:
+            why = "the pipeline has no context cache" if self.contexts is None else self.contexts.refuses
+            raise UsageError(f"{self.model_name} keeps nothing that it has read: {why}")
+        ids, marks = self.prompt.marked_prefix_ids(context.spans)
+        start = time.perf_counter()
+        cache, known = self.contexts.read_beginning(ids, marks, progress=progress)
+        seconds = time.perf_counter() - start
+        files = self.contexts.files
+        if files and files.saves and (files.fault or self.contexts.known_tokens(ids) < len(ids)):
+            reason = files.fault or f"it has more than the {files.disk_bytes} bytes that may be taken"
+            raise StoreError(f"the context was read and could not be saved in {files.folder}: {reason}")
+        return Warmed(tokens=len(ids), reused_tokens=known, seconds=seconds, cache_bytes=cache_bytes(cache))
+
+    def _filled(self, context: Context, context_tokens: int) -> Context:
         if not context.spans:
             raise BudgetError(
-                f"context_tokens is {context_tokens}, which leaves {budget} for passages, and the best chunk alone has "
-                f"more; raise it (its chunks have about {self.index.chunk_tokens} wordpieces)"
+                f"context_tokens is {context_tokens}, which leaves {context.budget_tokens} for passages, and the best "
+                f"chunk alone has more; raise it (its chunks have about {self.index.chunk_tokens} wordpieces)"
             )
-        return AnswerStream(self, question, context, context_tokens, answer_tokens, sampling, retrieval_s)
+        return context
 
-    def _passage_budget(self, question: str, context_tokens: int, answer_tokens: int) -> int:
+    def _passage_budget(self, overhead: int, context_tokens: int, answer_tokens: int) -> int:
         if answer_tokens < 1:
             raise BudgetError(f"answer_tokens is {answer_tokens}; an answer has at least 1")
         if context_tokens > self.window_tokens:
@@ -155,7 +294,6 @@ class Pipeline:
                 f"context_tokens is {context_tokens}; {self.model_name} has a window of {self.window_tokens}. "
                 "Lower it, or open the pipeline with window_tokens (`--window-tokens`) to stretch the window."
             )
-        overhead = self.prompt.overhead_tokens(question)
         budget = context_tokens - answer_tokens - overhead
         if budget < 1:
             raise BudgetError(
@@ -163,6 +301,54 @@ class Pipeline:
                 f"reserve {answer_tokens}, which leaves nothing for passages. Raise it or lower answer_tokens."
             )
         return budget
+
+    def _allowed(
+        self,
+        questions: Sequence[str],
+        context: Context,
+        context_tokens: int | None,
+        answer_tokens: int,
+        narrow: Mapping[str, Any],
+    ) -> int:
+        """What prompts and answers may have when a context is given. Raises where one has more."""
+        if narrow:
+            raise UsageError(f"{next(iter(narrow))} narrows what is retrieved, and the context is given; leave one out")
+        for question in questions:
+            if not question.strip():
+                raise UsageError(f"the question {question!r} is blank. Ask something.")
+        allowed = self.window_tokens if context_tokens is None else context_tokens
+        overhead = max(self.prompt.overhead_tokens(question) for question in questions)
+        room = self._passage_budget(overhead, allowed, answer_tokens)
+        if context.tokens > room:
+            raise BudgetError(
+                f"the context has {context.tokens} tokens; of {allowed} the question and the template take {overhead} "
+                f"and the answer's reserve {answer_tokens}, which leaves {room}. Make it smaller, or lower "
+                "answer_tokens."
+            )
+        return allowed
+
+    def _answer(
+        self, question: str, context: Context, completed: "Completed", context_tokens: int, retrieval_s: float
+    ) -> Answer:
+        text = completed.text.strip()
+        best_first = context.spans[::-1] if context.policy == "best-last" else context.spans
+        return Answer(
+            question=question,
+            text=text,
+            citations=cite(text, question, best_first),
+            context=context,
+            model=self.model_name,
+            finish=completed.finish or "stop",
+            usage=Usage(
+                prompt_tokens=completed.prompt_tokens,
+                reused_tokens=completed.reused_tokens,
+                passage_tokens=context.tokens,
+                answer_tokens=len(completed.token_ids),
+                context_tokens=context_tokens,
+            ),
+            timings=Timings(retrieval_s=retrieval_s, prefill_s=completed.prefill_s, decode_s=completed.decode_s),
+            cache_bytes=completed.cache_bytes,
+        )
 
 
 class AnswerStream:
@@ -203,31 +389,16 @@ class AnswerStream:
     ) -> Iterator[str]:
         from stripedrag.rag.completion import Completion
 
-        prompt_ids = pipeline.prompt.ids(question, self.context.spans)
+        ids, marks = pipeline.prompt.marked_prefix_ids(self.context.spans)
         completion = Completion(
             pipeline.model,
             pipeline.tokenizer,
-            prompt_ids,
+            [*ids, *pipeline.prompt.question_ids(question)],
             max_new_tokens=answer_tokens,
             sampling=sampling,
+            contexts=pipeline.contexts,
+            marks=marks,
             is_reply=True,
         )
         yield from completion
-        text = completion.text.strip()
-        best_first = self.context.spans[::-1] if self.context.policy == "best-last" else self.context.spans
-        self._answer = Answer(
-            question=question,
-            text=text,
-            citations=cite(text, question, best_first),
-            context=self.context,
-            model=pipeline.model_name,
-            finish=completion.finish or "stop",
-            usage=Usage(
-                prompt_tokens=len(prompt_ids),
-                passage_tokens=self.context.tokens,
-                answer_tokens=len(completion.token_ids),
-                context_tokens=context_tokens,
-            ),
-            timings=Timings(retrieval_s=retrieval_s, prefill_s=completion.prefill_s, decode_s=completion.decode_s),
-            cache_bytes=completion.cache_bytes,
-        )
+        self._answer = pipeline._answer(question, self.context, completion, context_tokens, retrieval_s)

@@ -140,11 +140,23 @@ class PromptFormat:
 
     def ids(self, question: str, spans: Sequence[Span]) -> list[int]:
         """The ids of the whole prompt."""
-        return [*self.prefix_ids(spans), *self.encode(question_text(question)), *self._tail]
+        return [*self.prefix_ids(spans), *self.question_ids(question)]
 
     def prefix_ids(self, spans: Sequence[Span]) -> list[int]:
         """What the prompts of all questions on these passages begin with."""
-        return [*self._head, *(i for span in spans for i in self.encode(self.render(span)))]
+        return self.marked_prefix_ids(spans)[0]
+
+    def marked_prefix_ids(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """As `prefix_ids`, and at which place in them each passage ends."""
+        ids, marks = list(self._head), []
+        for span in spans:
+            ids += self.encode(self.render(span))
+            marks.append(len(ids))
+        return ids, marks
+
+    def question_ids(self, question: str) -> list[int]:
+        """What comes after the passages."""
+        return [*self.encode(question_text(question)), *self._tail]
 
 
 def passage_text(title: str, text: str) -> str:

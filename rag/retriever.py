@@ -8,8 +8,8 @@ of prompts or models beyond a tokenizer's count.
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from stripedrag.errors import UsageError
@@ -113,7 +113,7 @@ class Retriever:
 
     def retrieve(
         self,
-        question: str,
+        question: str | Sequence[str],
         *,
         budget_tokens: int,
         max_chunks: int | None = None,
@@ -122,25 +122,33 @@ class Retriever:
         where: "Where | None" = None,
         doc_ids: Iterable[str] | None = None,
     ) -> Context:
-        """The best chunks for `question` that fit into `budget_tokens`, as spans.
+        """The best chunks for `question` that fit into `budget_tokens`, as spans; of several questions the best chunk
+        of each, then the second of each.
 
         Chunks are taken in rank order up to the first that does not fit, and joined where they touch; a chunk that
         repeats better ones is passed over. `max_chunks` considers no more than so many (top-k); `where` and `doc_ids`
         narrow the search as in `Index.search`. Tokens are those of `tokenizer` (None: the embedder's) over
-        `render(span)` (None: the span's text). Raises `UsageError` for a budget or `max_chunks` below 1 and what
-        `Index.search` raises.
+        `render(span)` (None: the span's text). Raises `UsageError` for a budget or `max_chunks` below 1, no question,
+        and what `Index.search` raises.
         """
         if budget_tokens < 1:
             raise UsageError(f"budget_tokens is {budget_tokens}; it is at least 1")
         if max_chunks is not None and max_chunks < 1:
             raise UsageError(f"max_chunks is {max_chunks}; it is at least 1, or None for as many as fit")
         doc_ids = None if doc_ids is None else list(doc_ids)
+        questions = [question] if isinstance(question, str) else list(question)
+        if not questions:
+            raise UsageError("there is no question to retrieve for; give at least one")
         # Twice what would fill the budget with full chunks, and again twice that while everything still fits.
         k = max_chunks or 8 - 2 * (-budget_tokens // self.index.chunk_tokens)
         while True:
-            found = self.index.search(question, k=k, where=where, doc_ids=doc_ids)
-            context = self.fill(found, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
-            if max_chunks or len(found) < k or any(dropped.reason == "budget" for dropped in context.dropped):
+            found = [self.index.search(one, k=k, where=where, doc_ids=doc_ids) for one in questions]
+            context = self.fill(_in_turn(found), budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
+            if (
+                max_chunks
+                or all(len(some) < k for some in found)
+                or any(dropped.reason == "budget" for dropped in context.dropped)
+            ):
                 return context
             k *= 2
 
@@ -171,6 +179,18 @@ class Retriever:
             budget_tokens,
             self.policy,
         )
+
+
+def _in_turn(found: "Sequence[Sequence[Scored]]") -> "list[Scored]":
+    """The first of each, then the second of each, and so on, each chunk once."""
+    if len(found) == 1:
+        return list(found[0])
+    first: dict[str, Scored] = {}
+    for some in zip_longest(*found):
+        for scored in some:
+            if scored is not None:
+                first.setdefault(scored.chunk.id, scored)
+    return [replace(scored, rank=rank) for rank, scored in enumerate(first.values(), start=1)]
 
 
 def _dropped(scored: "Scored", reason: Literal["budget", "repeat"]) -> Dropped:

@@ -8,7 +8,6 @@ from stripedrag.errors import UsageError
 from stripedrag.eval.places import touches
 from stripedrag.eval.resources import Resources, passage_of
 from stripedrag.eval.schema import Passage, Stretch
-from stripedrag.eval.tasks.corpus import in_turn
 from stripedrag.indexes.documents import Document, Scored
 from stripedrag.indexes.index import Index
 from stripedrag.rag.retriever import Context, Policy, Retriever
@@ -68,9 +67,10 @@ class Source:
 
     def filled_for(self, questions: Sequence[str], budget: int) -> tuple[Passage, ...]:
         """One context for several questions: the best chunk of each, then the second of each, as many as fit."""
-        found = [self._index.search(question, k=_CANDIDATES) for question in questions]
-        candidates = {scored.chunk.id: scored for scored in in_turn(found)}
-        return self.filled(candidates.values(), budget)
+        context = self._retriever.retrieve(
+            questions, budget_tokens=budget, tokenizer=self._prompt, render=self._prompt.render
+        )
+        return _passages(context)
 
     def without(self, question: str, doc_ids: frozenset[str], budget: int) -> tuple[Passage, ...]:
         """The best chunks that fit, none of them from `doc_ids`."""

@@ -611,21 +611,22 @@ def test_the_default_model_and_its_baseline_give_the_same_bytes_again_after_kill
 
 def test_neighbours_that_share_their_passages_read_them_once(suite, finished, tmp_path, monkeypatch):
     from stripedrag.eval.resources import Resources
-    from stripedrag.model import generation
+    from stripedrag.rag import context_cache
 
     read = []
 
-    class Counted(generation.Prefix):
-        def __init__(self, model, ids):
-            read.append(len(ids))
-            super().__init__(model, ids)
+    class Counted(context_cache.ContextCache):
+        def read(self, ids, marks=()):
+            reading = super().read(ids, marks)
+            read.append(reading.reused_tokens == 0)
+            return reading
 
-    monkeypatch.setattr(generation, "Prefix", Counted)
+    monkeypatch.setattr(context_cache, "ContextCache", Counted)
     system = next(spec for spec in suite.systems if spec.name == "tiny").open()
     resources = Resources(seed=0, reference_tokenizer=suite.reference_tokenizer, folder=tmp_path)
     task = next(task for task in suite.tasks if task.name == "recall")
     asked = list(task.samples(resources))
     together = [system.perform(sample, task, resources, Meter()) for sample in asked]
-    assert len(read) == len({(sample.cluster, sample.cell["length_tokens"]) for sample in asked}) == 4
+    assert sum(read) == len({(sample.cluster, sample.cell["length_tokens"]) for sample in asked}) == 4
     alone = [system.perform(s.model_copy(update={"shared": False}), task, resources, Meter()) for s in asked]
-    assert together == alone and len(read) == 4
+    assert together == alone and len(read) == len(asked)

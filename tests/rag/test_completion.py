@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from stripedrag.model.generation import Prefix
-from stripedrag.rag.completion import Completion, _Pieces
+from stripedrag.rag.completion import Completion, _Pieces, complete_together
+from stripedrag.rag.context_cache import ContextCache
 
 
 def byte_tokenizer(*words):
@@ -38,15 +38,26 @@ def test_pieces_of_the_default_tokenizer_are_its_text(tokenizer):
     assert "".join(pieces(tokenizer.backend_tokenizer, ids)) == text
 
 
-def test_a_prompt_that_goes_on_from_a_prefix_is_answered_as_if_it_was_read_whole(tiny_model, tokenizer):
+def test_a_prompt_that_goes_on_from_a_known_beginning_is_answered_as_if_it_was_read_whole(tiny_model, tokenizer):
     common = tokenizer("Oxygen was found twice, and named once. " * 20).input_ids
-    prefix = Prefix(tiny_model, common)
-    for question in ("Who found it?", "When?", "Who found it?"):
+    contexts = ContextCache(tiny_model)
+    for place, question in enumerate(("Who found it?", "When?", "Who found it?")):
         prompt = [*common, *tokenizer(question).input_ids]
         whole = Completion(tiny_model, tokenizer, prompt, max_new_tokens=8)
-        forked = Completion(tiny_model, tokenizer, prompt, max_new_tokens=8, prefix=prefix)
-        assert list(forked) == list(whole) and forked.token_ids == whole.token_ids
-        assert forked.cache_bytes == whole.cache_bytes
-    for prompt in (common, [5, *common], common[:3]):
-        with pytest.raises(ValueError, match="does not begin with the prefix, or has nothing after it"):
-            Completion(tiny_model, tokenizer, prompt, max_new_tokens=8, prefix=prefix)
+        known = Completion(tiny_model, tokenizer, prompt, max_new_tokens=8, contexts=contexts, marks=[len(common)])
+        assert list(known) == list(whole) and known.token_ids == whole.token_ids
+        assert known.cache_bytes == whole.cache_bytes
+        assert (known.reused_tokens, whole.reused_tokens) == (len(common) if place else 0, 0)
+
+
+@pytest.mark.parametrize("rests", [1, 3, 70])
+def test_replies_made_together_are_those_made_alone(tiny_model, tokenizer, rests):
+    common = tokenizer("Oxygen was found twice, and named once. " * 20).input_ids
+    questions = [tokenizer(f" Who found {'it ' * (n % 5)}{n}?").input_ids for n in range(rests)]
+    contexts = ContextCache(tiny_model)
+    together = complete_together(tiny_model, tokenizer, common, questions, max_new_tokens=5, contexts=contexts)
+    for place, (question, completed) in enumerate(zip(questions, together, strict=True)):
+        alone = Completion(tiny_model, tokenizer, [*common, *question], max_new_tokens=5, is_reply=True)
+        assert "".join(alone) == completed.text and alone.token_ids == completed.token_ids
+        assert completed.finish == alone.finish and completed.prompt_tokens == alone.prompt_tokens
+        assert completed.reused_tokens == (len(common) if place else 0)

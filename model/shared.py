@@ -1,0 +1,137 @@
+"""Several continuations of one beginning, decoded as a batch: what they share is kept once and read once a step.
+
+A row's attention is over the keys that all rows share and over its own; the two are merged by their log-sum-exp, as
+blocks of flash attention are (Dao et al. 2022, 2205.14135; for shared prefixes Juravsky et al. 2024, 2402.05099). A
+Hyena layer's state has no length, so each row has a copy. B rows, Hkv key/value heads, G query heads for each.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+_SCORES = 2**26  # that live at once, where no kernel gives their log-sum-exp
+
+
+class SharedLayer(DynamicLayer):
+    """Keys and values of B rows: `keys` and `values` (1, Hkv, P, head width), which all rows begin with, and each row's
+    own (B, Hkv, C, head width), of which row b has filled `lengths[b]`.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        own = keys.new_zeros(rows, keys.shape[1], 0, keys.shape[3])
+        self.own_keys, self.own_values = own, own
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=keys.device)
+
+    def get_seq_length(self) -> int:
+        """The tokens of the longest row."""
+        return self.keys.shape[-2] + int(self.lengths.max())
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Take in keys and values (B, Hkv, L, head width) of L new tokens in each row, and give what their queries q
+        (B, G · Hkv, L, head width) read, causally: (B, G · Hkv, L, head width).
+        """
+        rows, heads, length, width = q.shape
+        kv_heads = k.shape[1]
+        places = self.lengths[:, None] + torch.arange(length, device=q.device)
+        self.own_keys = _with(self.own_keys, k, places)
+        self.own_values = _with(self.own_values, v, places)
+        self.lengths = self.lengths + length
+
+        # All queries of all rows as rows of one product with the shared keys.
+        grouped = q.reshape(rows, kv_heads, -1, width)
+        flat = grouped.transpose(0, 1).reshape(1, kv_heads, -1, width)
+        shared, shared_lse = _read(flat, self.keys, self.values)
+        shared = shared.view(kv_heads, rows, -1, width).transpose(0, 1)
+        shared_lse = shared_lse.view(kv_heads, rows, -1).transpose(0, 1)
+
+        seen = torch.arange(self.own_keys.shape[-2], device=q.device) <= places[:, :, None]
+        seen = seen.repeat(1, heads // kv_heads, 1)[:, None]  # (B, 1, G · L, C)
+        own, own_lse = _scored(grouped, self.own_keys, self.own_values, seen)
+
+        share = torch.sigmoid(shared_lse - own_lse).unsqueeze(-1)
+        merged = share * shared.float() + (1 - share) * own.float()
+        return merged.to(q.dtype).reshape(rows, heads, length, width)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.own_keys, self.own_values = self.own_keys[beam_idx], self.own_values[beam_idx]
+        self.lengths = self.lengths[beam_idx]
+
+
+def _with(own: Tensor, new: Tensor, places: Tensor) -> Tensor:
+    """`own` (B, Hkv, C, D), longer where it must be, with `new` (B, Hkv, L, D) at `places` (B, L)."""
+    needed = int(places.max()) + 1
+    if needed > own.shape[2]:
+        own = _padded(own, needed + needed // 2)
+    own.transpose(1, 2)[torch.arange(len(own), device=own.device)[:, None], places] = new.transpose(1, 2)
+    return own
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, (1, H, L, D), and its log-sum-exp (1, H, L) in float32."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out, lse
+    some = max(1, _SCORES // (q.shape[1] * k.shape[2]))
+    parts = [_scored(part, k, v, None) for part in q.split(some, dim=2)]
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _scored(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `_read` with the scores laid out, each query reading the keys where `seen` is True."""
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
+
+
+def fork(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A cache of so many rows that all go on from what `cache` (one row) holds, whose keys and values they share.
+
+    `cache` must not grow while the fork is used.
+    """
+    forked = DynamicCache()
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            conv, recurrent = layer.conv_states[0], layer.recurrent_states[0]
+            forked.layers.append(_states(conv.repeat(rows, 1, 1), recurrent.repeat(rows, 1, 1, 1)))
+        else:
+            forked.layers.append(SharedLayer(layer.keys, layer.values, rows))
+    return forked
+
+
+def join(forks: Sequence[DynamicCache]) -> DynamicCache:
+    """The rows of several forks of one cache as one."""
+    joined = DynamicCache()
+    for layers in zip(*(forked.layers for forked in forks), strict=True):
+        if isinstance(layers[0], LinearAttentionLayer):
+            conv = torch.cat([layer.conv_states[0] for layer in layers])
+            joined.layers.append(_states(conv, torch.cat([layer.recurrent_states[0] for layer in layers])))
+        else:
+            layer = SharedLayer(layers[0].keys, layers[0].values, 0)
+            layer.lengths = torch.cat([one.lengths for one in layers])
+            columns = max(one.own_keys.shape[2] for one in layers)
+            layer.own_keys = torch.cat([_padded(one.own_keys, columns) for one in layers])
+            layer.own_values = torch.cat([_padded(one.own_values, columns) for one in layers])
+            joined.layers.append(layer)
+    return joined
+
+
+def _padded(own: Tensor, columns: int) -> Tensor:
+    return F.pad(own, (0, 0, 0, columns - own.shape[2]))
+
+
+def _states(conv: Tensor, recurrent: Tensor) -> LinearAttentionLayer:
+    layer = LinearAttentionLayer()
+    layer.update_conv_state(conv, conv_kernel_size=conv.shape[-1])
+    layer.update_recurrent_state(recurrent)
+    return layer

@@ -1,0 +1,233 @@
+"""Beginnings of prompts that a model has read, kept so that no prompt that begins alike reads them again.
+
+A tree of blocks of tokens: a block holds the keys and values of its tokens and the Hyena states after its last one, so
+a prompt can go on from the end of any block whose way from the root is its own beginning. A block's name is a hash of
+that way, in memory and on disk. Knows ids only. Blocks are forgotten by least use, ends before beginnings.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from stripedrag.model.cache import block, cache_of, new_cache, refuses_blocks
+from stripedrag.model.generation import prefill
+from stripedrag.rag.context_files import ContextFiles
+
+MEMORY_BYTES = 2 * 2**30
+BLOCK_TOKENS = 1024  # at most: what is read again where two prompts part is less than a block
+LEAST_TOKENS = 256  # of a block, but for the last: a state is worth the keys and values of some 30 tokens
+_SCHEMA = 1  # of what a block holds, part of every name
+_SAMPLE = 128  # elements at each of three places of a tensor, which tell one model from another
+
+
+class Reading(NamedTuple):
+    """What follows from reading a prompt: logits (1, V) of the next token, the cache, the caller's own, and how many of
+    the prompt's tokens were known.
+    """
+
+    logits: Tensor
+    cache: DynamicCache
+    reused_tokens: int
+
+
+@dataclass(slots=True)
+class _Block:
+    parent: str
+    tokens: int
+    tensors: Mapping[str, Tensor]
+    used: int  # the reading that used it last
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class ContextCache:
+    """The beginnings that one model has read: in memory, on its device, and in `files` where they are given.
+
+    No more than `memory_bytes` is taken, beside the cache of the prompt that is being read. `refuses` says why a model
+    keeps no beginnings, one with a sliding window: everything is read anew then. Not safe for two threads at once.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, memory_bytes: int = MEMORY_BYTES, files: ContextFiles | None = None
+    ) -> None:
+        self._model = model
+        self.memory_bytes = memory_bytes
+        self.refuses = refuses_blocks(new_cache(model.config))
+        self.files = None if self.refuses else files
+        self._blocks: dict[str, _Block] = {}
+        self._children: dict[str, dict[str, int]] = {}  # of a block: their names, with how many tokens they have
+        self._turn = 0
+        self._root = _name(_fingerprint(model), ()) if self.files else ""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all blocks in memory."""
+        return sum(held.nbytes for held in self._blocks.values())
+
+    def clear(self) -> None:
+        """Forget what is in memory."""
+        self._blocks.clear()
+        self._children.clear()
+
+    def known_tokens(self, ids: Sequence[int]) -> int:
+        """How many tokens of the beginning of `ids` are known, by the names of blocks alone: none is loaded or used."""
+        return sum(tokens for _, tokens in self._way(ids))
+
+    def read(self, ids: Sequence[int], marks: Sequence[int] = ()) -> Reading:
+        """Read a prompt from its longest known beginning on, and keep its beginning up to the last of `marks`.
+
+        `marks` are places, in rising order, where other prompts may part from this one. An interruption loses no block
+        that was whole.
+        """
+        within = len(ids) - 1  # the last token is read for its logits
+        cache, known, at = self._begin(ids[:within], [mark for mark in marks if mark <= within], None)
+        return Reading(prefill(self._model, self._tensor(ids[at:]), cache), cache, known)
+
+    def read_beginning(
+        self, ids: Sequence[int], marks: Sequence[int], *, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[DynamicCache, int]:
+        """Read what several prompts begin with, as `read` does, and keep all of it: the cache after it, the caller's
+        own, and how many tokens were known. `progress` hears how many of how many tokens are read.
+        """
+        cache, known, at = self._begin(ids, [*(mark for mark in marks if mark < len(ids)), len(ids)], progress)
+        if at < len(ids):
+            prefill(self._model, self._tensor(ids[at:]), cache)
+        return cache, known
+
+    def _begin(
+        self, ids: Sequence[int], marks: Sequence[int], progress: Callable[[int, int], None] | None
+    ) -> tuple[DynamicCache, int, int]:
+        """A cache of the beginning of `ids`, how much of it was known, and where it ends: at the last mark, or further
+        where more was known, and before it where nothing can be kept.
+        """
+        self._turn += 1
+        parent, known, held = self._root, 0, []
+        for name, tokens in self._way(ids):
+            tensors = self._recall(parent, name, tokens)
+            if tensors is None:  # a file that went away or is damaged
+                break
+            held.append(tensors)
+            parent, known = name, known + tokens
+        cache = cache_of(self._model.config, held)
+        del held
+        at = known
+        keeps = not self.refuses and (self.memory_bytes or self.files)
+        for end in _cuts(known, marks) if keeps else ():
+            prefill(self._model, self._tensor(ids[at:end]), cache)
+            name = _name(parent, ids[at:end])
+            self._keep(parent, name, end - at, block(cache, at))
+            parent, at = name, end
+            if progress:
+                progress(at, len(ids))
+        return cache, known, at
+
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)], device=self._model.device)
+
+    def _way(self, ids: Sequence[int]) -> list[tuple[str, int]]:
+        """Names and tokens of the blocks from the root that hold the most of `ids`."""
+        filed = self.files.children() if self.files else {}
+        longest, best = 0, list[tuple[str, int]]()
+        open_ends = [(self._root, 0, best)]
+        while open_ends:
+            parent, at, way = open_ends.pop()
+            if at > longest:
+                longest, best = at, way
+            children = self._children.get(parent, {}) | filed.get(parent, {})
+            for tokens in {tokens for tokens in children.values() if at + tokens <= len(ids)}:
+                name = _name(parent, ids[at : at + tokens])
+                if name in children:
+                    open_ends.append((name, at + tokens, [*way, (name, tokens)]))
+        return best
+
+    def _recall(self, parent: str, name: str, tokens: int) -> Mapping[str, Tensor] | None:
+        """What a block holds, from memory or from its file."""
+        if name in self._blocks:
+            self._blocks[name].used = self._turn
+            if self.files:
+                self.files.touch(parent, name, tokens)
+            return self._blocks[name].tensors
+        loaded = self.files.load(parent, name, tokens) if self.files else None
+        if loaded is None:
+            return None
+        tensors = {key: tensor.to(self._model.device) for key, tensor in loaded.items()}
+        self._hold(parent, name, tokens, tensors)
+        return tensors
+
+    def _keep(self, parent: str, name: str, tokens: int, tensors: Mapping[str, Tensor]) -> None:
+        if self.files:
+            self.files.save(parent, name, tokens, tensors)
+        self._hold(parent, name, tokens, tensors)
+
+    def _hold(self, parent: str, name: str, tokens: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take a block into memory where there is room for it beside those that this reading uses."""
+        new = _Block(parent, tokens, tensors, self._turn)
+        if parent not in (self._root, *self._blocks) and not self.files:
+            return  # nothing leads to it
+        for old in self._forgettable(new.nbytes):
+            del self._children[self._blocks.pop(old).parent][old]
+        if self.held_bytes + new.nbytes <= self.memory_bytes:
+            self._blocks[name] = new
+            self._children.setdefault(parent, {})[name] = tokens
+
+    def _forgettable(self, needed_bytes: int) -> list[str]:
+        """The blocks that are given up for one of so many bytes, ends before what leads to them; none where all that
+        may be given up are not enough.
+        """
+        room, gone = self.memory_bytes - self.held_bytes, list[str]()
+        left = {name: len(self._children.get(name, ())) for name in self._blocks}
+        old = [name for name, held in self._blocks.items() if held.used < self._turn]
+        while room < needed_bytes:
+            ends = [name for name in old if left[name] == 0 and name not in gone]
+            if not ends:
+                return []
+            oldest = min(ends, key=lambda name: self._blocks[name].used)
+            gone.append(oldest)
+            room += self._blocks[oldest].nbytes
+            parent = self._blocks[oldest].parent
+            if parent in left:
+                left[parent] -= 1
+        return gone
+
+
+def _cuts(at: int, marks: Sequence[int]) -> Iterator[int]:
+    """Where blocks end, from `at` on: at the marks that are far enough from the end before, so far apart that no block
+    is longer than `BLOCK_TOKENS`, and at the last mark.
+    """
+    for mark in marks:
+        while mark - at > BLOCK_TOKENS:
+            at += BLOCK_TOKENS
+            yield at
+        if mark - at >= LEAST_TOKENS or (mark == marks[-1] and mark > at):
+            at = mark
+            yield at
+
+
+def _name(parent: str, ids: Sequence[int]) -> str:
+    return hashlib.sha256(parent.encode() + np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()[:32]
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Tells a model from any other that was trained, by its config and by a few elements of each tensor."""
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
+    digest = hashlib.sha256(json.dumps([_SCHEMA, config], sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        middle = max(0, len(flat) // 2 - _SAMPLE)
+        some = torch.cat([flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]]).cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

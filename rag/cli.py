@@ -25,6 +25,7 @@ from stripedrag.rag.retriever import Policy
 
 if TYPE_CHECKING:
     from stripedrag.rag.answer import Answer
+    from stripedrag.rag.context_files import ContextFiles
     from stripedrag.rag.retriever import Context
 
 app = typer.Typer(
@@ -42,6 +43,15 @@ IndexPlace = Annotated[
     str,
     typer.Argument(
         help="An index: its folder, or postgresql://user@host/database?index=NAME.", metavar="INDEX", show_default=False
+    ),
+]
+Documents = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--context",
+        help="A document to read from its beginning, as much as fits, instead of what is retrieved. May come again.",
+        metavar="DOC",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -109,8 +119,13 @@ def ask(
     index: IndexPlace,
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
     context_tokens: Annotated[
-        int, typer.Option(help="Tokens that prompt and answer may have together.")
-    ] = CONTEXT_TOKENS,
+        int | None,
+        typer.Option(
+            help="Tokens that prompt and answer may have together.",
+            show_default=f"{CONTEXT_TOKENS}, or the window with --context",
+        ),
+    ] = None,
+    context: Documents = None,
     answer_tokens: Annotated[int, typer.Option(help="How many of them are kept for the answer.")] = ANSWER_TOKENS,
     model: Annotated[
         str, typer.Option(help="A prepared model, a folder or a hub id; see `stripedrag doctor`.")
@@ -133,14 +148,69 @@ def ask(
         from stripedrag.rag.pipeline import Pipeline
 
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        pipeline = Pipeline.open(opened, model=model, policy=policy, window_tokens=window_tokens)
-        opened.embedder.embed_query("warm")  # loading it is no part of retrieval
-        tell("retrieving and reading")
-        answer = pipeline.ask(question, context_tokens, answer_tokens=answer_tokens, sampling=sampling)
+        pipeline = Pipeline.open(
+            opened, model=model, policy=policy, window_tokens=window_tokens, context_files=_context_files(saves=False)
+        )
+        given = None
+        if context:
+            given = pipeline.context_of(context, context_tokens, answer_tokens=answer_tokens)
+        else:
+            opened.embedder.embed_query("warm")  # loading it is no part of retrieval
+        tell("reading" if context else "retrieving and reading")
+        answer = pipeline.ask(question, context_tokens, answer_tokens=answer_tokens, sampling=sampling, context=given)
     if as_json:
         print_json(answer.model_dump(mode="json"))
     else:
         _print_answer(answer)
+
+
+@app.command()
+def warm(
+    index: IndexPlace,
+    context: Documents = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that prompt and answer may have together.", show_default="the window")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A prepared model, a folder or a hub id; see `stripedrag doctor`.")
+    ] = MODEL,
+    window_tokens: Annotated[
+        int | None, typer.Option(help="Stretch the model's window to so many tokens; quality falls past its own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read documents before they are asked about: `ask` with the same --context then begins with the question.
+
+    What was read is kept on disk, in the cache folder, up to 8 GiB.
+    """
+    if not context:
+        raise UsageError("no --context: name one document or more of the index, as `--context 'Genghis Khan.txt'`")
+    quiet_libraries()
+    from stripedrag.indexes.index import Index
+
+    with Index.open(index) as opened, spinner("loading the model") as tell:
+        from stripedrag.rag.pipeline import Pipeline
+
+        pipeline = Pipeline.open(
+            opened, model=model, window_tokens=window_tokens, cache_bytes=0, context_files=_context_files(saves=True)
+        )
+        read = pipeline.context_of(context, context_tokens)
+        warmed = pipeline.warm(read, progress=lambda done, of: tell(f"reading: {done:,} of {of:,} tokens"))
+    if as_json:
+        print_json(warmed.model_dump(mode="json") | {"dropped": len(read.dropped)})
+        return
+    typer.echo(
+        f"{warmed.tokens:,} tokens of {len(read.spans)} documents read in {warmed.seconds:.1f} s, "
+        f"{warmed.reused_tokens:,} of them known before; {len(read.dropped)} chunks did not fit\n"
+        f"kept: {warmed.cache_bytes / 1e6:.1f} MB in {_context_files(saves=True).folder}"
+    )
+
+
+def _context_files(*, saves: bool) -> "ContextFiles":
+    from stripedrag.rag.context_files import ContextFiles
+    from stripedrag.weights import cache_dir
+
+    return ContextFiles(cache_dir() / "contexts", saves=saves)
 
 
 @app.command()
@@ -231,11 +301,12 @@ def _print_answer(answer: "Answer") -> None:
         opening = " ".join(span.text.split())
         shown = opening if len(opening) <= 72 else opening[:71] + "…"
         typer.echo(harmless(f"  {span.doc_id} {span.start}:{span.end}  {span.score:.3f}  {shown}"))
-    prefill_rate = usage.prompt_tokens / timings.prefill_s
+    reused = f", {usage.reused_tokens} read before" if usage.reused_tokens else ""
+    prefill_rate = (usage.prompt_tokens - usage.reused_tokens) / timings.prefill_s
     decode_rate = usage.answer_tokens / timings.decode_s if usage.answer_tokens else 0.0
     typer.echo(
-        f"\ntokens   {usage.prompt_tokens} prompt ({usage.passage_tokens} in passages) + {usage.answer_tokens} answer "
-        f"of {usage.context_tokens}; {_left_out(answer.context)}\n"
+        f"\ntokens   {usage.prompt_tokens} prompt ({usage.passage_tokens} in passages{reused}) + "
+        f"{usage.answer_tokens} answer of {usage.context_tokens}; {_left_out(answer.context)}\n"
         f"seconds  {timings.retrieval_s:.2f} retrieval, {timings.prefill_s:.2f} prefill ({prefill_rate:.0f} tokens/s), "
         f"{timings.decode_s:.2f} decoding ({decode_rate:.1f} tokens/s)\n"
         f"cache    {answer.cache_bytes / 1e6:.1f} MB    model {answer.model}    "

@@ -1,7 +1,8 @@
 """Blocks of read contexts as files in a folder, for several processes: safetensors, verified, forgotten by least use.
 
 A file's name says which block it is, after which other it comes, and how many tokens it has: `BLOCK.PARENT.TOKENS`.
-Its metadata has a sha256 of its tensors. A file is there whole or not at all; one that is damaged is removed and told.
+Its metadata has a sha256 of its name and tensors. A file is there whole or not at all; one that is damaged is removed
+and told.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ class ContextFiles:
     def __init__(self, folder: Path, *, disk_bytes: int = DISK_BYTES, saves: bool = True) -> None:
         self.folder, self.disk_bytes, self.saves = folder, disk_bytes, saves
         self.fault: OSError | None = None
+        self._left_out: set[str] = set()  # blocks that had no room
 
     def children(self) -> dict[str, dict[str, int]]:
         """Of each block, and of each model's root: the names of the blocks that come after it, with their tokens."""
@@ -55,8 +57,8 @@ class ContextFiles:
         except (SafetensorError, OSError) as error:
             self._damaged(path, str(error))
             return None
-        if saved != _sha256(tensors):
-            self._damaged(path, "its sha256 is not the one that was saved with it")
+        if saved != _sha256(path.name, tensors):
+            self._damaged(path, "its name and tensors have not the sha256 that was saved with it")
             return None
         self.touch(parent, name, tokens)
         return tensors
@@ -70,9 +72,14 @@ class ContextFiles:
         on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._make_room(sum(tensor.nbytes for tensor in on_cpu.values()), after=parent):
-                with written_whole(self._path(parent, name, tokens), by_many=True) as scratch:
-                    save_file(on_cpu, scratch, metadata={"sha256": _sha256(on_cpu)})
+            size_bytes = sum(tensor.nbytes for tensor in on_cpu.values())
+            if parent in self._left_out or not self._make_room(size_bytes, after=parent):
+                self._left_out.add(name)  # nothing leads to those after it
+            else:
+                self._left_out.discard(name)
+                path = self._path(parent, name, tokens)
+                with written_whole(path, by_many=True) as scratch:
+                    save_file(on_cpu, scratch, metadata={"sha256": _sha256(path.name, on_cpu)})
         except SafetensorError as error:  # of what safetensors writes itself
             self._give_up(OSError(str(error)))
         except OSError as error:
@@ -100,8 +107,8 @@ class ContextFiles:
                             yield match, entry.stat()
                         except FileNotFoundError:
                             continue
-        except FileNotFoundError:
-            return
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return  # nothing is found there; whoever saves is told
 
     def _make_room(self, needed_bytes: int, *, after: str) -> bool:
         """Whether a block of so many bytes, which comes after another, has room, once the least used that none comes
@@ -138,8 +145,8 @@ class ContextFiles:
         )
 
 
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _sha256(name: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(name.encode())
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())

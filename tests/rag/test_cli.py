@@ -1,6 +1,7 @@
 """The command line: one JSON object on stdout, everything else on stderr, 2 for the caller's mistakes."""
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from stripedrag.indexes.documents import Document
 from stripedrag.indexes.index import Index
 from stripedrag.rag.cli import print_json
 from stripedrag.rag.cli_index import _made
+from stripedrag.weights import cache_dir
 
 SCRIPT = Path(sys.executable).with_name("stripedrag")
 
@@ -32,7 +34,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", ["setup", "index", "delete", "compact", "verify", "ask", "retrieve", "doctor", "bench"]
+    "command", ["setup", "index", "delete", "compact", "verify", "ask", "warm", "retrieve", "doctor", "bench"]
 )
 def test_every_command_has_help(command):
     result = run(command, "--help")
@@ -79,6 +81,27 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     assert context["spans"][0]["text"] == "Warsaw is the capital of Poland."
     assert context["tokens"] <= 100
     assert "1 spans" in run("retrieve", index, "capital of Poland", "--budget-tokens", 10).stdout
+
+
+def test_a_document_that_was_warmed_is_not_read_again(index_path, tiny_folder, tmp_path):
+    (tmp_path / "carriers").symlink_to(cache_dir() / "carriers")
+    here = {"env": os.environ | {"STRIPEDRAG_CACHE": str(tmp_path)}}
+    common = ("--model", tiny_folder, "--context", "Oxygen.txt", "--context-tokens", 800, "--json")
+    cold = run("ask", index_path, "Who found it?", *common, **here)
+    assert cold.returncode == 0, cold.stderr
+    assert not (tmp_path / "contexts").exists(), "asking writes nothing"
+    warmed = run("warm", index_path, *common, **here)
+    assert warmed.returncode == 0, warmed.stderr
+    warm = run("ask", index_path, "Who found it?", *common, **here)
+    before, after, read = (json.loads(result.stdout) for result in (cold, warm, warmed))
+    assert (before["usage"]["reused_tokens"], after["usage"]["reused_tokens"]) == (0, read["tokens"])
+    assert before["text"] == after["text"] and before["context"] == after["context"] and read["dropped"] > 0
+    shown = run("warm", index_path, *common[:-1], **here)
+    assert f"{read['tokens']:,} tokens of 1 documents" in shown.stdout and str(tmp_path / "contexts") in shown.stdout
+    refused = run("warm", index_path, "--model", tiny_folder, **here)
+    assert refused.returncode == 2 and "no --context: name one document" in refused.stderr
+    refused = run("warm", index_path, "--model", tiny_folder, "--context", "Radon", **here)
+    assert refused.returncode == 2 and "Radon" in refused.stderr
 
 
 def test_an_index_is_looked_after(tmp_path):

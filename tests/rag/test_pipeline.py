@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stripedrag.errors import BudgetError, SetupError, UsageError
-from stripedrag.model.generation import Sampling
+from stripedrag.errors import BudgetError, SetupError, StoreError, UsageError
+from stripedrag.model.generation import Sampling, prefill
 from stripedrag.rag import Answer, Pipeline, Span
 from stripedrag.rag.answer import cite
 from stripedrag.rag.completion import Completion
+from stripedrag.rag.context_cache import ContextCache
+from stripedrag.rag.context_files import ContextFiles
 
 
 @settings(max_examples=12)
@@ -47,11 +49,106 @@ def test_a_stream_gives_the_text_of_the_answer(pipeline):
     assert stream.answer.text == text.strip() == pipeline.ask("oxygen", 512, answer_tokens=12).text
 
 
-def test_many_questions_get_the_answers_that_each_alone_gets(pipeline):
-    questions = ["oxygen", "Warsaw"]
-    together = pipeline.ask_many(questions, 400, answer_tokens=6)
-    assert [a.question for a in together] == questions
-    assert [a.text for a in together] == [pipeline.ask(q, 400, answer_tokens=6).text for q in questions]
+@pytest.fixture
+def keeping(index, tiny_model, tokenizer):
+    """A pipeline that keeps what it read."""
+    return Pipeline(index, tiny_model, tokenizer, model_name="tiny", contexts=ContextCache(tiny_model))
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "keeping"])
+def test_many_questions_share_a_context_and_get_the_answers_that_each_gets_from_it(request, kind):
+    pipeline = request.getfixturevalue(kind)
+    questions = ["oxygen", "When was the Warsaw Uprising?", "Who was Genghis Khan?"]
+    together = pipeline.ask_many(questions, 900, answer_tokens=6)
+    context = pipeline.context_for(questions, 900, answer_tokens=6)
+    assert {"Oxygen.txt", "Warsaw.txt", "Genghis Khan.txt"} <= {span.doc_id for span in context.spans}
+    assert [a.question for a in together] == questions and all(a.context == context for a in together)
+    for answer in together:
+        alone = pipeline.ask(answer.question, 900, answer_tokens=6, context=context)
+        assert (alone.text, alone.finish, alone.citations) == (answer.text, answer.finish, answer.citations)
+        assert alone.usage.prompt_tokens == answer.usage.prompt_tokens <= 900 - 6
+    assert pipeline.ask_many([]) == []
+    with pytest.raises(UsageError, match="there is no question to retrieve for"):
+        pipeline.context_for([])
+
+
+def test_a_second_question_on_a_context_reads_the_question_alone(keeping):
+    context = keeping.context_for("oxygen", 900)
+    first, second = (
+        keeping.ask(question, context=context, answer_tokens=4) for question in ("Who?", "When and where?")
+    )
+    assert first.usage.reused_tokens == 0
+    assert second.usage.prompt_tokens - second.usage.reused_tokens == len(
+        keeping.prompt.question_ids("When and where?")
+    )
+
+
+def test_documents_are_read_whole_in_their_order_and_warmed_before_they_are_asked(keeping, index):
+    context = keeping.context_of(["Oxygen.txt"], 800)
+    (span,) = context.spans
+    assert index.document("Oxygen.txt").text.startswith(span.text) and span.start == 0
+    assert context.dropped and context.tokens <= context.budget_tokens
+    context = keeping.context_of(["Oxygen.txt"])
+    assert context.spans[0].text == index.document("Oxygen.txt").text and not context.dropped
+    heard = []
+    warmed = keeping.warm(context, progress=lambda read, of: heard.append((read, of)))
+    assert (warmed.reused_tokens, heard[-1]) == (0, (warmed.tokens, warmed.tokens)) and warmed.cache_bytes > 0
+    assert keeping.ask("Who?", context=context).usage.reused_tokens == warmed.tokens
+    assert keeping.warm(keeping.context_of(["Oxygen.txt", "Warsaw.txt"])).reused_tokens == warmed.tokens
+    assert keeping.warm(context).reused_tokens == warmed.tokens
+
+
+def test_what_cannot_be_warmed_or_given_is_named(pipeline, keeping, index, tiny_model, tokenizer, tmp_path):
+    context = keeping.context_of(["Oxygen.txt"])
+    with pytest.raises(UsageError, match="tiny keeps nothing that it has read: the pipeline has no context cache"):
+        pipeline.warm(context)
+    for doc_ids in ("Oxygen.txt", []):
+        with pytest.raises(UsageError, match="it is a list of one document or more"):
+            pipeline.context_of(doc_ids)
+    with pytest.raises(UsageError, match="Radon"):
+        pipeline.context_of(["Radon.txt"])
+    with pytest.raises(BudgetError, match=r"the context has \d+ tokens; of 900 the question and the template take \d+"):
+        pipeline.ask("Who?", 900, context=context)
+    with pytest.raises(UsageError, match="doc_ids narrows what is retrieved, and the context is given; leave one out"):
+        pipeline.ask("Who?", context=context, doc_ids=["Warsaw.txt"])
+    with pytest.raises(UsageError, match="the question ' ' is blank"):
+        pipeline.ask_many(["Who?", " "], context=context)
+    with pytest.raises(UsageError, match="cache_bytes is -1; it is 0"):
+        Pipeline.open(index, cache_bytes=-1)
+    small = ContextCache(tiny_model, files=ContextFiles(tmp_path, disk_bytes=1000))
+    saving = Pipeline(index, tiny_model, tokenizer, model_name="tiny", contexts=small)
+    with pytest.raises(
+        StoreError, match=r"could not be saved in .*: it has more than the 1000 bytes that may be taken"
+    ):
+        saving.warm(context)
+
+
+def test_a_question_may_be_narrowed_to_documents(pipeline):
+    answer = pipeline.ask("oxygen", 600, answer_tokens=4, doc_ids=["Warsaw.txt"])
+    assert {span.doc_id for span in answer.context.spans} == {"Warsaw.txt"}
+
+
+def test_an_interrupted_question_leaves_the_pipeline_whole(keeping, monkeypatch):
+    context = keeping.context_of(["Oxygen.txt"], 3000)
+    expected = keeping.ask("Who?", context=context, answer_tokens=6)
+    keeping.contexts.clear()
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return prefill(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stripedrag.rag.context_cache.prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            keeping.ask("Who?", context=context, answer_tokens=6)
+    stream = iter(keeping.stream("Who?", context=context, answer_tokens=6))
+    next(stream)
+    del stream  # the reader left in the middle of an answer
+    again = keeping.ask("Who?", context=context, answer_tokens=6)
+    assert again.text == expected.text and again.usage.reused_tokens > 0
 
 
 def test_a_pipeline_closes_only_the_index_that_it_opened(index, index_path, tiny_folder):

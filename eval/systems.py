@@ -208,10 +208,12 @@ class ModelSystem:
             window_tokens=self.window_tokens,
             overflow=task.overflow,
         )
-        ids, marks = self._prompt.marked_prefix_ids([span_of(passage) for passage in prompt.passages])
-        if question.shared and self._shared != tuple(ids):
-            self._contexts.clear()  # its memory is needed
-            self._shared = tuple(ids)
+        marks: list[int] = []
+        if question.shared:
+            ids, marks = self._prompt.marked_prefix_ids([span_of(passage) for passage in prompt.passages])
+            if self._shared != tuple(ids):
+                self._contexts.clear()  # its memory is needed
+                self._shared = tuple(ids)
         completion = Completion(
             model,
             tokenizer,

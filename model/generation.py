@@ -59,7 +59,7 @@ def decode(
     sampling: Sampling,
 ) -> Iterator[int]:
     """Tokens that continue a prefill of one sequence, as they come; ends before a stop id or after `max_new_tokens`."""
-    choose = Chooser(sampling, logits.device)
+    choose = _Chooser(sampling, logits.device)
     for made in range(max_new_tokens):
         token = choose(logits)
         if token in stop_ids:
@@ -97,7 +97,7 @@ def decode_together(
     del forks, firsts
     begun = cache.get_seq_length()
     made: list[list[int]] = [[] for _ in rests]
-    choosers = [Chooser(sampling, logits.device) for _ in rests]
+    choosers = [_Chooser(sampling, logits.device) for _ in rests]
     for _ in range(max_new_tokens):
         chosen = [choosers[row](logits[i : i + 1]) for i, row in enumerate(going)]
         on = [i for i, token in enumerate(chosen) if token not in stop_ids]
@@ -132,9 +132,7 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos)
 
 
-class Chooser:
-    """Chooses one sequence's next token, as its `sampling` says, with a random generator of its own."""
-
+class _Chooser:
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self._greedy = sampling.temperature == 0
         if self._greedy:
@@ -149,7 +147,6 @@ class Chooser:
             self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token's id, by its logits (1, V)."""
         if self._greedy:
             return int(logits[0].argmax())
         probabilities = self._warp(None, logits.float()).softmax(-1)

@@ -54,6 +54,13 @@ Documents = Annotated[
         show_default=False,
     ),
 ]
+ModelName = Annotated[
+    str, typer.Option("--model", help="A prepared model, a folder or a hub id; see `stripedrag doctor`.")
+]
+WindowTokens = Annotated[
+    int | None,
+    typer.Option("--window-tokens", help="Stretch the model's window to so many tokens; quality falls past its own."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PolicyName = Annotated[
     Policy,
@@ -127,12 +134,8 @@ def ask(
     ] = None,
     context: Documents = None,
     answer_tokens: Annotated[int, typer.Option(help="How many of them are kept for the answer.")] = ANSWER_TOKENS,
-    model: Annotated[
-        str, typer.Option(help="A prepared model, a folder or a hub id; see `stripedrag doctor`.")
-    ] = MODEL,
-    window_tokens: Annotated[
-        int | None, typer.Option(help="Stretch the model's window to so many tokens; quality falls past its own.")
-    ] = None,
+    model: ModelName = MODEL,
+    window_tokens: WindowTokens = None,
     policy: PolicyName = POLICY,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
@@ -149,7 +152,12 @@ def ask(
 
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         pipeline = Pipeline.open(
-            opened, model=model, policy=policy, window_tokens=window_tokens, context_files=_context_files(saves=False)
+            opened,
+            model=model,
+            policy=policy,
+            window_tokens=window_tokens,
+            cache_bytes=0,  # no second question will come
+            context_files=_context_files(saves=False),
         )
         given = None
         if context:
@@ -171,12 +179,8 @@ def warm(
     context_tokens: Annotated[
         int | None, typer.Option(help="Tokens that prompt and answer may have together.", show_default="the window")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="A prepared model, a folder or a hub id; see `stripedrag doctor`.")
-    ] = MODEL,
-    window_tokens: Annotated[
-        int | None, typer.Option(help="Stretch the model's window to so many tokens; quality falls past its own.")
-    ] = None,
+    model: ModelName = MODEL,
+    window_tokens: WindowTokens = None,
     as_json: Json = False,
 ) -> None:
     """Read documents before they are asked about: `ask` with the same --context then begins with the question.
@@ -191,9 +195,8 @@ def warm(
     with Index.open(index) as opened, spinner("loading the model") as tell:
         from stripedrag.rag.pipeline import Pipeline
 
-        pipeline = Pipeline.open(
-            opened, model=model, window_tokens=window_tokens, cache_bytes=0, context_files=_context_files(saves=True)
-        )
+        files = _context_files(saves=True)
+        pipeline = Pipeline.open(opened, model=model, window_tokens=window_tokens, cache_bytes=0, context_files=files)
         read = pipeline.context_of(context, context_tokens)
         warmed = pipeline.warm(read, progress=lambda done, of: tell(f"reading: {done:,} of {of:,} tokens"))
     if as_json:
@@ -202,7 +205,7 @@ def warm(
     typer.echo(
         f"{warmed.tokens:,} tokens of {len(read.spans)} documents read in {warmed.seconds:.1f} s, "
         f"{warmed.reused_tokens:,} of them known before; {len(read.dropped)} chunks did not fit\n"
-        f"kept: {warmed.cache_bytes / 1e6:.1f} MB in {_context_files(saves=True).folder}"
+        f"kept: {warmed.cache_bytes / 1e6:.1f} MB in {files.folder}"
     )
 
 

@@ -78,9 +78,11 @@ class ContextCache:
         self._blocks.clear()
         self._children.clear()
 
-    def known_tokens(self, ids: Sequence[int]) -> int:
-        """How many tokens of the beginning of `ids` are known, by the names of blocks alone: none is loaded or used."""
-        return sum(tokens for _, tokens in self._way(ids))
+    def known_tokens(self, ids: Sequence[int], *, in_memory: bool = True) -> int:
+        """How many tokens of the beginning of `ids` are known, by the names of blocks alone: none is loaded or used.
+        Without `in_memory` those on disk count alone.
+        """
+        return sum(tokens for _, tokens in self._way(ids, in_memory=in_memory))
 
     def read(self, ids: Sequence[int], marks: Sequence[int] = ()) -> Reading:
         """Read a prompt from its longest known beginning on, and keep its beginning up to the last of `marks`.
@@ -120,7 +122,7 @@ class ContextCache:
         cache = cache_of(self._model.config, held)
         del held
         at = known
-        keeps = not self.refuses and (self.memory_bytes or self.files)
+        keeps = not self.refuses and (self.memory_bytes or (self.files and self.files.saves))
         for end in _cuts(known, marks) if keeps else ():
             prefill(self._model, self._tensor(ids[at:end]), cache)
             name = _name(parent, ids[at:end])
@@ -133,8 +135,9 @@ class ContextCache:
     def _tensor(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], device=self._model.device)
 
-    def _way(self, ids: Sequence[int]) -> list[tuple[str, int]]:
+    def _way(self, ids: Sequence[int], *, in_memory: bool = True) -> list[tuple[str, int]]:
         """Names and tokens of the blocks from the root that hold the most of `ids`."""
+        held = self._children if in_memory else {}
         filed = self.files.children() if self.files else {}
         longest, best = 0, list[tuple[str, int]]()
         open_ends = [(self._root, 0, best)]
@@ -142,7 +145,7 @@ class ContextCache:
             parent, at, way = open_ends.pop()
             if at > longest:
                 longest, best = at, way
-            children = self._children.get(parent, {}) | filed.get(parent, {})
+            children = held.get(parent, {}) | filed.get(parent, {})
             for tokens in {tokens for tokens in children.values() if at + tokens <= len(ids)}:
                 name = _name(parent, ids[at : at + tokens])
                 if name in children:

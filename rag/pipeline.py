@@ -264,7 +264,6 @@ class Pipeline:
         `StoreError` where it could not be saved.
         """
         from stripedrag.model.cache import cache_bytes
-        from stripedrag.rag.context_cache import ContextCache
 
         if self.contexts is None or self.contexts.refuses:
             why = "the pipeline has no context cache" if self.contexts is None else self.contexts.refuses
@@ -274,8 +273,7 @@ class Pipeline:
         cache, known = self.contexts.read_beginning(ids, marks, progress=progress)
         seconds = time.perf_counter() - start
         files = self.contexts.files
-        on_disk = ContextCache(self.model, memory_bytes=0, files=files)
-        if files and files.saves and on_disk.known_tokens(ids) < len(ids):
+        if files and files.saves and self.contexts.known_tokens(ids, in_memory=False) < len(ids):
             reason = files.fault or f"it has more than the {files.disk_bytes} bytes that may be taken"
             raise StoreError(f"the context was read and could not be saved in {files.folder}: {reason}")
         return Warmed(tokens=len(ids), reused_tokens=known, seconds=seconds, cache_bytes=cache_bytes(cache))

@@ -9,8 +9,8 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, zip_longest
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args
 
 from stripedrag.errors import UsageError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stripedrag.indexes.documents import Chunk, Scored
     from stripedrag.indexes.filters import Where
 
+_One = TypeVar("_One")
 Policy = Literal["rank", "best-last", "document", "edges"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -143,7 +144,7 @@ class Retriever:
         k = max_chunks or 8 - 2 * (-budget_tokens // self.index.chunk_tokens)
         while True:
             found = [self.index.search(one, k=k, where=where, doc_ids=doc_ids) for one in questions]
-            context = self.fill(_in_turn(found), budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
+            context = self.fill(_of_all(found), budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
             if (
                 max_chunks
                 or all(len(some) < k for some in found)
@@ -181,15 +182,19 @@ class Retriever:
         )
 
 
-def _in_turn(found: "Sequence[Sequence[Scored]]") -> "list[Scored]":
-    """The first of each, then the second of each, and so on, each chunk once."""
+def in_turn(groups: Iterable[Sequence[_One]]) -> list[_One]:
+    """The first of each group, then the second of each that has one, and so on."""
+    turns = [(turn, one) for group in groups for turn, one in enumerate(group)]
+    return [one for _, one in sorted(turns, key=lambda pair: pair[0])]  # stable: groups keep their order in a turn
+
+
+def _of_all(found: "Sequence[Sequence[Scored]]") -> "list[Scored]":
+    """What was found for several questions, in turn, each chunk once."""
     if len(found) == 1:
         return list(found[0])
     first: dict[str, Scored] = {}
-    for some in zip_longest(*found):
-        for scored in some:
-            if scored is not None:
-                first.setdefault(scored.chunk.id, scored)
+    for scored in in_turn(found):
+        first.setdefault(scored.chunk.id, scored)
     return [replace(scored, rank=rank) for rank, scored in enumerate(first.values(), start=1)]
 
 

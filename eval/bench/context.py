@@ -61,7 +61,7 @@ def _round(pipeline: Pipeline, context: Context, files: ContextFiles, number: in
     seconds["together"] = time.perf_counter() - start
     pipeline.contexts = None
     start = time.perf_counter()
-    for question in questions[number % MANY :][:ALONE]:
+    for question in (2 * questions)[number % MANY :][:ALONE]:
         pipeline.ask(question, context=context, answer_tokens=ANSWER_TOKENS)
     seconds["alone"] = (time.perf_counter() - start) / ALONE * len(questions)
 

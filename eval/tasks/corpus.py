@@ -1,8 +1,7 @@
 """A corpus with questions, as several tasks use it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import Field
 
@@ -14,8 +13,7 @@ from stripedrag.eval.schema import Passage, Record, Stretch
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.index import Index
 from stripedrag.jsonl import read_lines
-
-Drawn = TypeVar("Drawn")
+from stripedrag.rag.retriever import in_turn
 
 
 class CorpusFields(Record):
@@ -102,12 +100,6 @@ def refuse_places_outside(question: CorpusQuestion, index: Index) -> None:
 def _refuse_gold_apart(question: CorpusQuestion) -> None:
     if question.gold_passages and not holds(question.gold_passages, question.gold_spans):
         raise CorpusError(f"question {question.id!r} has gold_spans outside its gold_passages. Mend the question.")
-
-
-def in_turn(groups: Iterable[Sequence[Drawn]]) -> list[Drawn]:
-    """The first of each group, then the second of each that has one, and so on."""
-    turns = [(turn, one) for group in groups for turn, one in enumerate(group)]
-    return [one for _, one in sorted(turns, key=lambda pair: pair[0])]  # stable: groups keep their order in a turn
 
 
 def stretches(places: Sequence[Place], doc_id: str = "") -> tuple[Stretch, ...]:

@@ -12,11 +12,12 @@ from stripedrag.eval.data_formats import DATA, LongDocument, LongTask
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Passage, Question, Stretch, asked
 from stripedrag.eval.tasks.base import ReadingTask
-from stripedrag.eval.tasks.corpus import in_turn, stretches
+from stripedrag.eval.tasks.corpus import stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.eval.tasks.retrieved import Source
 from stripedrag.indexes.documents import Document
 from stripedrag.jsonl import read_lines
+from stripedrag.rag.retriever import in_turn
 
 _Context = Literal["fill", "top-5", "top-20", "reranked-5", "oracle", "head", "none"]
 _OF_EVIDENCE: tuple[_Context, ...] = ("reranked-5", "oracle")

@@ -10,11 +10,11 @@ from stripedrag.eval.data_formats import CorpusQuestion
 from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Question
 from stripedrag.eval.tasks.base import ReadingTask
-from stripedrag.eval.tasks.corpus import CorpusFields, in_turn, stretches
+from stripedrag.eval.tasks.corpus import CorpusFields, stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.eval.tasks.retrieved import Source
 from stripedrag.rag.defaults import POLICY
-from stripedrag.rag.retriever import Policy
+from stripedrag.rag.retriever import Policy, in_turn
 
 
 class SharedContextTask(CorpusFields, ReadingTask):

@@ -195,10 +195,10 @@ class Index:
         with self._lock:
             return self._store.size_bytes()
 
-    def document_ids(self) -> list[str]:
-        """The ids of all documents, sorted."""
+    def document_ids(self, where: Where | None = None) -> list[str]:
+        """The ids of all documents, or of those that a filter admits (as in `search`), sorted."""
         with self._reading():
-            return self._store.document_ids()
+            return self._store.document_ids(where)
 
     def document(self, doc_id: str) -> Document:
         """The document as it was added. Raises `UsageError` where there is none of that id."""

@@ -193,9 +193,10 @@ class Store(ABC):
         """How many chunks are stored, those of white space included."""
         return self._number("SELECT count(*) FROM chunks")
 
-    def document_ids(self) -> list[str]:
-        """The ids of all documents, sorted."""
-        return [doc_id for (doc_id,) in self.execute("SELECT id FROM documents ORDER BY id")]
+    def document_ids(self, where: filters.Where | None = None) -> list[str]:
+        """The ids of all documents, or of those that a filter admits, sorted. Raises as `documents_where`."""
+        condition, values = filters.sql({} if where is None else where, self._compared)
+        return [i for (i,) in self.execute(f"SELECT id FROM documents WHERE {condition} ORDER BY id", values)]
 
     def document_sha256(self, doc_id: str) -> str | None:
         """The content hash a document was stored with; None where it is not stored."""

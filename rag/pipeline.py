@@ -65,7 +65,7 @@ class Pipeline:
     ) -> "Pipeline":
         """A pipeline over an index with a model, as `load_model` names it; None is the default.
 
-        The index is a place, an open one, or what stands in for one (`stripedrag.rag.llama_index_search`).
+        The index is a place, an open one, or what stands in for one (`stripedrag.rag.llama_index.LlamaIndexSearch`).
         `window_tokens` asks for a longer window than the model was trained on, see `load_model`. What was read is kept
         in up to `cache_bytes` of memory (None: 2 GiB; 0: nowhere), and on disk where `context_files` are given. Raises
         what `Index.open` and `load_model` raise, and `UsageError` for fewer than 0 bytes.

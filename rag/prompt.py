@@ -123,7 +123,7 @@ class PromptFormat:
 
     def render(self, span: Span) -> str:
         """A passage as the model reads it."""
-        return passage_text(span.title, span.text)
+        return render(span)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of plain text, special tokens never among them: what a retriever counts with."""
@@ -157,6 +157,11 @@ class PromptFormat:
     def question_ids(self, question: str) -> list[int]:
         """What comes after the passages."""
         return [*self.encode(question_text(question)), *self._tail]
+
+
+def render(span: Span) -> str:
+    """A span as a model reads it."""
+    return passage_text(span.title, span.text)
 
 
 def passage_text(title: str, text: str) -> str:

@@ -7,7 +7,7 @@ of prompts or models beyond a tokenizer's count.
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args
@@ -132,6 +132,34 @@ class Retriever:
         `render(span)` (None: the span's text). Raises `UsageError` for a budget or `max_chunks` below 1, no question,
         and what `Index.search` raises.
         """
+        return self._retrieve(question, budget_tokens, max_chunks, tokenizer, render, where, doc_ids)[1]
+
+    def retrieve_chunks(
+        self,
+        question: str | Sequence[str],
+        *,
+        budget_tokens: int,
+        tokenizer: Tokenizer | None = None,
+        render: Callable[[Span], str] | None = None,
+        where: "Where | None" = None,
+        doc_ids: Iterable[str] | None = None,
+    ) -> "list[Scored]":
+        """The chunks that `retrieve` joins into spans, in rank order."""
+        found, context = self._retrieve(question, budget_tokens, None, tokenizer, render, where, doc_ids)
+        dropped = {one.rank for one in context.dropped}
+        return [scored for scored in found if scored.rank not in dropped]
+
+    def _retrieve(
+        self,
+        question: str | Sequence[str],
+        budget_tokens: int,
+        max_chunks: int | None,
+        tokenizer: Tokenizer | None,
+        render: Callable[[Span], str] | None,
+        where: "Where | None",
+        doc_ids: Iterable[str] | None,
+    ) -> "tuple[list[Scored], Context]":
+        """What was considered, and what of it fits."""
         if budget_tokens < 1:
             raise UsageError(f"budget_tokens is {budget_tokens}; it is at least 1")
         if max_chunks is not None and max_chunks < 1:
@@ -144,13 +172,14 @@ class Retriever:
         k = max_chunks or 8 - 2 * (-budget_tokens // self.index.chunk_tokens)
         while True:
             found = [self.index.search(one, k=k, where=where, doc_ids=doc_ids) for one in questions]
-            context = self.fill(_of_all(found), budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
+            candidates = _of_all(found)
+            context = self.fill(candidates, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
             if (
                 max_chunks
                 or all(len(some) < k for some in found)
                 or any(dropped.reason == "budget" for dropped in context.dropped)
             ):
-                return context
+                return candidates, context
             k *= 2
 
     def fill(
@@ -166,20 +195,42 @@ class Retriever:
 
         `keep_repeats` takes those too that repeat better ones, as a document has to be read from its beginning.
         """
-        new, repeats = (list(candidates), []) if keep_repeats else _without_repeats(candidates)
-        titles = self.index.titles({scored.chunk.doc_id for scored in new})
-        count = _Count(tokenizer or self.index.tokenizer, render)
-        fitting = _longest(new, titles, count, min(budget_tokens, sys.maxsize))
-        spans = _joined(new[:fitting], titles)
-        dropped = [_dropped(scored, "budget") for scored in new[fitting:]]
-        dropped += [_dropped(scored, "repeat") for scored in repeats]
-        return Context(
-            tuple(_ordered(spans, self.policy)),
-            tuple(sorted(dropped, key=lambda one: one.rank)),
-            count.of(spans),
-            budget_tokens,
-            self.policy,
+        candidates = list(candidates)
+        return fill(
+            candidates,
+            self.index.titles({scored.chunk.doc_id for scored in candidates}),
+            budget_tokens=budget_tokens,
+            tokenizer=tokenizer or self.index.tokenizer,
+            render=render,
+            policy=self.policy,
+            keep_repeats=keep_repeats,
         )
+
+
+def fill(
+    candidates: "Sequence[Scored]",
+    titles: Mapping[str, str],
+    *,
+    budget_tokens: int,
+    tokenizer: Tokenizer,
+    render: Callable[[Span], str] | None = None,
+    policy: Policy,
+    keep_repeats: bool = False,
+) -> Context:
+    """As `Retriever.fill`, for candidates that come from no index; `titles` are those of their documents."""
+    new, repeats = (candidates, []) if keep_repeats else _without_repeats(candidates)
+    count = _Count(tokenizer, render)
+    fitting = _longest(new, titles, count, min(budget_tokens, sys.maxsize))
+    spans = _joined(new[:fitting], titles)
+    dropped = [_dropped(scored, "budget") for scored in new[fitting:]]
+    dropped += [_dropped(scored, "repeat") for scored in repeats]
+    return Context(
+        tuple(_ordered(spans, policy)),
+        tuple(sorted(dropped, key=lambda one: one.rank)),
+        count.of(spans),
+        budget_tokens,
+        policy,
+    )
 
 
 def in_turn(groups: Iterable[Sequence[_One]]) -> list[_One]:
@@ -242,7 +293,7 @@ def _without_repeats(candidates: "Iterable[Scored]") -> "tuple[list[Scored], lis
     return new, repeats
 
 
-def _longest(candidates: "Sequence[Scored]", titles: dict[str, str], count: _Count, budget_tokens: int) -> int:
+def _longest(candidates: "Sequence[Scored]", titles: Mapping[str, str], count: _Count, budget_tokens: int) -> int:
     """How many of the first candidates fit together.
 
     Counting is what costs, and a span is counted again when it grows. So the length is found by interpolation over the
@@ -269,7 +320,7 @@ def _longest(candidates: "Sequence[Scored]", titles: dict[str, str], count: _Cou
     return fits
 
 
-def _joined(taken: "Sequence[Scored]", titles: dict[str, str]) -> list[Span]:
+def _joined(taken: "Sequence[Scored]", titles: Mapping[str, str]) -> list[Span]:
     """The chunks as spans, those that touch or overlap joined, in the order of each span's first chunk in `taken`."""
     spans: list[tuple[int, Span]] = []
     pieces: list[tuple[int, Scored, str]] = []

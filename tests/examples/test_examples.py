@@ -10,7 +10,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SAYS = {
     "python_api.py": ["1944", "chunks left out", "Warsaw.txt [", "1944."],
     "many_questions.py": ["War and Peace: ", "Who is Prince Vasili?", "tokens reused"],
-    "llama_index_engine.py": ["1944", "Warsaw"],
+    "llama_index_engine.py": ["1944", "tokens of prompt, 0 nodes left out", "Warsaw"],
 }
 
 

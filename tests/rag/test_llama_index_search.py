@@ -11,7 +11,7 @@ from stripedrag.errors import UsageError
 from stripedrag.indexes import MiniLMEmbedder
 from stripedrag.indexes.documents import Chunk, Scored
 from stripedrag.rag import Pipeline, Retriever
-from stripedrag.rag.llama_index_search import LlamaIndexSearch
+from stripedrag.rag.llama_index import LlamaIndexSearch
 
 
 class LettersEmbedding(BaseEmbedding):

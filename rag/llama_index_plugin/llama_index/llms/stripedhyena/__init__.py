@@ -1,5 +1,5 @@
 """StripedHyena for LlamaIndex: `from llama_index.llms.stripedhyena import StripedHyena`."""
 
-from stripedrag.rag.llama_index import StripedHyena
+from llama_index.llms.stripedhyena.base import FillContext, StripedHyena
 
-__all__ = ["StripedHyena"]
+__all__ = ["FillContext", "StripedHyena"]

@@ -14,11 +14,12 @@ from stripedrag.indexes.embedding import MiniLMEmbedder
 
 if TYPE_CHECKING:
     from llama_index.core.base.base_retriever import BaseRetriever
+    from llama_index.core.schema import BaseNode
 
     from stripedrag.indexes.filters import Where
     from stripedrag.rag.retriever import Tokenizer
 
-_TITLES = ("title", "file_name")
+TITLES = ("title", "file_name")
 
 
 class LlamaIndexSearch:
@@ -51,15 +52,22 @@ class LlamaIndexSearch:
             retriever.similarity_top_k = k
         found = []
         for rank, scored in enumerate(retriever.retrieve(query)[:k], start=1):
-            node, start = scored.node, getattr(scored.node, "start_char_idx", None)
-            if start is None or node.ref_doc_id is None:
-                doc_id, start = node.node_id, 0
-            else:
-                doc_id = node.ref_doc_id
-            self._titles[doc_id] = next((str(node.metadata[name]) for name in _TITLES if node.metadata.get(name)), "")
-            found.append(Scored(Chunk.at(doc_id, start, node.get_content()), scored.score or 0.0, rank))
+            doc_id, start = place(scored.node)
+            self._titles[doc_id] = title(scored.node)
+            found.append(Scored(Chunk.at(doc_id, start, scored.node.get_content()), scored.score or 0.0, rank))
         return found
 
     def titles(self, doc_ids: Collection[str]) -> dict[str, str]:
         """The titles of documents that a search has found."""
         return {doc_id: self._titles[doc_id] for doc_id in doc_ids}
+
+
+def place(node: "BaseNode") -> tuple[str, int]:
+    """The document of a node, and at which character it begins: itself where it does not say."""
+    start = getattr(node, "start_char_idx", None)
+    return (node.node_id, 0) if start is None or node.ref_doc_id is None else (node.ref_doc_id, start)
+
+
+def title(node: "BaseNode") -> str:
+    """A node's title by its metadata, or none."""
+    return next((str(node.metadata[name]) for name in TITLES if node.metadata.get(name)), "")

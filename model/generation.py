@@ -5,7 +5,7 @@ prompt fed in pieces of bounded memory, tokens handed out as they come, and no t
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,22 @@ class Sampling:
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache) -> Tensor:
-    """The logits (B, V) after input_ids (B, L), which follow whatever `cache` holds; the cache takes them in."""
-    for segment in input_ids.split(SEGMENT_TOKENS, dim=1):
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: DynamicCache,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The logits (B, V) after input_ids (B, L), which follow whatever `cache` holds; the cache takes them in.
+
+    `progress` hears how many tokens the cache holds, and how many it will.
+    """
+    begun, length = cache.get_seq_length(), input_ids.shape[1]
+    for number, segment in enumerate(input_ids.split(SEGMENT_TOKENS, dim=1), start=1):
         logits = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        if progress:
+            progress(begun + min(number * SEGMENT_TOKENS, length), begun + length)
     last: Tensor = logits[:, -1]
     return last
 
@@ -79,11 +91,13 @@ def decode_together(
     max_new_tokens: int,
     stop_ids: Collection[int],
     sampling: Sampling,
+    ends: Callable[[int, int], bool] = lambda row, token: False,
 ) -> list[list[int]]:
     """The tokens that continue each of several prompts, which begin with what `cache` holds and go on with `rests`.
 
     As `decode` of each alone, but for the rounding of products of another shape: one step of the model takes all that
-    have not ended. `cache` stays as it is. Each rest has a token or more. For a StripedHyena.
+    have not ended. `cache` stays as it is. Each rest has a token or more. `ends` hears the row of each token and the
+    token, and says whether it is the row's last. For a StripedHyena.
     """
     alike: dict[int, list[int]] = {}
     for row, rest in enumerate(rests):
@@ -103,7 +117,7 @@ def decode_together(
         on = [i for i, token in enumerate(chosen) if token not in stop_ids]
         for i in on:
             made[going[i]].append(chosen[i])
-        on = [i for i in on if len(made[going[i]]) < max_new_tokens]
+        on = [i for i in on if not ends(going[i], chosen[i]) and len(made[going[i]]) < max_new_tokens]
         if not on:
             break
         if len(on) < len(going):

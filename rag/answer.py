@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stripedrag.rag.retriever import Context, Span
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _MAX_CITATIONS = 3
 _MIN_SUPPORT = 0.5  # the share of an answer's words that its best sentence must hold to be cited
 _SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s|$)|(?=\n)|\Z)", re.DOTALL)
@@ -17,6 +17,9 @@ _STOP_WORDS = frozenset(
     "a an and are as at be by did do does for from had has have he her his how in is it its of on or she that the "
     "their they this to was were what when where which who whom whose why will with".split()
 )
+
+
+LimitedBy = Literal["asked", "window", "memory"]
 
 
 class _Record(BaseModel):
@@ -33,8 +36,8 @@ class Citation(_Record):
 
 
 class Usage(_Record):
-    """Tokens by the model's tokenizer. `context_tokens` is what prompt and answer together were allowed;
-    `reused_tokens` of the prompt were read for an earlier question, and not again.
+    """Tokens by the model's tokenizer. `context_tokens` is what prompt and answer together were allowed, by the caller,
+    the model's window or the free memory; `reused_tokens` of the prompt were read for an earlier question.
     """
 
     prompt_tokens: int
@@ -42,6 +45,7 @@ class Usage(_Record):
     passage_tokens: int
     answer_tokens: int
     context_tokens: int
+    limited_by: LimitedBy
 
 
 class Timings(_Record):
@@ -62,7 +66,11 @@ class Warmed(_Record):
 
 
 class Answer(_Record):
-    """An answer, what it rests on, and what it cost. `finish` says whether the model ended or the limit did."""
+    """An answer, what it rests on, and what it cost.
+
+    `prompt` is what the model read, chat template and all, as its tokenizer writes it; `prompt_template_sha256` is that
+    of the words around passages and question. `finish` says whether the model ended or the limit did.
+    """
 
     schema_version: int = SCHEMA_VERSION
     question: str
@@ -70,6 +78,8 @@ class Answer(_Record):
     citations: tuple[Citation, ...]
     context: Context
     model: str
+    prompt: str
+    prompt_template_sha256: str
     finish: Literal["stop", "length"]
     usage: Usage
     timings: Timings

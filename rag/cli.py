@@ -11,8 +11,10 @@ import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +28,7 @@ from stripedrag.rag.retriever import Policy
 if TYPE_CHECKING:
     from stripedrag.rag.answer import Answer
     from stripedrag.rag.context_files import ContextFiles
+    from stripedrag.rag.pipeline import ContextTokens
     from stripedrag.rag.retriever import Context
 
 app = typer.Typer(
@@ -126,9 +129,10 @@ def ask(
     index: IndexPlace,
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
     context_tokens: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Tokens that prompt and answer may have together.",
+            help="Tokens that prompt and answer may have together; 'auto' for as many as window and memory take.",
+            metavar="N|auto",
             show_default=f"{CONTEXT_TOKENS}, or the window with --context",
         ),
     ] = None,
@@ -140,9 +144,19 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends the answer. May come again.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            help="Other words around passages and question: a TOML file like rag/prompt.toml.", metavar="FILE"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question from the documents of an index."""
+    allowed = _context_tokens(context_tokens)
     quiet_libraries()
     from stripedrag.indexes.index import Index
 
@@ -158,18 +172,35 @@ def ask(
             window_tokens=window_tokens,
             cache_bytes=0,  # no second question will come
             context_files=_context_files(saves=False),
+            prompt=prompt_file,
         )
         given = None
         if context:
-            given = pipeline.context_of(context, context_tokens, answer_tokens=answer_tokens)
+            given = pipeline.context_of(context, allowed, answer_tokens=answer_tokens)
         else:
             opened.embedder.embed_query("warm")  # loading it is no part of retrieval
-        tell("reading" if context else "retrieving and reading")
-        answer = pipeline.ask(question, context_tokens, answer_tokens=answer_tokens, sampling=sampling, context=given)
+            tell("retrieving")
+        stream = pipeline.stream(
+            question,
+            allowed,
+            answer_tokens=answer_tokens,
+            sampling=sampling,
+            stop=stop or (),
+            context=given,
+            progress=_reading(tell),
+        )
+        tell("reading")
+        pieces = iter(stream)
+        first = next(pieces, "")
+    # out of the spinner: what is written now stays on the terminal
     if as_json:
-        print_json(answer.model_dump(mode="json"))
-    else:
-        _print_answer(answer)
+        deque(pieces, maxlen=0)
+        print_json(stream.answer.model_dump(mode="json"))
+        return
+    for piece in _trimmed(chain([first], pieces)):
+        typer.echo(harmless(piece), nl=False)
+        sys.stdout.flush()
+    _print_answer(stream.answer)
 
 
 @app.command()
@@ -177,7 +208,12 @@ def warm(
     index: IndexPlace,
     context: Documents = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that prompt and answer may have together.", show_default="the window")
+        str | None,
+        typer.Option(
+            help="Tokens that prompt and answer may have together; 'auto' for as many as window and memory take.",
+            metavar="N|auto",
+            show_default="the window",
+        ),
     ] = None,
     model: ModelName = MODEL,
     window_tokens: WindowTokens = None,
@@ -189,6 +225,7 @@ def warm(
     """
     if not context:
         raise UsageError("no --context: name one document or more of the index, as `--context 'Genghis Khan.txt'`")
+    allowed = _context_tokens(context_tokens)
     quiet_libraries()
     from stripedrag.indexes.index import Index
 
@@ -197,8 +234,8 @@ def warm(
 
         files = _context_files(saves=True)
         pipeline = Pipeline.open(opened, model=model, window_tokens=window_tokens, cache_bytes=0, context_files=files)
-        read = pipeline.context_of(context, context_tokens)
-        warmed = pipeline.warm(read, progress=lambda done, of: tell(f"reading: {done:,} of {of:,} tokens"))
+        read = pipeline.context_of(context, allowed)
+        warmed = pipeline.warm(read, progress=_reading(tell))
     if as_json:
         print_json(warmed.model_dump(mode="json") | {"dropped": len(read.dropped)})
         return
@@ -207,6 +244,31 @@ def warm(
         f"{warmed.reused_tokens:,} of them known before; {len(read.dropped)} chunks did not fit\n"
         f"kept: {warmed.cache_bytes / 1e6:.1f} MB in {files.folder}"
     )
+
+
+def _context_tokens(given: str | None) -> "ContextTokens | None":
+    if given is None:
+        return None
+    if given == "auto":
+        return "auto"
+    if given.isascii() and given.isdecimal():
+        return int(given)
+    raise UsageError(f"--context-tokens is {given!r}; it is a number of tokens, or 'auto'")
+
+
+def _reading(tell: Callable[[str], None]) -> Callable[[int, int], None]:
+    return lambda done, of: tell(f"reading: {done:,} of {of:,} tokens")
+
+
+def _trimmed(pieces: Iterable[str]) -> Iterator[str]:
+    """A text as it comes, without the white space around it."""
+    held, begun = "", False
+    for piece in pieces:
+        held = held + piece if begun else piece.lstrip()
+        ready = held.rstrip()
+        if ready:
+            held, begun = held[len(ready) :], True
+            yield ready
 
 
 def _context_files(*, saves: bool) -> "ContextFiles":
@@ -292,8 +354,12 @@ def _left_out(context: "Context") -> str:
 
 
 def _print_answer(answer: "Answer") -> None:
+    """What comes after an answer's text."""
     usage, timings = answer.usage, answer.timings
-    typer.echo(harmless(f"{answer.text or '(the model gave no text)'}\n"))
+    if not answer.text:
+        typer.echo("(the model gave no text)", nl=False)
+    marks = "".join(f" [{number}]" for number in range(1, len(answer.citations) + 1))
+    typer.echo(f"{marks}\n")
     for number, citation in enumerate(answer.citations, start=1):
         quote = " ".join(citation.quote.split())
         typer.echo(harmless(f"  [{number}] {citation.doc_id} {citation.start}:{citation.end}  “{quote}”"))
@@ -305,11 +371,12 @@ def _print_answer(answer: "Answer") -> None:
         shown = opening if len(opening) <= 72 else opening[:71] + "…"
         typer.echo(harmless(f"  {span.doc_id} {span.start}:{span.end}  {span.score:.3f}  {shown}"))
     reused = f", {usage.reused_tokens} read before" if usage.reused_tokens else ""
+    limit = {"asked": "", "window": " (the window)", "memory": " (the free memory)"}[usage.limited_by]
     prefill_rate = (usage.prompt_tokens - usage.reused_tokens) / timings.prefill_s
     decode_rate = usage.answer_tokens / timings.decode_s if usage.answer_tokens else 0.0
     typer.echo(
         f"\ntokens   {usage.prompt_tokens} prompt ({usage.passage_tokens} in passages{reused}) + "
-        f"{usage.answer_tokens} answer of {usage.context_tokens}; {_left_out(answer.context)}\n"
+        f"{usage.answer_tokens} answer of {usage.context_tokens}{limit}; {_left_out(answer.context)}\n"
         f"seconds  {timings.retrieval_s:.2f} retrieval, {timings.prefill_s:.2f} prefill ({prefill_rate:.0f} tokens/s), "
         f"{timings.decode_s:.2f} decoding ({decode_rate:.1f} tokens/s)\n"
         f"cache    {answer.cache_bytes / 1e6:.1f} MB    model {answer.model}    "

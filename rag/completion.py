@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -58,12 +58,14 @@ class Completion(Completed):
         contexts: "ContextCache | None" = None,
         marks: Sequence[int] = (),
         is_reply: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """What `contexts`, which is of this model, knows of the prompt's beginning is not read again, and it keeps that
         beginning up to the last of `marks`. The text of a reply is what comes after the space that it may begin with.
+        `progress` hears how many of how many tokens of the prompt are read.
         """
         super().__init__(len(prompt_ids))
-        self._contexts, self._marks, self._is_reply = contexts, marks, is_reply
+        self._contexts, self._marks, self._is_reply, self._progress = contexts, marks, is_reply, progress
         self._model, self._tokenizer, self._prompt_ids = model, tokenizer, list(prompt_ids)
         self._max_new_tokens, self._sampling, self._stop = max_new_tokens, sampling or Sampling(), tuple(stop)
         self._pieces = self._run()
@@ -75,9 +77,11 @@ class Completion(Completed):
         started = time.perf_counter()
         if self._contexts is None:
             cache = new_cache(self._model.config)
-            logits = prefill(self._model, torch.tensor([self._prompt_ids], device=self._model.device), cache)
+            ids = torch.tensor([self._prompt_ids], device=self._model.device)
+            logits = prefill(self._model, ids, cache, progress=self._progress)
         else:
-            logits, cache, self.reused_tokens = self._contexts.read(self._prompt_ids, self._marks)
+            reading = self._contexts.read(self._prompt_ids, self._marks, progress=self._progress)
+            logits, cache, self.reused_tokens = reading
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         mark = time.perf_counter()
@@ -90,32 +94,24 @@ class Completion(Completed):
             stop_ids=stop_ids(self._model),
             sampling=self._sampling,
         )
-        pieces, held, finish = _Pieces(self._tokenizer.backend_tokenizer), "", None
-        begins = self._is_reply
+        written = _Written(self._tokenizer.backend_tokenizer, self._stop, is_reply=self._is_reply)
         for token in tokens:
             self.token_ids.append(token)
-            held += pieces.after(token)
-            if begins and held:
-                held, begins = held.removeprefix(" "), False
-            found = [place for text in self._stop if (place := held.find(text)) >= 0]
-            if found:
-                held, finish = held[: min(found)], "stop"
-                break
-            # What could be the beginning of a stop string waits until it is known not to be one.
-            keep = max((_overlap(held, text) for text in self._stop), default=0)
-            ready, held = held[: len(held) - keep], held[len(held) - keep :]
+            ready = written.after(token)
             if ready:
                 self.text += ready
                 self.decode_s += time.perf_counter() - mark
                 yield ready
                 mark = time.perf_counter()
+            if written.stopped:
+                break
         self.decode_s += time.perf_counter() - mark
         self.cache_bytes = cache_bytes(cache)
-        self.text += held
-        full = len(self.token_ids) == self._max_new_tokens
-        self.finish = "length" if full and finish is None else "stop"
-        if held:
-            yield held
+        last = written.rest()
+        self.text += last
+        self.finish = _finish(written, self.token_ids, self._max_new_tokens)
+        if last:
+            yield last
 
 
 def complete_together(
@@ -126,6 +122,7 @@ def complete_together(
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
     contexts: "ContextCache",
     marks: Sequence[int] = (),
 ) -> list[Completed]:
@@ -142,6 +139,7 @@ def complete_together(
                 [*beginning, *rest],
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
+                stop=stop,
                 contexts=contexts,
                 marks=[*marks, len(beginning)],
                 is_reply=True,
@@ -154,22 +152,32 @@ def complete_together(
     started = time.perf_counter()
     cache, known = contexts.read_beginning(beginning, marks)
     mark = time.perf_counter()
-    stops, made = stop_ids(model), list[list[int]]()
+    replies = [_Written(tokenizer.backend_tokenizer, stop, is_reply=True) for _ in rests]
+    texts, made = [""] * len(rests), list[list[int]]()
     for at in range(0, len(rests), _ROWS):
-        some = rests[at : at + _ROWS]
+
+        def ends(row: int, token: int, first: int = at) -> bool:
+            texts[first + row] += replies[first + row].after(token)
+            return replies[first + row].stopped
+
         made += decode_together(
-            model, cache, some, max_new_tokens=max_new_tokens, stop_ids=stops, sampling=sampling or Sampling()
+            model,
+            cache,
+            rests[at : at + _ROWS],
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids(model),
+            sampling=sampling or Sampling(),
+            ends=ends,
         )
     ended = time.perf_counter()
     completed = []
-    for number, (rest, tokens) in enumerate(zip(rests, made, strict=True)):
-        pieces = _Pieces(tokenizer.backend_tokenizer)
+    for number, (rest, tokens, written) in enumerate(zip(rests, made, replies, strict=True)):
         completed.append(
             Completed(
                 prompt_tokens=len(beginning) + len(rest),
-                text="".join(pieces.after(token) for token in tokens).removeprefix(" "),
+                text=texts[number] + written.rest(),
                 token_ids=tokens,
-                finish="length" if len(tokens) == max_new_tokens else "stop",
+                finish=_finish(written, tokens, max_new_tokens),
                 prefill_s=(mark - started) / len(rests),
                 decode_s=(ended - mark) / len(rests),
                 cache_bytes=cache_bytes(cache),
@@ -177,6 +185,34 @@ def complete_together(
             )
         )
     return completed
+
+
+class _Written:
+    """What the tokens of a reply say, up to the first of its stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, is_reply: bool) -> None:
+        self._pieces, self._stop = _Pieces(tokenizer), stop
+        self._held, self._begins = "", is_reply
+        self.stopped = False
+
+    def after(self, token: int) -> str:
+        """What is sure to be said once `token` has come: what could begin a stop string waits."""
+        self._held += self._pieces.after(token)
+        if self._begins and self._held:
+            self._held, self._begins = self._held.removeprefix(" "), False
+        found = [place for text in self._stop if (place := self._held.find(text)) >= 0]
+        self.stopped = bool(found)
+        sure = min(found) if found else len(self._held) - max((_overlap(self._held, s) for s in self._stop), default=0)
+        ready, self._held = self._held[:sure], "" if found else self._held[sure:]
+        return ready
+
+    def rest(self) -> str:
+        """What was held back when no token comes any more."""
+        return self._held
+
+
+def _finish(written: _Written, token_ids: Sequence[int], max_new_tokens: int) -> Literal["stop", "length"]:
+    return "length" if len(token_ids) == max_new_tokens and not written.stopped else "stop"
 
 
 class _Pieces:

@@ -84,15 +84,18 @@ class ContextCache:
         """
         return sum(tokens for _, tokens in self._way(ids, in_memory=in_memory))
 
-    def read(self, ids: Sequence[int], marks: Sequence[int] = ()) -> Reading:
+    def read(
+        self, ids: Sequence[int], marks: Sequence[int] = (), *, progress: Callable[[int, int], None] | None = None
+    ) -> Reading:
         """Read a prompt from its longest known beginning on, and keep its beginning up to the last of `marks`.
 
         `marks` are places, in rising order, where other prompts may part from this one. An interruption loses no block
-        that was whole.
+        that was whole. `progress` hears how many of how many tokens are read.
         """
         within = len(ids) - 1  # the last token is read for its logits
-        cache, known, at = self._begin(ids[:within], [mark for mark in marks if mark <= within], None)
-        return Reading(prefill(self._model, self._tensor(ids[at:]), cache), cache, known)
+        marks = [mark for mark in marks if mark <= within]
+        cache, known, at = self._begin(ids[:within], marks, progress, len(ids))
+        return Reading(prefill(self._model, self._tensor(ids[at:]), cache, progress=progress), cache, known)
 
     def read_beginning(
         self, ids: Sequence[int], marks: Sequence[int], *, progress: Callable[[int, int], None] | None = None
@@ -100,13 +103,14 @@ class ContextCache:
         """Read what several prompts begin with, as `read` does, and keep all of it: the cache after it, the caller's
         own, and how many tokens were known. `progress` hears how many of how many tokens are read.
         """
-        cache, known, at = self._begin(ids, [*(mark for mark in marks if mark < len(ids)), len(ids)], progress)
+        marks = [*(mark for mark in marks if mark < len(ids)), len(ids)]
+        cache, known, at = self._begin(ids, marks, progress, len(ids))
         if at < len(ids):
-            prefill(self._model, self._tensor(ids[at:]), cache)
+            prefill(self._model, self._tensor(ids[at:]), cache, progress=progress)
         return cache, known
 
     def _begin(
-        self, ids: Sequence[int], marks: Sequence[int], progress: Callable[[int, int], None] | None
+        self, ids: Sequence[int], marks: Sequence[int], progress: Callable[[int, int], None] | None, whole: int
     ) -> tuple[DynamicCache, int, int]:
         """A cache of the beginning of `ids`, how much of it was known, and where it ends: at the last mark, or further
         where more was known, and before it where nothing can be kept.
@@ -129,7 +133,7 @@ class ContextCache:
             self._keep(parent, name, end - at, block(cache, at))
             parent, at = name, end
             if progress:
-                progress(at, len(ids))
+                progress(at, whole)
         return cache, known, at
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from stripedrag.errors import BudgetError, StoreError, UsageError
 from stripedrag.indexes.documents import Scored
 from stripedrag.indexes.index import Index
-from stripedrag.rag.answer import Answer, Timings, Usage, Warmed, cite
+from stripedrag.rag.answer import Answer, LimitedBy, Timings, Usage, Warmed, cite
 from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, POLICY, QUESTION_TOKENS
 from stripedrag.rag.prompt import PromptFormat
+from stripedrag.rag.prompt_template import PromptTemplate
 from stripedrag.rag.retriever import Context, Policy, Retriever, Searchable
 
 if TYPE_CHECKING:
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from stripedrag.rag.completion import Completed
     from stripedrag.rag.context_cache import ContextCache
     from stripedrag.rag.context_files import ContextFiles
+
+
+ContextTokens = int | Literal["auto"]
+Progress = Callable[[int, int], None]
+_MEMORY_SHARE = 0.8  # of what is free: the estimate is from above, and the machine has other work
+
+
+class Limit(NamedTuple):
+    """How many tokens prompt and answer may have together, and what says so."""
+
+    tokens: int
+    by: LimitedBy
 
 
 class Pipeline:
@@ -40,14 +53,15 @@ class Pipeline:
         model_name: str,
         policy: Policy = POLICY,
         contexts: "ContextCache | None" = None,
+        prompt: PromptTemplate | None = None,
     ) -> None:
-        """`contexts` is a cache of this model; None keeps nothing that was read."""
+        """`contexts` is a cache of this model; None keeps nothing that was read. `prompt` None is the default's."""
         from stripedrag.model.baselines import template_options
 
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
         self.contexts = contexts
         self.retriever = Retriever(index, policy=policy)
-        self.prompt = PromptFormat(tokenizer, template_options(model_name))
+        self.prompt = PromptFormat(tokenizer, template_options(model_name), prompt)
         self._opened = ExitStack()
 
     @classmethod
@@ -62,13 +76,15 @@ class Pipeline:
         window_tokens: int | None = None,
         cache_bytes: int | None = None,
         context_files: "ContextFiles | None" = None,
+        prompt: PromptTemplate | str | Path | None = None,
     ) -> "Pipeline":
         """A pipeline over an index with a model, as `load_model` names it; None is the default.
 
         The index is a place, an open one, or what stands in for one (`stripedrag.rag.llama_index.LlamaIndexSearch`).
         `window_tokens` asks for a longer window than the model was trained on, see `load_model`. What was read is kept
-        in up to `cache_bytes` of memory (None: 2 GiB; 0: nowhere), and on disk where `context_files` are given. Raises
-        what `Index.open` and `load_model` raise, and `UsageError` for fewer than 0 bytes.
+        in up to `cache_bytes` of memory (None: 2 GiB; 0: nowhere), and on disk where `context_files` are given.
+        `prompt` is a template or its file, in the place of `rag/prompt.toml`. Raises what `Index.open`, `load_model`
+        and `PromptTemplate.read` raise, and `UsageError` for fewer than 0 bytes.
         """
         from stripedrag.model.loading import DEFAULT_MODEL, load_model
         from stripedrag.rag.context_cache import MEMORY_BYTES, ContextCache
@@ -76,13 +92,16 @@ class Pipeline:
         cache_bytes = MEMORY_BYTES if cache_bytes is None else cache_bytes
         if cache_bytes < 0:
             raise UsageError(f"cache_bytes is {cache_bytes}; it is 0 (nothing is kept in memory) or more")
+        template = PromptTemplate.read(prompt) if isinstance(prompt, str | Path) else prompt
 
         with ExitStack() as unless_well:
             opened = unless_well.enter_context(Index.open(index)) if isinstance(index, str | Path) else index
             name = DEFAULT_MODEL if model is None else model
             loaded, tokenizer = load_model(name, dtype=dtype, device=device, window_tokens=window_tokens)
             contexts = ContextCache(loaded, memory_bytes=cache_bytes, files=context_files)
-            pipeline = cls(opened, loaded, tokenizer, model_name=str(name), policy=policy, contexts=contexts)
+            pipeline = cls(
+                opened, loaded, tokenizer, model_name=str(name), policy=policy, contexts=contexts, prompt=template
+            )
             pipeline._opened = unless_well.pop_all()
         return pipeline
 
@@ -108,10 +127,11 @@ class Pipeline:
     def ask(
         self,
         question: str,
-        context_tokens: int | None = None,
+        context_tokens: ContextTokens | None = None,
         *,
         answer_tokens: int = ANSWER_TOKENS,
         sampling: "Sampling | None" = None,
+        stop: Sequence[str] = (),
         context: Context | None = None,
         **narrow: Any,
     ) -> Answer:
@@ -120,18 +140,27 @@ class Pipeline:
         Args:
             question: what is asked.
             context_tokens: how many tokens prompt and answer may have together, by the model's own tokenizer. None is
-                2,048, and where a `context` is given the model's window.
+                2,048, and where a `context` is given the model's window; "auto" is the window, or as much of it as
+                the free memory takes, and `answer.usage.limited_by` says which.
             answer_tokens: how many of them are kept for the answer.
             sampling: None is greedy.
+            stop: strings that end an answer, and are no part of it.
             context: what is read instead of what is retrieved, from `context_for` or `context_of`.
             **narrow: `where` and `doc_ids`, which documents may be retrieved from, as in `Index.search`.
 
         Raises:
-            BudgetError: more context than the model's window, or too little for a prompt and one passage.
-            UsageError: a blank question, or one that is longer than the embedder reads.
+            BudgetError: more context than the model's window or the free memory, or too little for a prompt and one
+                passage.
+            UsageError: a blank question, one that is longer than the embedder reads, or an empty stop string.
         """
         stream = self.stream(
-            question, context_tokens, answer_tokens=answer_tokens, sampling=sampling, context=context, **narrow
+            question,
+            context_tokens,
+            answer_tokens=answer_tokens,
+            sampling=sampling,
+            stop=stop,
+            context=context,
+            **narrow,
         )
         for _ in stream:
             pass
@@ -140,32 +169,34 @@ class Pipeline:
     def stream(
         self,
         question: str,
-        context_tokens: int | None = None,
+        context_tokens: ContextTokens | None = None,
         *,
         answer_tokens: int = ANSWER_TOKENS,
         sampling: "Sampling | None" = None,
+        stop: Sequence[str] = (),
         context: Context | None = None,
+        progress: Progress | None = None,
         **narrow: Any,
     ) -> "AnswerStream":
         """The answer's text as it is decoded; iterate to the end, then read `.answer`. Arguments as in `ask`.
 
-        Retrieval is done on return; the model has not run yet.
+        Retrieval is done on return; the model has not run yet. `progress` hears how many of how many tokens of the
+        prompt are read.
         """
         start = time.perf_counter()
-        if context is None:
-            allowed = CONTEXT_TOKENS if context_tokens is None else context_tokens
-            context = self.context_for(question, allowed, answer_tokens=answer_tokens, **narrow)
-        else:
-            allowed = self._allowed([question], context, context_tokens, answer_tokens, narrow)
-        return AnswerStream(self, question, context, allowed, answer_tokens, sampling, time.perf_counter() - start)
+        _refuse_empty(stop)
+        context, limit = self._context([question], context_tokens, answer_tokens, context, narrow)
+        decoding = {"max_new_tokens": answer_tokens, "sampling": sampling, "stop": stop, "progress": progress}
+        return AnswerStream(self, question, context, limit, decoding, time.perf_counter() - start)
 
     def ask_many(
         self,
         questions: Iterable[str],
-        context_tokens: int | None = None,
+        context_tokens: ContextTokens | None = None,
         *,
         answer_tokens: int = ANSWER_TOKENS,
         sampling: "Sampling | None" = None,
+        stop: Sequence[str] = (),
         context: Context | None = None,
         **narrow: Any,
     ) -> list[Answer]:
@@ -181,11 +212,8 @@ class Pipeline:
         start = time.perf_counter()
         if not questions:
             return []
-        if context is None:
-            allowed = CONTEXT_TOKENS if context_tokens is None else context_tokens
-            context = self.context_for(questions, allowed, answer_tokens=answer_tokens, **narrow)
-        else:
-            allowed = self._allowed(questions, context, context_tokens, answer_tokens, narrow)
+        _refuse_empty(stop)
+        context, limit = self._context(questions, context_tokens, answer_tokens, context, narrow)
         retrieval_s = time.perf_counter() - start
         ids, marks = self.prompt.marked_prefix_ids(context.spans)
         from stripedrag.rag.completion import complete_together
@@ -198,18 +226,19 @@ class Pipeline:
             [self.prompt.question_ids(question) for question in questions],
             max_new_tokens=answer_tokens,
             sampling=sampling,
+            stop=stop,
             contexts=self.contexts or ContextCache(self.model),
             marks=marks,
         )
         return [
-            self._answer(question, context, completion, allowed, retrieval_s / len(questions))
+            self._answer(question, context, completion, limit, retrieval_s / len(questions))
             for question, completion in zip(questions, completions, strict=True)
         ]
 
     def context_for(
         self,
         questions: str | Sequence[str],
-        context_tokens: int = CONTEXT_TOKENS,
+        context_tokens: ContextTokens = CONTEXT_TOKENS,
         *,
         answer_tokens: int = ANSWER_TOKENS,
         **narrow: Any,
@@ -220,33 +249,34 @@ class Pipeline:
         """
         questions = [questions] if isinstance(questions, str) else questions
         overhead = max((self.prompt.overhead_tokens(question) for question in questions), default=0)
-        budget = self._passage_budget(overhead, context_tokens, answer_tokens)
+        limit = self._limit(context_tokens)
+        budget = self._passage_budget(overhead, limit, answer_tokens)
         context = self.retriever.retrieve(
             questions, budget_tokens=budget, tokenizer=self.prompt, render=self.prompt.render, **narrow
         )
-        return self._filled(context, context_tokens)
+        return self._filled(context, limit)
 
     def context_of(
         self,
         doc_ids: Sequence[str],
-        context_tokens: int | None = None,
+        context_tokens: ContextTokens | None = None,
         *,
         question_tokens: int = QUESTION_TOKENS,
         answer_tokens: int = ANSWER_TOKENS,
     ) -> Context:
         """Documents from their beginning, as many of their chunks as fill a context; what did not fit is `dropped`.
 
-        It is the same for every question, of up to `question_tokens`. None is the model's window. Raises `UsageError`
-        for no document or one that the index does not hold, and `BudgetError` as `ask`.
+        It is the same for every question, of up to `question_tokens`. `context_tokens` None is the model's window, else
+        as in `ask`. Raises `BudgetError` as `ask`, and `UsageError` for no document or one that the index has not.
         """
         if isinstance(doc_ids, str) or not doc_ids:
             raise UsageError(f"doc_ids is {doc_ids!r}; it is a list of one document or more")
         index = self.index
         if not isinstance(index, Index):
             raise UsageError(f"a {type(index).__name__} has no documents to read whole; open an index of stripedrag")
-        context_tokens = self.window_tokens if context_tokens is None else context_tokens
+        limit = self._limit(self.window_tokens if context_tokens is None else context_tokens)
         overhead = self.prompt.overhead_tokens("") + question_tokens
-        budget = self._passage_budget(overhead, context_tokens, answer_tokens)
+        budget = self._passage_budget(overhead, limit, answer_tokens)
         chunks = [chunk for doc_id in dict.fromkeys(doc_ids) for chunk in index.chunks(doc_id)]
         context = Retriever(index, policy="rank").fill(
             [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(chunks, start=1)],
@@ -255,9 +285,9 @@ class Pipeline:
             render=self.prompt.render,
             keep_repeats=True,
         )
-        return self._filled(context, context_tokens)
+        return self._filled(context, limit)
 
-    def warm(self, context: Context, *, progress: Callable[[int, int], None] | None = None) -> Warmed:
+    def warm(self, context: Context, *, progress: Progress | None = None) -> Warmed:
         """Read a context before it is asked about, so that `ask` with it begins with the question.
 
         `progress` hears how many of how many tokens are read. Raises `UsageError` where nothing is kept, and
@@ -278,57 +308,80 @@ class Pipeline:
             raise StoreError(f"the context was read and could not be saved in {files.folder}: {reason}")
         return Warmed(tokens=len(ids), reused_tokens=known, seconds=seconds, cache_bytes=cache_bytes(cache))
 
-    def _filled(self, context: Context, context_tokens: int) -> Context:
+    def _filled(self, context: Context, limit: Limit) -> Context:
         if not context.spans:
             raise BudgetError(
-                f"context_tokens is {context_tokens}, which leaves {context.budget_tokens} for passages, and the best "
+                f"context_tokens is {limit.tokens}, which leaves {context.budget_tokens} for passages, and the best "
                 f"chunk alone has more; raise it (its chunks have about {self.index.chunk_tokens} wordpieces)"
             )
         return context
 
-    def _passage_budget(self, overhead: int, context_tokens: int, answer_tokens: int) -> int:
-        if answer_tokens < 1:
-            raise BudgetError(f"answer_tokens is {answer_tokens}; an answer has at least 1")
-        if context_tokens > self.window_tokens:
+    def _limit(self, context_tokens: ContextTokens) -> Limit:
+        """How many tokens prompt and answer may have. Raises `BudgetError` for more than window or memory take."""
+        from stripedrag.model.memory import context_bytes, fitting_tokens, free_bytes
+
+        window = self.window_tokens
+        kept = 0 if self.contexts is None or self.contexts.refuses else self.contexts.memory_bytes
+        if context_tokens == "auto":
+            fitting = fitting_tokens(self.model, kept_bytes=kept, share=_MEMORY_SHARE)
+            return Limit(window, "window") if fitting >= window else Limit(fitting, "memory")
+        if isinstance(context_tokens, str):
+            raise UsageError(f"context_tokens is {context_tokens!r}; it is a number of tokens, or 'auto'")
+        if context_tokens > window:
             raise BudgetError(
-                f"context_tokens is {context_tokens}; {self.model_name} has a window of {self.window_tokens}. "
+                f"context_tokens is {context_tokens}; {self.model_name} has a window of {window}. "
                 "Lower it, or open the pipeline with window_tokens (`--window-tokens`) to stretch the window."
             )
-        budget = context_tokens - answer_tokens - overhead
+        needed, free = context_bytes(self.model, context_tokens, kept_bytes=kept), free_bytes(self.model.device)
+        if needed > free:
+            raise BudgetError(
+                f"context_tokens is {context_tokens}, for which {self.model_name} takes up to {needed / 1e9:.1f} GB of "
+                f"memory beside its weights; {max(free, 0) / 1e9:.1f} GB are free. Lower it, pass 'auto', or open the "
+                "pipeline with a smaller cache_bytes."
+            )
+        return Limit(context_tokens, "asked")
+
+    def _passage_budget(self, overhead: int, limit: Limit, answer_tokens: int) -> int:
+        if answer_tokens < 1:
+            raise BudgetError(f"answer_tokens is {answer_tokens}; an answer has at least 1")
+        budget = limit.tokens - answer_tokens - overhead
         if budget < 1:
             raise BudgetError(
-                f"context_tokens is {context_tokens}: question and template take {overhead} of them and the answer's "
+                f"context_tokens is {limit.tokens}: question and template take {overhead} of them and the answer's "
                 f"reserve {answer_tokens}, which leaves nothing for passages. Raise it or lower answer_tokens."
             )
         return budget
 
-    def _allowed(
+    def _context(
         self,
         questions: Sequence[str],
-        context: Context,
-        context_tokens: int | None,
+        context_tokens: ContextTokens | None,
         answer_tokens: int,
+        context: Context | None,
         narrow: Mapping[str, Any],
-    ) -> int:
-        """What prompts and answers may have when a context is given. Raises where one has more."""
+    ) -> tuple[Context, Limit]:
+        """What is read for the questions, the given context or a retrieved one, and what they may have with it."""
+        if context is None:
+            limit = self._limit(CONTEXT_TOKENS if context_tokens is None else context_tokens)
+            return self.context_for(questions, limit.tokens, answer_tokens=answer_tokens, **narrow), limit
         if narrow:
             raise UsageError(f"{next(iter(narrow))} narrows what is retrieved, and the context is given; leave one out")
         for question in questions:
             if not question.strip():
                 raise UsageError(f"the question {question!r} is blank. Ask something.")
-        allowed = self.window_tokens if context_tokens is None else context_tokens
+        limit = self._limit(self.window_tokens if context_tokens is None else context_tokens)
         overhead = max(self.prompt.overhead_tokens(question) for question in questions)
-        room = self._passage_budget(overhead, allowed, answer_tokens)
+        room = self._passage_budget(overhead, limit, answer_tokens)
         if context.tokens > room:
             raise BudgetError(
-                f"the context has {context.tokens} tokens; of {allowed} the question and the template take {overhead} "
-                f"and the answer's reserve {answer_tokens}, which leaves {room}. Make it smaller, or lower "
+                f"the context has {context.tokens} tokens; of {limit.tokens} the question and the template take "
+                f"{overhead} and the answer's reserve {answer_tokens}, which leaves {room}. Make it smaller, or lower "
                 "answer_tokens."
             )
-        return allowed
+        return context, limit
 
     def _answer(
-        self, question: str, context: Context, completed: "Completed", context_tokens: int, retrieval_s: float
+        self, question: str, context: Context, completed: "Completed", limit: Limit, retrieval_s: float
     ) -> Answer:
         text = completed.text.strip()
         best_first = context.spans[::-1] if context.policy == "best-last" else context.spans
@@ -338,13 +391,16 @@ class Pipeline:
             citations=cite(text, question, best_first),
             context=context,
             model=self.model_name,
+            prompt=self.tokenizer.decode(self.prompt.ids(question, context.spans)),
+            prompt_template_sha256=self.prompt.template.sha256,
             finish=completed.finish or "stop",
             usage=Usage(
                 prompt_tokens=completed.prompt_tokens,
                 reused_tokens=completed.reused_tokens,
                 passage_tokens=context.tokens,
                 answer_tokens=len(completed.token_ids),
-                context_tokens=context_tokens,
+                context_tokens=limit.tokens,
+                limited_by=limit.by,
             ),
             timings=Timings(retrieval_s=retrieval_s, prefill_s=completed.prefill_s, decode_s=completed.decode_s),
             cache_bytes=completed.cache_bytes,
@@ -359,14 +415,13 @@ class AnswerStream:
         pipeline: Pipeline,
         question: str,
         context: Context,
-        context_tokens: int,
-        answer_tokens: int,
-        sampling: "Sampling | None",
+        limit: Limit,
+        decoding: Mapping[str, Any],
         retrieval_s: float,
     ) -> None:
         self.context = context
         self._answer: Answer | None = None
-        self._pieces = self._run(pipeline, question, context_tokens, answer_tokens, sampling, retrieval_s)
+        self._pieces = self._run(pipeline, question, limit, decoding, retrieval_s)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -382,9 +437,8 @@ class AnswerStream:
         self,
         pipeline: Pipeline,
         question: str,
-        context_tokens: int,
-        answer_tokens: int,
-        sampling: "Sampling | None",
+        limit: Limit,
+        decoding: Mapping[str, Any],
         retrieval_s: float,
     ) -> Iterator[str]:
         from stripedrag.rag.completion import Completion
@@ -394,11 +448,17 @@ class AnswerStream:
             pipeline.model,
             pipeline.tokenizer,
             [*ids, *pipeline.prompt.question_ids(question)],
-            max_new_tokens=answer_tokens,
-            sampling=sampling,
             contexts=pipeline.contexts,
             marks=marks,
             is_reply=True,
+            **decoding,
         )
         yield from completion
-        self._answer = pipeline._answer(question, self.context, completion, context_tokens, retrieval_s)
+        self._answer = pipeline._answer(question, self.context, completion, limit, retrieval_s)
+
+
+def _refuse_empty(stop: Sequence[str]) -> None:
+    if isinstance(stop, str):
+        raise UsageError(f"stop is the string {stop!r}; it is a list of strings. Write [{stop!r}].")
+    if "" in stop:
+        raise UsageError("stop holds an empty string, which would end every answer at once; leave it out")

@@ -12,13 +12,11 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from stripedrag.errors import UsageError
+from stripedrag.rag.prompt_template import PromptTemplate, default_template
 from stripedrag.rag.retriever import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-REPLY = "\nAnswer:"  # to a model without a chat template
 
 
 class ChatFormat:
@@ -112,18 +110,28 @@ class ChatFormat:
 
 
 class PromptFormat:
-    """How a model is asked a question about passages; made once for its tokenizer. Options as in `ChatFormat`."""
+    """How a model is asked a question about passages; made once for its tokenizer. Options as in `ChatFormat`.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template_options: Mapping[str, Any] | None = None) -> None:
+    `template` has the words around them; None is the default's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template_options: Mapping[str, Any] | None = None,
+        template: PromptTemplate | None = None,
+    ) -> None:
+        self.template = default_template() if template is None else template
         self._format = ChatFormat(tokenizer, template_options)
         if self._format.has_template:
             self._head, self._tail = self._format.template_ids(["user"])
         else:
-            self._head, self._tail = self._format.first_ids, self._format.inner_ids(REPLY)
+            self._head, self._tail = self._format.first_ids, self._format.inner_ids(self.template.reply)
+        self._head = [*self._head, *self.encode(self.template.begin)]
 
     def render(self, span: Span) -> str:
         """A passage as the model reads it."""
-        return render(span)
+        return self.template.passage_text(span.title, span.text)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of plain text, special tokens never among them: what a retriever counts with."""
@@ -156,22 +164,7 @@ class PromptFormat:
 
     def question_ids(self, question: str) -> list[int]:
         """What comes after the passages."""
-        return [*self.encode(question_text(question)), *self._tail]
-
-
-def render(span: Span) -> str:
-    """A span as a model reads it."""
-    return passage_text(span.title, span.text)
-
-
-def passage_text(title: str, text: str) -> str:
-    """A passage as a model reads it."""
-    return f"{title}\n{text.strip()}\n\n"
-
-
-def question_text(question: str) -> str:
-    """A question as a model reads it."""
-    return f"Question: {question.strip()}"
+        return [*self.encode(self.template.question_text(question)), *self._tail]
 
 
 def _unicode(text: str) -> str:

@@ -10,7 +10,8 @@ from stripedrag.errors import CorpusError, UsageError
 from stripedrag.jsonl import read_lines
 from stripedrag.model.baselines import template_options
 from stripedrag.model.striping.data import Asked, Corpus, Framing, Text
-from stripedrag.rag.prompt import REPLY, ChatFormat, passage_text, question_text
+from stripedrag.rag.prompt import ChatFormat
+from stripedrag.rag.prompt_template import default_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
 
 def framing(tokenizer: "PreTrainedTokenizerBase", name: str) -> Framing:
     """The pipeline's way to ask the model `name`, as ids. Raises `UsageError` for a tokenizer without an end token."""
-    chat = ChatFormat(tokenizer, template_options(name))
+    chat, words = ChatFormat(tokenizer, template_options(name)), default_template()
     if chat.has_template:
         head, reply, turn, _ = chat.template_ids(["user", "assistant", "user"])
     elif tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {name!r} has neither a chat template nor an end token to teach")
     else:
-        head, reply = chat.first_ids, chat.inner_ids(REPLY)
+        head, reply = chat.first_ids, chat.inner_ids(words.reply)
         turn = [tokenizer.eos_token_id, *chat.inner_ids("\n\n")]
-    return Framing(head, reply, turn, encode=chat.inner_ids, passage=passage_text, question=question_text)
+    head = [*head, *chat.inner_ids(words.begin)]
+    return Framing(head, reply, turn, encode=chat.inner_ids, passage=words.passage_text, question=words.question_text)
 
 
 def read_corpus(data: Iterable[Path], held_out: Iterable[Path]) -> Corpus:

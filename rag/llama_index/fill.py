@@ -21,10 +21,8 @@ from stripedrag.indexes.documents import Chunk, Scored
 from stripedrag.rag.defaults import POLICY
 from stripedrag.rag.llama_index.llm import StripedHyena
 from stripedrag.rag.llama_index.search import TITLES, place, title
-from stripedrag.rag.prompt import question_text, render
-from stripedrag.rag.retriever import Policy, fill
-
-QA_PROMPT = PromptTemplate("{context_str}" + question_text("{query_str}"))
+from stripedrag.rag.prompt_template import default_template
+from stripedrag.rag.retriever import Policy, Span, fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,9 @@ class FillContext(BaseSynthesizer):
         super().__init__(
             llm=llm, callback_manager=callback_manager, prompt_helper=llm.prompt_helper(), streaming=streaming
         )
-        self._text_qa_template = text_qa_template or QA_PROMPT
+        self._passages = default_template()
+        question = self._passages.question_text("{query_str}")
+        self._text_qa_template = text_qa_template or PromptTemplate("{context_str}" + question)
         self._policy = policy
 
     def synthesize(
@@ -122,6 +122,9 @@ class FillContext(BaseSynthesizer):
             filled = self._fill(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
         return {"context_str": filled.text, "query_str": query_str}
 
+    def _render(self, span: Span) -> str:
+        return self._passages.passage_text(span.title, span.text)
+
     def _fill(self, query_str: str, nodes: Sequence[NodeWithScore]) -> _Filled:
         candidates, titles = [], {}
         for rank, scored in enumerate(nodes, start=1):
@@ -131,8 +134,10 @@ class FillContext(BaseSynthesizer):
         room = llm.model_window - llm.max_tokens
         budget = room - llm.template_tokens(self._text_qa_template, context_str="", query_str=query_str)
         while True:
-            context = fill(candidates, titles, budget_tokens=budget, tokenizer=llm, render=render, policy=self._policy)
-            text = "".join(map(render, context.spans))
+            context = fill(
+                candidates, titles, budget_tokens=budget, tokenizer=llm, render=self._render, policy=self._policy
+            )
+            text = self._passages.begin + "".join(map(self._render, context.spans))
             tokens = llm.template_tokens(self._text_qa_template, context_str=text, query_str=query_str)
             if not context.spans:
                 raise BudgetError(

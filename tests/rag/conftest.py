@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from stripedrag.indexes import Index, read_documents
+from stripedrag.model.generation import prefill
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
 from stripedrag.rag import Pipeline
 from tiny_striped import tiny_striped
@@ -62,6 +63,24 @@ def tiny_folder(tiny_model, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def pipeline(index, tiny_model, tokenizer):
     return Pipeline(index, tiny_model, tokenizer, model_name="tiny")
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Have the n-th reading of a context cache interrupted, as by Ctrl-C; the next ones go on."""
+
+    def at(number):
+        calls = []
+
+        def interrupted(*arguments, **options):
+            calls.append(1)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return prefill(*arguments, **options)
+
+        monkeypatch.setattr("stripedrag.rag.context_cache.prefill", interrupted)
+
+    return at
 
 
 @pytest.fixture(scope="session")

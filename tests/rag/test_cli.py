@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -76,6 +77,18 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     for word in ("passages", "tokens", "seconds", "retrieval", "prefill", "decoding"):
         assert word in shown.stdout
 
+    prompt = tmp_path / "mine.toml"
+    prompt.write_text('passage = "{text} "\nquestion = "Q: {question}"')
+    options = ("--model", tiny_folder, "--answer-tokens", 8, "--prompt-file", prompt, "--context-tokens", "auto")
+    options = (*options, "--temperature", 1, "--seed", 3)
+    whole = json.loads(run("ask", index, "What is the capital of Poland?", *options, "--json").stdout)
+    assert "Q: What is the capital of Poland?" in whole["prompt"]
+    assert (whole["usage"]["context_tokens"], whole["usage"]["limited_by"]) == (4096, "window")
+    ended = run("ask", index, "What is the capital of Poland?", *options, "--stop", whole["text"][3:6])
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(whole["text"][:3].strip())
+    assert whole["text"] not in ended.stdout and "of 4096 (the window)" in ended.stdout
+
     result = run("retrieve", index, "capital of Poland", "--budget-tokens", 100, "--json")
     context = json.loads(result.stdout)
     assert context["spans"][0]["text"] == "Warsaw is the capital of Poland."
@@ -102,6 +115,27 @@ def test_a_document_that_was_warmed_is_not_read_again(index_path, tiny_folder, t
     assert refused.returncode == 2 and "no --context: name one document" in refused.stderr
     refused = run("warm", index_path, "--model", tiny_folder, "--context", "Radon", **here)
     assert refused.returncode == 2 and "Radon" in refused.stderr
+
+
+@pytest.mark.weights
+def test_an_answer_is_written_as_it_comes_with_its_footnotes_and_ctrl_c_ends_it(tmp_path, corpus):
+    index = tmp_path / "index"
+    assert run("index", corpus, "--to", index).returncode == 0
+    question = ("ask", index, "When was the Warsaw Uprising?", "--context-tokens", 700)
+    answered = run(*question)
+    text, _, notes = answered.stdout.partition("\n\n")
+    assert "1944" in text and text.endswith(" [1]")
+    assert notes.startswith("  [1] Warsaw.txt ")
+    assert "reading: " in answered.stderr
+
+    program = [SCRIPT, *map(str, question[:-1]), "4000", "--temperature", "2", "--answer-tokens", "3000"]
+    asking = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert asking.stdout.read(1), "a piece came"
+    asking.send_signal(signal.SIGINT)
+    out, told = asking.communicate(timeout=60)
+    assert asking.returncode == 130
+    assert "Traceback" not in out + told
+    assert run(*question).stdout.partition("\n\n")[0] == text
 
 
 def test_an_index_is_looked_after(tmp_path):
@@ -160,6 +194,10 @@ def test_doctor_reports_one_object():
         (("ask",), "Missing argument"),
         (("frobnicate",), "No such command"),
         (("ask", "x", "y", "--policy", "best"), "'best' is not one of"),
+        (
+            ("ask", "x", "y", "--context-tokens", "10k"),
+            "--context-tokens is '10k'; it is a number of tokens, or 'auto'",
+        ),
     ],
 )
 def test_a_callers_mistake_is_one_message_on_stderr_and_exit_code_2(arguments, message, tmp_path):

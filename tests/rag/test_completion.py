@@ -61,3 +61,18 @@ def test_replies_made_together_are_those_made_alone(tiny_model, tokenizer, rests
         assert "".join(alone) == completed.text and alone.token_ids == completed.token_ids
         assert completed.finish == alone.finish and completed.prompt_tokens == alone.prompt_tokens
         assert completed.reused_tokens == (len(common) if place else 0)
+
+
+def test_a_stop_string_ends_each_reply_and_no_other(tiny_model, tokenizer):
+    common = tokenizer("Oxygen was found twice, and named once. " * 20).input_ids
+    questions = [tokenizer(f" Who found it, number {n}?").input_ids for n in range(5)]
+    contexts = ContextCache(tiny_model)
+    plain = complete_together(tiny_model, tokenizer, common, questions, max_new_tokens=12, contexts=contexts)
+    stop = [plain[0].text[3:6], plain[3].text[2:7]]
+    ended = complete_together(tiny_model, tokenizer, common, questions, max_new_tokens=12, contexts=contexts, stop=stop)
+    assert ended[0].finish == ended[3].finish == "stop"
+    for question, whole, short in zip(questions, plain, ended, strict=True):
+        places = [place for text in stop if (place := whole.text.find(text)) >= 0]
+        assert short.text == whole.text[: min(places, default=None)]
+        alone = Completion(tiny_model, tokenizer, [*common, *question], max_new_tokens=12, stop=stop, is_reply=True)
+        assert ("".join(alone), alone.finish, alone.token_ids) == (short.text, short.finish, short.token_ids)

@@ -104,17 +104,9 @@ def test_no_more_memory_is_taken_than_was_given_and_the_least_used_is_forgotten(
     assert contexts.held_bytes == contexts.known_tokens(ids(33)) == 0
 
 
-def test_an_interruption_leaves_what_was_whole(model, monkeypatch):
+def test_an_interruption_leaves_what_was_whole(model, interrupt):
     contexts, prompt = ContextCache(model), ids(60)
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return prefill(*arguments)
-
-    monkeypatch.setattr(context_cache, "prefill", interrupted)
+    interrupt(3)
     with pytest.raises(KeyboardInterrupt):
         contexts.read(prompt, [59])
     reading = contexts.read(prompt, [59])

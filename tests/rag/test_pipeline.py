@@ -5,12 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stripedrag.errors import BudgetError, SetupError, StoreError, UsageError
-from stripedrag.model.generation import Sampling, prefill
+from stripedrag.model import memory
+from stripedrag.model.generation import Sampling
 from stripedrag.rag import Answer, Pipeline, Span
 from stripedrag.rag.answer import cite
 from stripedrag.rag.completion import Completion
 from stripedrag.rag.context_cache import ContextCache
 from stripedrag.rag.context_files import ContextFiles
+from stripedrag.rag.prompt_template import PromptTemplate, default_template
 
 
 @settings(max_examples=12)
@@ -22,6 +24,12 @@ def test_prompt_and_answer_stay_within_the_context(pipeline, context_tokens, ans
     assert usage.answer_tokens <= answer_tokens
     assert usage.prompt_tokens == usage.passage_tokens + pipeline.prompt.overhead_tokens("Who discovered oxygen?")
     assert answer.context.budget_tokens == context_tokens - answer_tokens - (usage.prompt_tokens - usage.passage_tokens)
+    assert usage.prompt_tokens == len(pipeline.prompt.ids(answer.question, answer.context.spans))
+    over = [one for one in answer.context.dropped if one.reason == "budget"]
+    if over:  # what room is left is less than the next chunk needs, alone
+        text = pipeline.index.document(over[0].doc_id).text[over[0].start : over[0].end]
+        alone = len(pipeline.prompt.encode(pipeline.prompt.render(Span(over[0].doc_id, over[0].doc_id, 0, 0, text, 0))))
+        assert context_tokens - answer_tokens - usage.prompt_tokens <= alone
 
 
 @pytest.mark.weights
@@ -128,22 +136,13 @@ def test_a_question_may_be_narrowed_to_documents(pipeline):
     assert {span.doc_id for span in answer.context.spans} == {"Warsaw.txt"}
 
 
-def test_an_interrupted_question_leaves_the_pipeline_whole(keeping, monkeypatch):
+def test_an_interrupted_question_leaves_the_pipeline_whole(keeping, interrupt):
     context = keeping.context_of(["Oxygen.txt"], 3000)
     expected = keeping.ask("Who?", context=context, answer_tokens=6)
     keeping.contexts.clear()
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return prefill(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("stripedrag.rag.context_cache.prefill", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            keeping.ask("Who?", context=context, answer_tokens=6)
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        keeping.ask("Who?", context=context, answer_tokens=6)
     stream = iter(keeping.stream("Who?", context=context, answer_tokens=6))
     next(stream)
     del stream  # the reader left in the middle of an answer
@@ -202,6 +201,106 @@ def test_sampling_repeats_with_its_seed(pipeline):
 def test_a_request_that_cannot_fit_fails_with_the_numbers(pipeline, arguments, message):
     with pytest.raises(BudgetError, match=message):
         pipeline.ask("Who discovered oxygen?", **arguments)
+
+
+def test_auto_takes_the_window_or_what_memory_allows_and_says_which(pipeline, keeping, monkeypatch):
+    answer = pipeline.ask("Who discovered oxygen?", "auto", answer_tokens=4)
+    assert (answer.usage.context_tokens, answer.usage.limited_by) == (4096, "window")
+    assert pipeline.ask("Who discovered oxygen?", 900, answer_tokens=4).usage.limited_by == "asked"
+
+    def free(tokens):
+        enough = memory.context_bytes(keeping.model, tokens, kept_bytes=2**31) / 0.8
+        monkeypatch.setattr(memory, "free_bytes", lambda device: round(enough) + 1)
+
+    free(1500)
+    answer = keeping.ask("Who discovered oxygen?", "auto", answer_tokens=4)
+    assert answer.usage.limited_by == "memory"
+    assert 1499 <= answer.usage.context_tokens <= 1500
+    assert 1500 - 96 * 1.5 < answer.usage.prompt_tokens + 4 <= 1500
+    assert keeping.context_of(["Oxygen.txt"], "auto").budget_tokens < 1500
+    less = memory.context_bytes(keeping.model, 4000, kept_bytes=2**31)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: less)
+    with pytest.raises(BudgetError, match=r"for which tiny takes up to \d+\.\d GB of memory .*; 0\.\d GB are free"):
+        keeping.ask("Who discovered oxygen?", 4096)
+    free(0)
+    with pytest.raises(BudgetError, match="context_tokens is 0: question and template take"):
+        keeping.ask("Who discovered oxygen?", "auto")
+    with pytest.raises(UsageError, match="context_tokens is 'most'; it is a number of tokens, or 'auto'"):
+        keeping.ask("Who discovered oxygen?", "most")
+
+
+def test_the_answer_holds_the_prompt_that_was_read(pipeline, tokenizer):
+    answer = pipeline.ask("Who discovered oxygen?", 700, answer_tokens=4)
+    passages = "".join(f"{span.title}\n{span.text.strip()}\n\n" for span in answer.context.spans)
+    message = [{"role": "user", "content": f"{passages}Question: Who discovered oxygen?"}]
+    assert answer.prompt == tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert answer.prompt_template_sha256 == default_template().sha256
+
+
+def test_a_prompt_file_replaces_the_words_around_passages_and_question(index, tiny_model, tokenizer, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'begin = "Read {this}.\\n"\npassage = "[{title}] {text}\\n"\nquestion = "Asked: {question} {{!}}"\nreply = ":"'
+    )
+    template = PromptTemplate.read(file)
+    pipeline = Pipeline(index, tiny_model, tokenizer, model_name="tiny", prompt=template)
+    answer = pipeline.ask("Who discovered oxygen?", 500, answer_tokens=4)
+    passages = "".join(f"[{span.title}] {span.text.strip()}\n" for span in answer.context.spans)
+    assert f"Read {{this}}.\n{passages}Asked: Who discovered oxygen? {{!}}" in answer.prompt
+    assert answer.prompt_template_sha256 == template.sha256 != default_template().sha256
+    assert answer.usage.prompt_tokens + 4 <= 500
+    together = pipeline.ask_many(["Who discovered oxygen?", "When?"], 500, answer_tokens=4)
+    assert [f"Asked: {one.question} {{!}}" in one.prompt for one in together] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        (None, "the prompt file .* cannot be read: No such file or directory"),
+        ("passage", "the prompt file .* is no TOML: "),
+        ('passage = "{text}"', "has a wrong 'question': Field required"),
+        ('passage = "{title}"\nquestion = "{question}"', r"has a wrong 'passage': it lacks \{text\}"),
+        (
+            'passage = "{text} {name}"\nquestion = "{question}"',
+            r"wrong 'passage': it has \{name\}, and \{text\} and \{title\} alone can be filled in; write braces twice",
+        ),
+        ('passage = "{text}"\nquestion = "{question"', "wrong 'question': "),
+        ('passage = "{text}"\nquestion = "{question}"\nanswer = "x"', "wrong 'answer': Extra inputs"),
+    ],
+)
+def test_a_file_that_is_no_prompt_is_told(text, message, index, tmp_path):
+    file = tmp_path / "mine.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        Pipeline.open(index, prompt=file)
+
+
+def test_stop_strings_end_answers_alone_and_together(pipeline):
+    questions = ["Who discovered oxygen?", "Who was Genghis Khan?"]
+    context = pipeline.context_for(questions, 900, answer_tokens=24)
+    options = dict(context=context, answer_tokens=24, sampling=Sampling(temperature=1.0, seed=3))
+    plain = [answer.text for answer in pipeline.ask_many(questions, **options)]
+    stop = [plain[0][4:8]]
+    for answer, text in zip(pipeline.ask_many(questions, **options, stop=stop), plain, strict=True):
+        assert answer.text == text.partition(stop[0])[0].strip()
+        assert pipeline.ask(answer.question, **options, stop=stop).text == answer.text
+    with pytest.raises(UsageError, match="stop holds an empty string"):
+        pipeline.ask("Who?", stop=[""])
+    with pytest.raises(UsageError, match=r"stop is the string 'x'; it is a list of strings. Write \['x'\]"):
+        pipeline.ask_many(["Who?"], stop="x")
+
+
+def test_reading_is_told_as_it_goes_on(pipeline, keeping):
+    for asked in (pipeline, keeping):
+        heard = []
+        stream = asked.stream(
+            "Who discovered oxygen?", 3000, answer_tokens=2, progress=lambda *told, heard=heard: heard.append(told)
+        )
+        assert heard == []
+        list(stream)
+        assert heard[-1] == (stream.answer.usage.prompt_tokens,) * 2
+        assert heard == sorted(heard) and len(heard) > 1
 
 
 def test_sampling_out_of_range_is_named():

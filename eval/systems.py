@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stripedrag.eval.resources import Resources
+    from stripedrag.model.generation import Refusal
     from stripedrag.rag.context_cache import ContextCache
     from stripedrag.rag.prompt import PromptFormat
 
@@ -66,6 +67,7 @@ class ModelSpec(Record):
     window, or stretches it by YaRN.
 
     `baseline` names the entry of `BASELINES` whose window and template a model has that is given as a folder.
+    `refuse_above` as in `Pipeline.open`.
     """
 
     kind: Literal["model"]
@@ -75,6 +77,7 @@ class ModelSpec(Record):
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?)$")
     window_tokens: int | None = Field(default=None, ge=1)
     baseline: str | None = None
+    refuse_above: float | None = Field(default=None, gt=0, le=1)
 
     @field_validator("baseline")
     @classmethod
@@ -181,6 +184,7 @@ class ModelSystem:
             "window_tokens": self.window_tokens,
             "prompt_sha256": digest(self._prompt.ids("question?", [probe])),
             "decoding": "greedy",
+            "refuse_above": self._refusal and self._refusal.above,
         }
 
     def perform(self, sample: Any, task: Any, resources: "Resources", meter: Meter) -> Any:
@@ -221,6 +225,7 @@ class ModelSystem:
             max_new_tokens=task.answer_tokens,
             contexts=self._contexts if question.shared else None,
             marks=marks,
+            refusal=self._refusal,
         )
         for _ in completion:
             pass
@@ -234,6 +239,12 @@ class ModelSystem:
             gold_survived=prompt.gold_survived,
             cache_bytes=completion.cache_bytes,
         )
+
+    @cached_property
+    def _refusal(self) -> "Refusal | None":
+        from stripedrag.rag.refusal import refusal_for
+
+        return refusal_for(self._spec.known_as, self._prompt, self._spec.refuse_above)
 
     @cached_property
     def _contexts(self) -> "ContextCache":

@@ -39,6 +39,18 @@ class Sampling:
             raise UsageError(f"top_p is {self.top_p}; it lies above 0 and goes up to 1")
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A reply of `ids` in the place of any other, where the model gives its first token a probability of `above`."""
+
+    ids: tuple[int, ...]
+    above: float
+
+    def holds(self, logits: Tensor) -> bool:
+        """Whether it is the reply, by the logits (1, V) of the first token."""
+        return bool(logits[0].float().softmax(-1)[self.ids[0]] >= self.above)
+
+
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel,
@@ -69,8 +81,12 @@ def decode(
     max_new_tokens: int,
     stop_ids: Collection[int],
     sampling: Sampling,
+    refusal: Refusal | None = None,
 ) -> Iterator[int]:
     """Tokens that continue a prefill of one sequence, as they come; ends before a stop id or after `max_new_tokens`."""
+    if refusal and refusal.holds(logits):
+        yield from refusal.ids[:max_new_tokens]
+        return
     choose = _Chooser(sampling, logits.device)
     for made in range(max_new_tokens):
         token = choose(logits)
@@ -92,6 +108,7 @@ def decode_together(
     stop_ids: Collection[int],
     sampling: Sampling,
     ends: Callable[[int, int], bool] = lambda row, token: False,
+    refusal: Refusal | None = None,
 ) -> list[list[int]]:
     """The tokens that continue each of several prompts, which begin with what `cache` holds and go on with `rests`.
 
@@ -112,17 +129,33 @@ def decode_together(
     begun = cache.get_seq_length()
     made: list[list[int]] = [[] for _ in rests]
     choosers = [_Chooser(sampling, logits.device) for _ in rests]
-    for _ in range(max_new_tokens):
-        chosen = [choosers[row](logits[i : i + 1]) for i, row in enumerate(going)]
-        on = [i for i, token in enumerate(chosen) if token not in stop_ids]
-        for i in on:
-            made[going[i]].append(chosen[i])
-        on = [i for i in on if not ends(going[i], chosen[i]) and len(made[going[i]]) < max_new_tokens]
-        if not on:
-            break
+
+    def take(row: int, token: int) -> bool:
+        """Add a token to a row, and say whether others may follow."""
+        made[row].append(token)
+        return not ends(row, token) and len(made[row]) < max_new_tokens
+
+    def keep(on: list[int]) -> None:
+        nonlocal going
         if len(on) < len(going):
             together.reorder_cache(torch.tensor(on, device=logits.device))
         going = [going[i] for i in on]
+
+    if refusal:
+        refused = [refusal.holds(logits[i : i + 1]) for i in range(len(going))]
+        for row in (row for row, is_refused in zip(going, refused, strict=True) if is_refused):
+            all(take(row, token) for token in refusal.ids)
+        on = [i for i, is_refused in enumerate(refused) if not is_refused]
+        if not on:
+            return made
+        keep(on)
+        logits = logits[on]
+    while going:
+        chosen = [choosers[row](logits[i : i + 1]) for i, row in enumerate(going)]
+        on = [i for i, token in enumerate(chosen) if token not in stop_ids and take(going[i], token)]
+        if not on:
+            break
+        keep(on)
         positions = [[begun + len(rests[row]) + len(made[row]) - 1] for row in going]
         logits = model(
             input_ids=torch.tensor([[made[row][-1]] for row in going], device=logits.device),

@@ -69,12 +69,14 @@ class Answer(_Record):
     """An answer, what it rests on, and what it cost.
 
     `prompt` is what the model read, chat template and all, as its tokenizer writes it; `prompt_template_sha256` is that
-    of the words around passages and question. `finish` says whether the model ended or the limit did.
+    of the words around passages and question. `found` is False where the answer is that the documents hold none, and
+    there are no citations then. `finish` says whether the model ended or the limit did.
     """
 
     schema_version: int = SCHEMA_VERSION
     question: str
     text: str
+    found: bool
     citations: tuple[Citation, ...]
     context: Context
     model: str

@@ -153,6 +153,13 @@ def ask(
             help="Other words around passages and question: a TOML file like rag/prompt.toml.", metavar="FILE"
         ),
     ] = None,
+    refuse_above: Annotated[
+        float | None,
+        typer.Option(
+            help="Answer 'not in the documents' where the model gives that such a probability; 1: by its own words.",
+            show_default="what was measured for the model",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question from the documents of an index."""
@@ -173,6 +180,7 @@ def ask(
             cache_bytes=0,  # no second question will come
             context_files=_context_files(saves=False),
             prompt=prompt_file,
+            refuse_above=refuse_above,
         )
         given = None
         if context:
@@ -363,7 +371,9 @@ def _print_answer(answer: "Answer") -> None:
     for number, citation in enumerate(answer.citations, start=1):
         quote = " ".join(citation.quote.split())
         typer.echo(harmless(f"  [{number}] {citation.doc_id} {citation.start}:{citation.end}  “{quote}”"))
-    if not answer.citations:
+    if not answer.found:
+        typer.echo("  (by the model: the passages below lack the answer; ask for more with --context-tokens)")
+    elif not answer.citations:
         typer.echo("  (no sentence holds words of both the question and this answer: check it against the passages)")
     typer.echo("\npassages, as the model read them")
     for span in answer.context.spans:

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from stripedrag.model.cache import cache_bytes, new_cache
-from stripedrag.model.generation import Sampling, decode, decode_together, prefill, stop_ids
+from stripedrag.model.generation import Refusal, Sampling, decode, decode_together, prefill, stop_ids
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Completion(Completed):
         contexts: "ContextCache | None" = None,
         marks: Sequence[int] = (),
         is_reply: bool = False,
+        refusal: Refusal | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """What `contexts`, which is of this model, knows of the prompt's beginning is not read again, and it keeps that
@@ -66,6 +67,7 @@ class Completion(Completed):
         """
         super().__init__(len(prompt_ids))
         self._contexts, self._marks, self._is_reply, self._progress = contexts, marks, is_reply, progress
+        self._refusal = refusal
         self._model, self._tokenizer, self._prompt_ids = model, tokenizer, list(prompt_ids)
         self._max_new_tokens, self._sampling, self._stop = max_new_tokens, sampling or Sampling(), tuple(stop)
         self._pieces = self._run()
@@ -93,6 +95,7 @@ class Completion(Completed):
             max_new_tokens=self._max_new_tokens,
             stop_ids=stop_ids(self._model),
             sampling=self._sampling,
+            refusal=self._refusal,
         )
         written = _Written(self._tokenizer.backend_tokenizer, self._stop, is_reply=self._is_reply)
         for token in tokens:
@@ -125,6 +128,7 @@ def complete_together(
     stop: Sequence[str] = (),
     contexts: "ContextCache",
     marks: Sequence[int] = (),
+    refusal: Refusal | None = None,
 ) -> list[Completed]:
     """The replies to prompts that begin alike, `beginning`, and go on with `rests`; arguments as in `Completion`.
 
@@ -143,6 +147,7 @@ def complete_together(
                 contexts=contexts,
                 marks=[*marks, len(beginning)],
                 is_reply=True,
+                refusal=refusal,
             )
             for rest in rests
         ]
@@ -168,6 +173,7 @@ def complete_together(
             stop_ids=stop_ids(model),
             sampling=sampling or Sampling(),
             ends=ends,
+            refusal=refusal,
         )
     ended = time.perf_counter()
     completed = []

@@ -54,14 +54,17 @@ class Pipeline:
         policy: Policy = POLICY,
         contexts: "ContextCache | None" = None,
         prompt: PromptTemplate | None = None,
+        refuse_above: float | None = None,
     ) -> None:
-        """`contexts` is a cache of this model; None keeps nothing that was read. `prompt` None is the default's."""
+        """`contexts` is a cache of this model; None keeps nothing that was read. The rest as in `open`."""
         from stripedrag.model.baselines import template_options
+        from stripedrag.rag.refusal import refusal_for
 
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
         self.contexts = contexts
         self.retriever = Retriever(index, policy=policy)
         self.prompt = PromptFormat(tokenizer, template_options(model_name), prompt)
+        self.refusal = refusal_for(model_name, self.prompt, refuse_above)
         self._opened = ExitStack()
 
     @classmethod
@@ -77,14 +80,17 @@ class Pipeline:
         cache_bytes: int | None = None,
         context_files: "ContextFiles | None" = None,
         prompt: PromptTemplate | str | Path | None = None,
+        refuse_above: float | None = None,
     ) -> "Pipeline":
         """A pipeline over an index with a model, as `load_model` names it; None is the default.
 
         The index is a place, an open one, or what stands in for one (`stripedrag.rag.llama_index.LlamaIndexSearch`).
         `window_tokens` asks for a longer window than the model was trained on, see `load_model`. What was read is kept
         in up to `cache_bytes` of memory (None: 2 GiB; 0: nowhere), and on disk where `context_files` are given.
-        `prompt` is a template or its file, in the place of `rag/prompt.toml`. Raises what `Index.open`, `load_model`
-        and `PromptTemplate.read` raise, and `UsageError` for fewer than 0 bytes.
+        `prompt` is a template or its file, in the place of `rag/prompt.toml`. An answer is "not in the documents" where
+        the model gives that a probability of `refuse_above` (None: what was measured for the model, if it was; 1: where
+        it says so by itself). Raises what `Index.open`, `load_model` and `PromptTemplate.read` raise, and `UsageError`
+        for fewer than 0 bytes and what is no probability.
         """
         from stripedrag.model.loading import DEFAULT_MODEL, load_model
         from stripedrag.rag.context_cache import MEMORY_BYTES, ContextCache
@@ -100,7 +106,14 @@ class Pipeline:
             loaded, tokenizer = load_model(name, dtype=dtype, device=device, window_tokens=window_tokens)
             contexts = ContextCache(loaded, memory_bytes=cache_bytes, files=context_files)
             pipeline = cls(
-                opened, loaded, tokenizer, model_name=str(name), policy=policy, contexts=contexts, prompt=template
+                opened,
+                loaded,
+                tokenizer,
+                model_name=str(name),
+                policy=policy,
+                contexts=contexts,
+                prompt=template,
+                refuse_above=refuse_above,
             )
             pipeline._opened = unless_well.pop_all()
         return pipeline
@@ -229,6 +242,7 @@ class Pipeline:
             stop=stop,
             contexts=self.contexts or ContextCache(self.model),
             marks=marks,
+            refusal=self.refusal,
         )
         return [
             self._answer(question, context, completion, limit, retrieval_s / len(questions))
@@ -383,12 +397,16 @@ class Pipeline:
     def _answer(
         self, question: str, context: Context, completed: "Completed", limit: Limit, retrieval_s: float
     ) -> Answer:
+        from stripedrag.rag.refusal import is_refusal
+
         text = completed.text.strip()
+        found = not is_refusal(text)
         best_first = context.spans[::-1] if context.policy == "best-last" else context.spans
         return Answer(
             question=question,
             text=text,
-            citations=cite(text, question, best_first),
+            found=found,
+            citations=cite(text, question, best_first) if found else (),
             context=context,
             model=self.model_name,
             prompt=self.tokenizer.decode(self.prompt.ids(question, context.spans)),
@@ -451,6 +469,7 @@ class AnswerStream:
             contexts=pipeline.contexts,
             marks=marks,
             is_reply=True,
+            refusal=pipeline.refusal,
             **decoding,
         )
         yield from completion

@@ -549,7 +549,7 @@ def test_gold_outside_its_passages_is_refused(samples, resources, files, tmp_pat
 
 def test_a_suite_is_found_by_name_or_file_and_a_bad_file_is_named(tmp_path):
     assert load_suite("quick").name == "quick"
-    names = "compare, full, look, openllm, order, quick, striping, window"
+    names = "compare, full, look, openllm, order, quick, refusal, striping, window"
     with pytest.raises(UsageError, match=f"no suite 'quik': it is not one of {names}, and not a file"):
         load_suite("quik")
     (tmp_path / "bad.yaml").write_text("a: [")

@@ -1,0 +1,34 @@
+"""When an answer is that the documents do not hold one.
+
+Striping teaches a model to say so where the passages lack the answer, but greedily it says it too rarely: it is unsure
+of those answers, and the likeliest words are some name all the same. The probability that it gives to the beginning of
+the refusal tells the two apart, and it stands in the logits that the prompt was read for: asking costs nothing.
+"""
+
+from stripedrag.errors import UsageError
+from stripedrag.model.generation import Refusal
+from stripedrag.model.striping.data import REFUSAL
+from stripedrag.rag.prompt import PromptFormat
+
+# By model, the least probability of the refusal's first token that makes an answer one. Chosen on 112 questions with and
+# without their documents in 1,024 tokens: it refused 2 % of the first and 71 % of the second, which the model's own words
+# do for 0 and 29 % (docs/LOG.md). A model that is not named refuses by its own words alone.
+REFUSE_ABOVE = {"stripedhyena-smol-135m": 0.005}
+
+
+def refusal_for(model_name: str, prompt: PromptFormat, above: float | None = None) -> Refusal | None:
+    """How a model refuses, from the probability `above` on (None: its own in `REFUSE_ABOVE`); None where it is 1.
+
+    Raises `UsageError` for a probability outside (0, 1].
+    """
+    above = REFUSE_ABOVE.get(model_name, 1.0) if above is None else above
+    if not 0 < above <= 1:
+        raise UsageError(
+            f"refuse_above is {above}; it is a probability above 0, and 1 leaves a refusal to the model's own words"
+        )
+    return None if above == 1 else Refusal(tuple(prompt.encode(f" {REFUSAL}")), above)
+
+
+def is_refusal(text: str) -> bool:
+    """Whether an answer's text is the refusal."""
+    return text.strip().rstrip(".").lower() == REFUSAL

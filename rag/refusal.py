@@ -10,9 +10,9 @@ from stripedrag.model.generation import Refusal
 from stripedrag.model.striping.data import REFUSAL
 from stripedrag.rag.prompt import PromptFormat
 
-# By model, the least probability of the refusal's first token that makes an answer one. Chosen on 112 questions with and
-# without their documents in 1,024 tokens: it refused 2 % of the first and 71 % of the second, which the model's own words
-# do for 0 and 29 % (docs/LOG.md). A model that is not named refuses by its own words alone.
+# By model, the least probability of the refusal's first token that makes an answer one. Chosen on 112 questions with
+# and without their documents in 1,024 tokens: it refused 2 % of the first and 71 % of the second, and the model's own
+# words did 0 and 29 % (docs/LOG.md). A model that is not named refuses by its own words alone.
 REFUSE_ABOVE = {"stripedhyena-smol-135m": 0.005}
 
 

@@ -221,8 +221,10 @@ def bench(
         Path | None, typer.Option("--to", help="Write the raw figures to this JSON file, and a plot beside it (.svg).")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions; the medians are shown.")] = 5,
-    corpus: Annotated[Path | None, typer.Option(help="`recall` alone: another corpus, JSON lines.")] = None,
-    questions: Annotated[Path | None, typer.Option(help="`recall` alone: the questions on it, JSON lines.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="`recall` and `stream`: another corpus, JSON lines.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="`recall` and `stream`: the questions on it, JSON lines.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure each side in turn with its rival, beside what the machine can do; `recall`: what a budget holds."""
@@ -230,8 +232,8 @@ def bench(
         raise UsageError(f"no bench {name!r}; there is {', '.join(BENCHES)}")
     if repeats < 1:
         raise UsageError(f"repeats is {repeats}; it is at least 1")
-    if (corpus is None) != (questions is None) or (corpus is not None and name != "recall"):
-        raise UsageError("--corpus and --questions go together, and with `recall` alone")
+    if (corpus is None) != (questions is None) or (corpus is not None and name not in ("recall", "stream")):
+        raise UsageError("--corpus and --questions go together, and with `recall` or `stream`")
     data = {} if corpus is None else {"corpus": corpus, "questions": questions}
     if to is not None and to.suffix == ".svg":
         raise UsageError(f"{to} is where the plot would go; name the JSON file, {to.with_suffix('.json').name}")

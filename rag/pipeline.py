@@ -52,6 +52,7 @@ class Pipeline:
         *,
         model_name: str,
         policy: Policy = POLICY,
+        shared: float = 0.0,
         contexts: "ContextCache | None" = None,
         prompt: PromptTemplate | None = None,
         refuse_above: float | None = None,
@@ -62,7 +63,7 @@ class Pipeline:
 
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
         self.contexts = contexts
-        self.retriever = Retriever(index, policy=policy)
+        self.retriever = Retriever(index, policy=policy, shared=shared)
         self.prompt = PromptFormat(tokenizer, template_options(model_name), prompt)
         self.refusal = refusal_for(model_name, self.prompt, refuse_above)
         self._opened = ExitStack()
@@ -74,6 +75,7 @@ class Pipeline:
         *,
         model: str | Path | None = None,
         policy: Policy = POLICY,
+        shared: float = 0.0,
         dtype: "torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
         window_tokens: int | None = None,
@@ -82,15 +84,22 @@ class Pipeline:
         prompt: PromptTemplate | str | Path | None = None,
         refuse_above: float | None = None,
     ) -> "Pipeline":
-        """A pipeline over an index with a model, as `load_model` names it; None is the default.
+        """A pipeline over an index with a model.
 
-        The index is a place, an open one, or what stands in for one (`stripedrag.rag.llama_index.LlamaIndexSearch`).
-        `window_tokens` asks for a longer window than the model was trained on, see `load_model`. What was read is kept
-        in up to `cache_bytes` of memory (None: 2 GiB; 0: nowhere), and on disk where `context_files` are given.
-        `prompt` is a template or its file, in the place of `rag/prompt.toml`. An answer is "not in the documents" where
-        the model gives that a probability of `refuse_above` (None: what was measured for the model, if it was; 1: where
-        it says so by itself). Raises what `Index.open`, `load_model` and `PromptTemplate.read` raise, and `UsageError`
-        for fewer than 0 bytes and what is no probability.
+        Args:
+            index: a place, an open one, or what stands in for one (`stripedrag.rag.llama_index.LlamaIndexSearch`).
+            model: as `load_model` names it, as `dtype` and `device` are; None is the default.
+            policy, shared: as in `Retriever`. With a `shared` of 2/3, say, questions about one document begin their
+                contexts alike, and those after the first read a third.
+            window_tokens: a longer window than the model was trained on, see `load_model`.
+            cache_bytes: memory for what was read (None: 2 GiB; 0: nothing is kept in it).
+            context_files: where it is kept on disk, if it is.
+            prompt: a template or its file, in the place of `rag/prompt.toml`.
+            refuse_above: an answer is "not in the documents" where the model gives that such a probability (None: what
+                was measured for the model, if it was; 1: where it says so by itself).
+
+        Raises what `Index.open`, `load_model` and `PromptTemplate.read` raise, and `UsageError` for fewer than 0 bytes
+        and what is no share or probability.
         """
         from stripedrag.model.loading import DEFAULT_MODEL, load_model
         from stripedrag.rag.context_cache import MEMORY_BYTES, ContextCache
@@ -111,6 +120,7 @@ class Pipeline:
                 tokenizer,
                 model_name=str(name),
                 policy=policy,
+                shared=shared,
                 contexts=contexts,
                 prompt=template,
                 refuse_above=refuse_above,

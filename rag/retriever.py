@@ -10,13 +10,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, get_args
 
 from stripedrag.errors import UsageError
+from stripedrag.rag.beginning import beginning
 
 if TYPE_CHECKING:
     from stripedrag.indexes.documents import Chunk, Scored
     from stripedrag.indexes.filters import Where
+    from stripedrag.indexes.index import Index
 
 _One = TypeVar("_One")
 Policy = Literal["rank", "best-last", "document", "edges"]
@@ -89,13 +91,17 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What fills a budget: spans in the policy's order, the chunks that were dropped, and the tokens of the spans."""
+    """What fills a budget: spans in the policy's order, the chunks that were dropped, and the tokens of the spans.
+
+    The first `shared_tokens` of them are of spans that other questions about the same document begin with, too.
+    """
 
     spans: tuple[Span, ...]
     dropped: tuple[Dropped, ...]
     tokens: int
     budget_tokens: int
     policy: Policy
+    shared_tokens: int = 0
 
 
 class Retriever:
@@ -103,14 +109,22 @@ class Retriever:
 
     `policy` orders the spans: "rank" puts the best first, "best-last" puts it nearest to what follows, "edges" puts the
     best at both ends and the worst in the middle (Liu et al., "Lost in the Middle", 2307.03172), "document" keeps each
-    document's spans in their order and the documents by their best span. Raises `UsageError` for another name.
+    document's spans in their order and the documents by their best span. `shared` is the share of a budget that begins
+    with what other questions about the same document begin with, too (`stripedrag.rag.beginning`); the best chunks that
+    are not in it fill the rest, in the policy's order. Raises `UsageError` for another policy or share, and for a share
+    of what is no `Index`.
     """
 
-    def __init__(self, index: Searchable, *, policy: Policy = "rank") -> None:
+    def __init__(self, index: Searchable, *, policy: Policy = "rank", shared: float = 0.0) -> None:
         if policy not in POLICIES:
             raise UsageError(f"no order policy {policy!r}; choose one of {', '.join(POLICIES)}")
+        if not 0 <= shared < 1:
+            raise UsageError(f"shared is {shared}; it is a share of the budget from 0 to below 1")
+        if shared and not hasattr(index, "chunks"):
+            raise UsageError(f"a {type(index).__name__} gives no whole documents to share; open an index of stripedrag")
         self.index = index
         self.policy: Policy = policy
+        self.shared = shared
 
     def retrieve(
         self,
@@ -179,8 +193,36 @@ class Retriever:
                 or all(len(some) < k for some in found)
                 or any(dropped.reason == "budget" for dropped in context.dropped)
             ):
-                return candidates, context
+                break
             k *= 2
+        if self.shared:
+            context = self._with_beginning(candidates, context, tokenizer, render, where, doc_ids)
+        return candidates, context
+
+    def _with_beginning(
+        self,
+        candidates: "Sequence[Scored]",
+        alone: Context,
+        tokenizer: Tokenizer | None,
+        render: Callable[[Span], str] | None,
+        where: "Where | None",
+        doc_ids: Iterable[str] | None,
+    ) -> Context:
+        """What is shared, and the best candidates that it lacks in the rest of the budget of `alone`."""
+        budget = alone.budget_tokens
+        chunks, room = beginning(
+            cast("Index", self.index), candidates, budget_tokens=int(self.shared * budget), where=where, doc_ids=doc_ids
+        )
+        options: dict[str, Any] = {"tokenizer": tokenizer or self.index.tokenizer, "render": render}
+        titles = self.index.titles({scored.chunk.doc_id for scored in (*chunks, *candidates)})
+        first = fill(chunks, titles, budget_tokens=room, policy="rank", keep_repeats=True, **options)
+        over = {dropped.rank for dropped in first.dropped}
+        taken = [scored for scored in chunks if scored.rank not in over]
+        there = {scored.chunk.id for scored in taken}
+        own = [scored for scored in candidates if scored.chunk.id not in there]
+        rest = fill(own, titles, budget_tokens=budget - first.tokens, policy=self.policy, before=taken, **options)
+        tokens = first.tokens + rest.tokens
+        return Context(first.spans + rest.spans, rest.dropped, tokens, budget, self.policy, shared_tokens=first.tokens)
 
     def fill(
         self,
@@ -216,9 +258,12 @@ def fill(
     render: Callable[[Span], str] | None = None,
     policy: Policy,
     keep_repeats: bool = False,
+    before: "Sequence[Scored]" = (),
 ) -> Context:
-    """As `Retriever.fill`, for candidates that come from no index; `titles` are those of their documents."""
-    new, repeats = (candidates, []) if keep_repeats else _without_repeats(candidates)
+    """As `Retriever.fill`, for candidates that come from no index; `titles` are those of their documents. What `before`
+    says already is a repeat, too.
+    """
+    new, repeats = (candidates, []) if keep_repeats else _without_repeats(candidates, before)
     count = _Count(tokenizer, render)
     fitting = _longest(new, titles, count, min(budget_tokens, sys.maxsize))
     spans = _joined(new[:fitting], titles)
@@ -279,9 +324,9 @@ def runs_of_words(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[at : at + RUN_WORDS]) for at in runs}
 
 
-def _without_repeats(candidates: "Iterable[Scored]") -> "tuple[list[Scored], list[Scored]]":
+def _without_repeats(candidates: "Iterable[Scored]", before: "Sequence[Scored]") -> "tuple[list[Scored], list[Scored]]":
     """Those that say something new in the order given, and those whose runs of words were all seen before."""
-    seen: set[tuple[str, ...]] = set()
+    seen = {run for scored in before for run in runs_of_words(scored.chunk.text)}
     new, repeats = [], []
     for scored in candidates:
         runs = runs_of_words(scored.chunk.text)

@@ -10,5 +10,6 @@ BENCHES = {
     "recall": "stripedrag.eval.bench.recall",
     "rows": "stripedrag.eval.bench.rows",
     "scale": "stripedrag.eval.bench.scale",
+    "stream": "stripedrag.eval.bench.stream",
     "stripe": "stripedrag.eval.bench.stripe",
 }

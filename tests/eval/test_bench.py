@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hyena_inputs import assert_close, make
@@ -19,6 +20,10 @@ from stripedrag.eval.places import holds, touches
 from stripedrag.eval.schema import Stretch
 from stripedrag.indexes import Document, Index
 from stripedrag.kernels import ops
+from stripedrag.model.smollm2 import STRIPED, prepared_dir
+from stripedrag.rag import Pipeline
+from stripedrag.rag.context_cache import ContextCache
+from tiny_striped import tiny_striped
 
 
 def test_the_fft_rival_computes_the_operator():
@@ -168,6 +173,48 @@ def test_recall_is_of_whole_evidence_by_every_method(tmp_path, monkeypatch):
     asked.write_text(json.dumps(questions[0] | {"gold_spans": [{"doc_id": "Veyrac", "start": end, "end": end + 1}]}))
     with pytest.raises(CorpusError, match="the evidence of question 'Veyrac' is white space"):
         recall.run(1, corpus, asked)
+
+
+def test_a_stream_tells_what_was_read_before_and_what_the_contexts_hold(tmp_path, monkeypatch):
+    from stripedrag.eval.bench import recall, stream
+
+    tokenizer = AutoTokenizer.from_pretrained(prepared_dir(STRIPED))
+    model = tiny_striped(tokenizer, window_tokens=2048)
+
+    def opened(index, **options):
+        return Pipeline(index, model, tokenizer, model_name="tiny", contexts=ContextCache(model), **options)
+
+    monkeypatch.setattr(recall, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(stream.Pipeline, "open", opened)
+    monkeypatch.setattr(stream, "CONTEXT_TOKENS", 900)
+    monkeypatch.setattr(stream, "EVERY", 2)
+    texts = {
+        town: "".join(f"{town} built tower {n} in {1200 + n}. The sea is near {town}. " for n in range(20))
+        for town in ("Veyrac", "Orlat", "Dunmore")
+    }
+    questions = [
+        {
+            "id": f"{town} {n}",
+            "question": f"When did {town} build tower {n}?",
+            "answers": [f"{1200 + n}"],
+            "split": "dev",
+        }
+        | {"gold_spans": [{"doc_id": town, "start": (at := text.index(f"{1200 + n}")), "end": at + 4}]}
+        for n in (3, 11, 18)
+        for town, text in texts.items()
+    ]
+    corpus, asked = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    corpus.write_text("\n".join(json.dumps({"id": town, "title": "", "text": text}) for town, text in texts.items()))
+    asked.write_text("\n".join(map(json.dumps, questions)))
+    report = stream.run(2, corpus, asked)
+    figures = report.figures
+    assert [name.split()[0] for name in figures["questions"]] == ["Veyrac"] * 3 + ["Orlat"] * 3 + ["Dunmore"] * 3
+    first, second = figures["rows"][:9], figures["rows"][9:]
+    assert [row["reused_tokens"] for row in first] == [row["reused_tokens"] for row in second], "from nothing kept"
+    assert sum(row["reused_tokens"] for row in first) > 0.3 * sum(row["prompt_tokens"] for row in first)
+    assert ["alone_s" in row for row in first] == [False, True] * 4 + [False]
+    assert set(figures["evidence_in"]) == {"shared", "alone"} and any(figures["evidence_in"]["shared"])
+    assert "prompt tokens that were read before" in report.table
 
 
 def test_the_rivals_fusion_is_by_reciprocal_ranks():

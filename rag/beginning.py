@@ -1,0 +1,60 @@
+"""What questions about one document can share: the document that a question is most about, whole, and its nearest.
+
+A function of the index, that document and a budget alone, so that every question about it, whenever it comes, begins
+its context with the same spans, which a context cache then reads once. Knows nothing of prompts or caches.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from stripedrag.indexes.documents import Scored
+
+if TYPE_CHECKING:
+    from stripedrag.indexes.filters import Where
+    from stripedrag.indexes.index import Index
+
+_VOTES = 12  # best chunks that say what a question is most about, the first by most
+_QUERY_CHUNKS = 3  # of a document's beginning, by which its nearest are found: well within what an embedder reads
+_STEP_TOKENS = 256  # budgets differ a little by the question's length, and what is shared must not
+
+
+def beginning(
+    index: "Index",
+    found: Sequence[Scored],
+    *,
+    budget_tokens: int,
+    where: "Where | None" = None,
+    doc_ids: Iterable[str] | None = None,
+) -> tuple[list[Scored], int]:
+    """Chunks to begin with, in reading order and more than fit, and the budget for them, at most `budget_tokens`.
+
+    `found` is what a search gave, best first. Of a document longer than the budget it is the stretch that holds its
+    best chunk, from one of the places on where such stretches begin.
+    """
+    budget = budget_tokens // _STEP_TOKENS * _STEP_TOKENS
+    if not found or not budget:
+        return [], 0
+    votes: dict[str, float] = {}
+    for place, scored in enumerate(found[:_VOTES], start=1):
+        votes[scored.chunk.doc_id] = votes.get(scored.chunk.doc_id, 0.0) + 1 / place
+    best = max(votes, key=lambda doc_id: votes[doc_id])  # of equals the first that was found
+    chunks = index.chunks(best)
+    length = max(1, budget // index.chunk_tokens)
+    first = next(place for place, chunk in enumerate(chunks) if chunk == _best_of(found, best).chunk)
+    start = min(first // length * length, max(0, len(chunks) - length))
+    stretch = chunks[start:][: 2 * length]
+    query = "".join(chunk.text for chunk in stretch[:_QUERY_CHUNKS])
+    near: list[str] = []
+    if len(stretch) < 2 * length and query.strip():
+        for scored in index.search(query, k=4 * length, where=where, doc_ids=doc_ids):
+            if scored.chunk.doc_id not in (best, *near):
+                near.append(scored.chunk.doc_id)
+    for doc_id in near:
+        if len(stretch) >= 2 * length:
+            break
+        stretch += index.chunks(doc_id)
+    return [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(stretch, start=1)], budget
+
+
+def _best_of(found: Sequence[Scored], doc_id: str) -> Scored:
+    return next(scored for scored in found if scored.chunk.doc_id == doc_id)

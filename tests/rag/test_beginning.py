@@ -1,0 +1,93 @@
+"""Questions about one document begin their contexts alike, and lose nothing that they rank high."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stripedrag.errors import UsageError
+from stripedrag.indexes import Document, Index
+from stripedrag.rag import Pipeline, Retriever
+from stripedrag.rag.llama_index import LlamaIndexSearch
+
+OXYGEN = ("Who discovered oxygen?", "What is liquid oxygen used for?", "How much oxygen is in the air we breathe?")
+OTHERS = ("When was the Warsaw Uprising?", "Who was Genghis Khan?", "What did the oil crisis of 1973 change?")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    question=st.sampled_from(OXYGEN + OTHERS),
+    budget=st.integers(1, 5000),
+    shared=st.sampled_from([0.1, 0.5, 2 / 3, 0.9]),
+    policy=st.sampled_from(["rank", "best-last", "document"]),
+)
+def test_it_stays_within_the_budget_and_tells_what_it_left_out(index, question, budget, shared, policy):
+    context = Retriever(index, policy=policy, shared=shared).retrieve(question, budget_tokens=budget)
+    lengths = [len(index.tokenizer.encode(span.text, add_special_tokens=False)) for span in context.spans]
+    assert sum(lengths) == context.tokens <= budget
+    assert context.shared_tokens <= shared * budget
+    assert any(sum(lengths[:n]) == context.shared_tokens for n in range(len(lengths) + 1))
+    for span in context.spans:
+        assert index.document(span.doc_id).text[span.start : span.end] == span.text
+    dropped = {(one.doc_id, one.start) for one in context.dropped}
+    for scored in index.search(question, k=3):
+        chunk = scored.chunk
+        inside = any(s.doc_id == chunk.doc_id and s.start <= chunk.start and chunk.end <= s.end for s in context.spans)
+        assert inside or (chunk.doc_id, chunk.start) in dropped
+
+
+@pytest.mark.parametrize("budget", [900, 2500])
+def test_questions_on_one_document_begin_alike_and_end_with_their_own(index, budget):
+    contexts = [
+        Retriever(index, policy="best-last", shared=2 / 3).retrieve(question, budget_tokens=budget + n)
+        for n, question in enumerate(OXYGEN)
+    ]
+    beginnings, own = set(), set()
+    for context in contexts:
+        n, tokens = 0, 0
+        while tokens < context.shared_tokens:
+            tokens += len(index.tokenizer.encode(context.spans[n].text, add_special_tokens=False))
+            n += 1
+        beginnings.add(tuple((span.doc_id, span.start, span.end) for span in context.spans[:n]))
+        own.add(context.spans[n:])
+    assert len(beginnings) == 1
+    ((first, start, _), *_) = next(iter(beginnings))
+    assert first == "Oxygen.txt" and start == 0
+    assert contexts[0].shared_tokens > budget / 2
+    assert len(own) > 1
+
+
+def test_of_a_long_document_it_is_the_stretch_around_the_best_chunk(tmp_path):
+    parts = [
+        f"In the year {1000 + n} the town of Veyrac built bridge number {n} over the river. " * 4 for n in range(60)
+    ]
+    with Index.create(tmp_path / "index") as index:
+        index.add([Document("chronicle", "Chronicle", "".join(parts))])
+        retriever = Retriever(index, shared=0.5)
+        for year in (1003, 1030, 1059):
+            context = retriever.retrieve(f"What was built in the year {year}?", budget_tokens=1200)
+            start = min(span.start for span in context.spans[:1])
+            texts = "".join(span.text for span in context.spans)
+            assert f"In the year {year}" in texts
+            assert context.shared_tokens > 300
+            assert (start == 0) == (year == 1003)
+
+
+def test_a_pipeline_reads_what_is_shared_once(index, tiny_model, tokenizer):
+    from stripedrag.rag.context_cache import ContextCache
+
+    pipeline = Pipeline(
+        index, tiny_model, tokenizer, model_name="tiny", shared=2 / 3, contexts=ContextCache(tiny_model)
+    )
+    plain = Pipeline(index, tiny_model, tokenizer, model_name="tiny", shared=2 / 3)
+    for n, question in enumerate(OXYGEN):
+        answer = pipeline.ask(question, 2048, answer_tokens=4)
+        assert answer.usage.reused_tokens >= (answer.context.shared_tokens if n else 0)
+        assert answer.text == plain.ask(question, 2048, answer_tokens=4).text
+
+
+def test_what_cannot_be_shared_is_refused(index):
+    for share in (-0.1, 1.0):
+        with pytest.raises(UsageError, match=f"shared is {share}; it is a share of the budget from 0 to below 1"):
+            Retriever(index, shared=share)
+    with pytest.raises(UsageError, match="a LlamaIndexSearch gives no whole documents to share"):
+        Retriever(LlamaIndexSearch(None), shared=0.5)

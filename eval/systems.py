@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stripedrag.eval.resources import Resources
-    from stripedrag.model.generation import Refusal
     from stripedrag.rag.context_cache import ContextCache
     from stripedrag.rag.prompt import PromptFormat
+    from stripedrag.rag.refusal import Refusal
 
 _Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")]
 

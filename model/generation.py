@@ -39,18 +39,6 @@ class Sampling:
             raise UsageError(f"top_p is {self.top_p}; it lies above 0 and goes up to 1")
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A reply of `ids` in the place of any other, where the model gives its first token a probability of `above`."""
-
-    ids: tuple[int, ...]
-    above: float
-
-    def holds(self, logits: Tensor) -> bool:
-        """Whether it is the reply, by the logits (1, V) of the first token."""
-        return bool(logits[0].float().softmax(-1)[self.ids[0]] >= self.above)
-
-
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel,
@@ -81,12 +69,8 @@ def decode(
     max_new_tokens: int,
     stop_ids: Collection[int],
     sampling: Sampling,
-    refusal: Refusal | None = None,
 ) -> Iterator[int]:
     """Tokens that continue a prefill of one sequence, as they come; ends before a stop id or after `max_new_tokens`."""
-    if refusal and refusal.holds(logits):
-        yield from refusal.ids[:max_new_tokens]
-        return
     choose = _Chooser(sampling, logits.device)
     for made in range(max_new_tokens):
         token = choose(logits)
@@ -107,14 +91,15 @@ def decode_together(
     max_new_tokens: int,
     stop_ids: Collection[int],
     sampling: Sampling,
+    begins: Callable[[int, Tensor], bool] = lambda row, logits: True,
     ends: Callable[[int, int], bool] = lambda row, token: False,
-    refusal: Refusal | None = None,
 ) -> list[list[int]]:
     """The tokens that continue each of several prompts, which begin with what `cache` holds and go on with `rests`.
 
     As `decode` of each alone, but for the rounding of products of another shape: one step of the model takes all that
-    have not ended. `cache` stays as it is. Each rest has a token or more. `ends` hears the row of each token and the
-    token, and says whether it is the row's last. For a StripedHyena.
+    have not ended. `cache` stays as it is. Each rest has a token or more. `begins` hears each row and the logits (1, V)
+    of its first token, and says whether it gets any; `ends` the row of each token and the token, and says whether it is
+    the row's last. For a StripedHyena.
     """
     alike: dict[int, list[int]] = {}
     for row, rest in enumerate(rests):
@@ -141,15 +126,11 @@ def decode_together(
             together.reorder_cache(torch.tensor(on, device=logits.device))
         going = [going[i] for i in on]
 
-    if refusal:
-        refused = [refusal.holds(logits[i : i + 1]) for i in range(len(going))]
-        for row in (row for row, is_refused in zip(going, refused, strict=True) if is_refused):
-            all(take(row, token) for token in refusal.ids)
-        on = [i for i, is_refused in enumerate(refused) if not is_refused]
-        if not on:
-            return made
-        keep(on)
-        logits = logits[on]
+    on = [i for i, row in enumerate(going) if begins(row, logits[i : i + 1])]
+    if not on:
+        return made
+    keep(on)
+    logits = logits[on]
     while going:
         chosen = [choosers[row](logits[i : i + 1]) for i, row in enumerate(going)]
         on = [i for i, token in enumerate(chosen) if token not in stop_ids and take(going[i], token)]

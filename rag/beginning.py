@@ -1,7 +1,8 @@
 """What questions about one document can share: the document that a question is most about, whole, and its nearest.
 
-A function of the index, that document and a budget alone, so that every question about it, whenever it comes, begins
-its context with the same spans, which a context cache then reads once. Knows nothing of prompts or caches.
+A function of the index, that document and a budget in steps alone, so that questions about it, whenever they come,
+begin their contexts with the same spans, which a context cache then reads once; a budget that differs by a question's
+length falls into another step for few of them. Knows nothing of prompts or caches.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from stripedrag.indexes.index import Index
 
 _VOTES = 12  # best chunks that say what a question is most about, the first by most
-_QUERY_CHUNKS = 3  # of a document's beginning, by which its nearest are found: well within what an embedder reads
+_QUERY_TOKENS = 192  # of a document's beginning, by which its nearest are found: what an embedder reads, less a chunk
 _STEP_TOKENS = 256  # budgets differ a little by the question's length, and what is shared must not
 
 
@@ -40,10 +41,11 @@ def beginning(
     best = max(votes, key=lambda doc_id: votes[doc_id])  # of equals the first that was found
     chunks = index.chunks(best)
     length = max(1, budget // index.chunk_tokens)
-    first = next(place for place, chunk in enumerate(chunks) if chunk == _best_of(found, best).chunk)
+    best_chunk = next(scored.chunk for scored in found if scored.chunk.doc_id == best)
+    first = next((place for place, chunk in enumerate(chunks) if chunk == best_chunk), 0)  # 0: replaced meanwhile
     start = min(first // length * length, max(0, len(chunks) - length))
     stretch = chunks[start:][: 2 * length]
-    query = "".join(chunk.text for chunk in stretch[:_QUERY_CHUNKS])
+    query = "".join(chunk.text for chunk in stretch[: max(1, _QUERY_TOKENS // index.chunk_tokens)])
     near: list[str] = []
     if len(stretch) < 2 * length and query.strip():
         for scored in index.search(query, k=4 * length, where=where, doc_ids=doc_ids):
@@ -54,7 +56,3 @@ def beginning(
             break
         stretch += index.chunks(doc_id)
     return [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(stretch, start=1)], budget
-
-
-def _best_of(found: Sequence[Scored], doc_id: str) -> Scored:
-    return next(scored for scored in found if scored.chunk.doc_id == doc_id)

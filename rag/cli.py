@@ -156,7 +156,7 @@ def ask(
     refuse_above: Annotated[
         float | None,
         typer.Option(
-            help="Answer 'not in the documents' where the model gives that such a probability; 1: by its own words.",
+            help="Answer 'not in the documents' where its first token has such a probability; 1: by the model's words.",
             show_default="what was measured for the model",
         ),
     ] = None,
@@ -164,6 +164,8 @@ def ask(
 ) -> None:
     """Answer a question from the documents of an index."""
     allowed = _context_tokens(context_tokens)
+    if "" in (stop or ()):
+        raise UsageError("--stop is empty, which would end every answer at once; leave it out")
     quiet_libraries()
     from stripedrag.indexes.index import Index
 
@@ -259,7 +261,7 @@ def _context_tokens(given: str | None) -> "ContextTokens | None":
         return None
     if given == "auto":
         return "auto"
-    if given.isascii() and given.isdecimal():
+    if given.isascii() and given.isdecimal() and len(given) < 20:
         return int(given)
     raise UsageError(f"--context-tokens is {given!r}; it is a number of tokens, or 'auto'")
 

@@ -2,21 +2,23 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from tokenizers import Tokenizer
 
+from stripedrag.errors import UsageError
 from stripedrag.model.cache import cache_bytes, new_cache
-from stripedrag.model.generation import Refusal, Sampling, decode, decode_together, prefill, stop_ids
+from stripedrag.model.generation import Sampling, decode, decode_together, prefill, stop_ids
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stripedrag.rag.context_cache import ContextCache
+    from stripedrag.rag.refusal import Refusal
 
 _ROWS = 64  # replies that are decoded together
 
@@ -27,7 +29,8 @@ class Completed:
 
     `text` is all so far, `token_ids` the tokens that were decoded for it, `finish` the reason to end: "stop" for the
     model's end token or a stop string (which is not part of the text), "length" for `max_new_tokens`, None before the
-    end. `prefill_s` and `decode_s` are wall seconds, `cache_bytes` is what the cache holds.
+    end; `refused` says that a refusal stands in the reply's place, whole, whatever the limit and the stop strings.
+    `prefill_s` and `decode_s` are wall seconds, `cache_bytes` is what the cache holds.
     """
 
     prompt_tokens: int
@@ -38,6 +41,7 @@ class Completed:
     decode_s: float = 0.0
     cache_bytes: int = 0
     reused_tokens: int = 0
+    refused: bool = False
 
 
 class Completion(Completed):
@@ -58,7 +62,7 @@ class Completion(Completed):
         contexts: "ContextCache | None" = None,
         marks: Sequence[int] = (),
         is_reply: bool = False,
-        refusal: Refusal | None = None,
+        refusal: "Refusal | None" = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """What `contexts`, which is of this model, knows of the prompt's beginning is not read again, and it keeps that
@@ -70,12 +74,12 @@ class Completion(Completed):
         self._refusal = refusal
         self._model, self._tokenizer, self._prompt_ids = model, tokenizer, list(prompt_ids)
         self._max_new_tokens, self._sampling, self._stop = max_new_tokens, sampling or Sampling(), tuple(stop)
-        self._pieces = self._run()
+        self.pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self.pieces
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         started = time.perf_counter()
         if self._contexts is None:
             cache = new_cache(self._model.config)
@@ -88,6 +92,11 @@ class Completion(Completed):
             torch.cuda.synchronize(logits.device)
         mark = time.perf_counter()
         self.prefill_s = mark - started
+        if self._refusal and self._refusal.holds(logits):
+            _refuse(self, self._refusal, self._max_new_tokens)
+            self.cache_bytes = cache_bytes(cache)
+            yield self.text
+            return
         tokens = decode(
             self._model,
             logits,
@@ -95,7 +104,6 @@ class Completion(Completed):
             max_new_tokens=self._max_new_tokens,
             stop_ids=stop_ids(self._model),
             sampling=self._sampling,
-            refusal=self._refusal,
         )
         written = _Written(self._tokenizer.backend_tokenizer, self._stop, is_reply=self._is_reply)
         for token in tokens:
@@ -128,7 +136,7 @@ def complete_together(
     stop: Sequence[str] = (),
     contexts: "ContextCache",
     marks: Sequence[int] = (),
-    refusal: Refusal | None = None,
+    refusal: "Refusal | None" = None,
 ) -> list[Completed]:
     """The replies to prompts that begin alike, `beginning`, and go on with `rests`; arguments as in `Completion`.
 
@@ -158,8 +166,13 @@ def complete_together(
     cache, known = contexts.read_beginning(beginning, marks)
     mark = time.perf_counter()
     replies = [_Written(tokenizer.backend_tokenizer, stop, is_reply=True) for _ in rests]
-    texts, made = [""] * len(rests), list[list[int]]()
+    texts, made, refused = [""] * len(rests), list[list[int]](), set[int]()
     for at in range(0, len(rests), _ROWS):
+
+        def begins(row: int, logits: torch.Tensor, first: int = at) -> bool:
+            if refusal and refusal.holds(logits):
+                refused.add(first + row)
+            return first + row not in refused
 
         def ends(row: int, token: int, first: int = at) -> bool:
             texts[first + row] += replies[first + row].after(token)
@@ -172,8 +185,8 @@ def complete_together(
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids(model),
             sampling=sampling or Sampling(),
+            begins=begins,
             ends=ends,
-            refusal=refusal,
         )
     ended = time.perf_counter()
     completed = []
@@ -190,7 +203,24 @@ def complete_together(
                 reused_tokens=known if number == 0 else len(beginning),
             )
         )
+        if refusal and number in refused:
+            _refuse(completed[-1], refusal, max_new_tokens)
     return completed
+
+
+def refuse_empty(stop: Sequence[str]) -> tuple[str, ...]:
+    """The stop strings. Raises `UsageError` where they are one string, or one is empty."""
+    if isinstance(stop, str):
+        raise UsageError(f"stop is the string {stop!r}; it is a list of strings. Write [{stop!r}].")
+    stop = tuple(stop)
+    if "" in stop:
+        raise UsageError("stop holds an empty string, which would end every answer at once; leave it out")
+    return stop
+
+
+def _refuse(completed: Completed, refusal: "Refusal", max_new_tokens: int) -> None:
+    completed.text, completed.finish, completed.refused = refusal.text, "stop", True
+    completed.token_ids = list(refusal.ids[:max_new_tokens])
 
 
 class _Written:

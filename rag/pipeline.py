@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 from stripedrag.errors import BudgetError, StoreError, UsageError
 from stripedrag.indexes.documents import Scored
@@ -95,8 +95,8 @@ class Pipeline:
             cache_bytes: memory for what was read (None: 2 GiB; 0: nothing is kept in it).
             context_files: where it is kept on disk, if it is.
             prompt: a template or its file, in the place of `rag/prompt.toml`.
-            refuse_above: an answer is "not in the documents" where the model gives that such a probability (None: what
-                was measured for the model, if it was; 1: where it says so by itself).
+            refuse_above: an answer is "not in the documents" where the model gives the first token of that such a
+                probability (None: what was measured for the model and the default prompt; 1: none, it says so itself).
 
         Raises what `Index.open`, `load_model` and `PromptTemplate.read` raise, and `UsageError` for fewer than 0 bytes
         and what is no share or probability.
@@ -207,7 +207,9 @@ class Pipeline:
         prompt are read.
         """
         start = time.perf_counter()
-        _refuse_empty(stop)
+        from stripedrag.rag.completion import refuse_empty
+
+        stop = refuse_empty(stop)
         context, limit = self._context([question], context_tokens, answer_tokens, context, narrow)
         decoding = {"max_new_tokens": answer_tokens, "sampling": sampling, "stop": stop, "progress": progress}
         return AnswerStream(self, question, context, limit, decoding, time.perf_counter() - start)
@@ -235,10 +237,13 @@ class Pipeline:
         start = time.perf_counter()
         if not questions:
             return []
-        _refuse_empty(stop)
+        from stripedrag.rag.completion import refuse_empty
+
+        stop = refuse_empty(stop)
         context, limit = self._context(questions, context_tokens, answer_tokens, context, narrow)
         retrieval_s = time.perf_counter() - start
         ids, marks = self.prompt.marked_prefix_ids(context.spans)
+        rests = [self.prompt.question_ids(question) for question in questions]
         from stripedrag.rag.completion import complete_together
         from stripedrag.rag.context_cache import ContextCache
 
@@ -246,7 +251,7 @@ class Pipeline:
             self.model,
             self.tokenizer,
             ids,
-            [self.prompt.question_ids(question) for question in questions],
+            rests,
             max_new_tokens=answer_tokens,
             sampling=sampling,
             stop=stop,
@@ -255,8 +260,8 @@ class Pipeline:
             refusal=self.refusal,
         )
         return [
-            self._answer(question, context, completion, limit, retrieval_s / len(questions))
-            for question, completion in zip(questions, completions, strict=True)
+            self._answer(question, [*ids, *rest], context, completion, limit, retrieval_s / len(questions))
+            for question, rest, completion in zip(questions, rests, completions, strict=True)
         ]
 
     def context_for(
@@ -272,8 +277,12 @@ class Pipeline:
         It leaves room for the longest question and an answer of `answer_tokens`. Arguments and errors as in `ask`.
         """
         questions = [questions] if isinstance(questions, str) else questions
+        return self._retrieved(questions, self._limit(context_tokens), answer_tokens, narrow)
+
+    def _retrieved(
+        self, questions: Sequence[str], limit: Limit, answer_tokens: int, narrow: Mapping[str, Any]
+    ) -> Context:
         overhead = max((self.prompt.overhead_tokens(question) for question in questions), default=0)
-        limit = self._limit(context_tokens)
         budget = self._passage_budget(overhead, limit, answer_tokens)
         context = self.retriever.retrieve(
             questions, budget_tokens=budget, tokenizer=self.prompt, render=self.prompt.render, **narrow
@@ -342,33 +351,55 @@ class Pipeline:
 
     def _limit(self, context_tokens: ContextTokens) -> Limit:
         """How many tokens prompt and answer may have. Raises `BudgetError` for more than window or memory take."""
-        from stripedrag.model.memory import context_bytes, fitting_tokens, free_bytes
+        from stripedrag.model.memory import fitting_tokens
 
         window = self.window_tokens
-        kept = 0 if self.contexts is None or self.contexts.refuses else self.contexts.memory_bytes
         if context_tokens == "auto":
-            fitting = fitting_tokens(self.model, kept_bytes=kept, share=_MEMORY_SHARE)
+            fitting = fitting_tokens(self.model, kept_bytes=self._keepable_bytes, share=_MEMORY_SHARE)
             return Limit(window, "window") if fitting >= window else Limit(fitting, "memory")
+        limit = self._within_window(context_tokens)
+        self._refuse_memory(limit.tokens, limit.tokens)
+        return limit
+
+    def _within_window(self, context_tokens: int) -> Limit:
         if isinstance(context_tokens, str):
             raise UsageError(f"context_tokens is {context_tokens!r}; it is a number of tokens, or 'auto'")
-        if context_tokens > window:
+        if context_tokens > self.window_tokens:
             raise BudgetError(
-                f"context_tokens is {context_tokens}; {self.model_name} has a window of {window}. "
+                f"context_tokens is {context_tokens}; {self.model_name} has a window of {self.window_tokens}. "
                 "Lower it, or open the pipeline with window_tokens (`--window-tokens`) to stretch the window."
             )
-        needed, free = context_bytes(self.model, context_tokens, kept_bytes=kept), free_bytes(self.model.device)
+        return Limit(context_tokens, "asked")
+
+    @property
+    def _keepable_bytes(self) -> int:
+        """What the context cache may still take of the memory."""
+        if self.contexts is None or self.contexts.refuses:
+            return 0
+        return max(0, self.contexts.memory_bytes - self.contexts.held_bytes)
+
+    def _refuse_memory(self, tokens: int, new_tokens: int) -> None:
+        """Raises `BudgetError` where memory does not take `tokens`, of which `new_tokens` are not kept yet."""
+        from stripedrag.model.memory import context_bytes, free_bytes, token_bytes
+
+        kept = min(self._keepable_bytes, new_tokens * token_bytes(self.model))
+        needed, free = context_bytes(self.model, tokens, kept_bytes=kept), free_bytes(self.model.device)
         if needed > free:
             raise BudgetError(
-                f"context_tokens is {context_tokens}, for which {self.model_name} takes up to {needed / 1e9:.1f} GB of "
-                f"memory beside its weights; {max(free, 0) / 1e9:.1f} GB are free. Lower it, pass 'auto', or open the "
+                f"for {tokens} tokens of context {self.model_name} takes up to {needed / 1e9:.1f} GB of memory beside "
+                f"its weights; {max(free, 0) / 1e9:.1f} GB are free. Lower context_tokens, pass 'auto', or open the "
                 "pipeline with a smaller cache_bytes."
             )
-        return Limit(context_tokens, "asked")
 
     def _passage_budget(self, overhead: int, limit: Limit, answer_tokens: int) -> int:
         if answer_tokens < 1:
             raise BudgetError(f"answer_tokens is {answer_tokens}; an answer has at least 1")
         budget = limit.tokens - answer_tokens - overhead
+        if budget < 1 and limit.by == "memory":
+            raise BudgetError(
+                f"the free memory takes {limit.tokens} tokens of context; question and template take {overhead} of "
+                f"them and the answer's reserve {answer_tokens}, which leaves nothing for passages. Free some memory."
+            )
         if budget < 1:
             raise BudgetError(
                 f"context_tokens is {limit.tokens}: question and template take {overhead} of them and the answer's "
@@ -387,13 +418,15 @@ class Pipeline:
         """What is read for the questions, the given context or a retrieved one, and what they may have with it."""
         if context is None:
             limit = self._limit(CONTEXT_TOKENS if context_tokens is None else context_tokens)
-            return self.context_for(questions, limit.tokens, answer_tokens=answer_tokens, **narrow), limit
+            return self._retrieved(questions, limit, answer_tokens, narrow), limit
         if narrow:
             raise UsageError(f"{next(iter(narrow))} narrows what is retrieved, and the context is given; leave one out")
         for question in questions:
             if not question.strip():
                 raise UsageError(f"the question {question!r} is blank. Ask something.")
-        limit = self._limit(self.window_tokens if context_tokens is None else context_tokens)
+        # it was filled already, so that its own tokens are what memory has to take
+        whole = context_tokens is None or context_tokens == "auto"
+        limit = Limit(self.window_tokens, "window") if whole else self._within_window(cast(int, context_tokens))
         overhead = max(self.prompt.overhead_tokens(question) for question in questions)
         room = self._passage_budget(overhead, limit, answer_tokens)
         if context.tokens > room:
@@ -402,15 +435,25 @@ class Pipeline:
                 f"{overhead} and the answer's reserve {answer_tokens}, which leaves {room}. Make it smaller, or lower "
                 "answer_tokens."
             )
+        prefix = self.prompt.prefix_ids(context.spans)
+        known = 0 if self.contexts is None else self.contexts.known_tokens(prefix)
+        needed = context.tokens + overhead + answer_tokens
+        self._refuse_memory(needed, needed - known)
         return context, limit
 
     def _answer(
-        self, question: str, context: Context, completed: "Completed", limit: Limit, retrieval_s: float
+        self,
+        question: str,
+        prompt_ids: Sequence[int],
+        context: Context,
+        completed: "Completed",
+        limit: Limit,
+        retrieval_s: float,
     ) -> Answer:
         from stripedrag.rag.refusal import is_refusal
 
         text = completed.text.strip()
-        found = not is_refusal(text)
+        found = not (completed.refused or is_refusal(text))
         best_first = context.spans[::-1] if context.policy == "best-last" else context.spans
         return Answer(
             question=question,
@@ -419,7 +462,7 @@ class Pipeline:
             citations=cite(text, question, best_first) if found else (),
             context=context,
             model=self.model_name,
-            prompt=self.tokenizer.decode(self.prompt.ids(question, context.spans)),
+            prompt=self.tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False),
             prompt_template_sha256=self.prompt.template.sha256,
             finish=completed.finish or "stop",
             usage=Usage(
@@ -472,10 +515,11 @@ class AnswerStream:
         from stripedrag.rag.completion import Completion
 
         ids, marks = pipeline.prompt.marked_prefix_ids(self.context.spans)
+        prompt_ids = [*ids, *pipeline.prompt.question_ids(question)]
         completion = Completion(
             pipeline.model,
             pipeline.tokenizer,
-            [*ids, *pipeline.prompt.question_ids(question)],
+            prompt_ids,
             contexts=pipeline.contexts,
             marks=marks,
             is_reply=True,
@@ -483,11 +527,4 @@ class AnswerStream:
             **decoding,
         )
         yield from completion
-        self._answer = pipeline._answer(question, self.context, completion, limit, retrieval_s)
-
-
-def _refuse_empty(stop: Sequence[str]) -> None:
-    if isinstance(stop, str):
-        raise UsageError(f"stop is the string {stop!r}; it is a list of strings. Write [{stop!r}].")
-    if "" in stop:
-        raise UsageError("stop holds an empty string, which would end every answer at once; leave it out")
+        self._answer = pipeline._answer(question, prompt_ids, self.context, completion, limit, retrieval_s)

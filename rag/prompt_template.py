@@ -19,7 +19,14 @@ def _holding(*names: str, optional: tuple[str, ...] = ()) -> AfterValidator:
     """A check that a text has each of `names` in braces, may have `optional` ones, and no others."""
 
     def check(text: str) -> str:
-        found = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+        fields = [
+            (name, spec or conversion) for _, name, spec, conversion in Formatter().parse(text) if name is not None
+        ]
+        found = [name for name, _ in fields]
+        if formatted := [name for name, form in fields if form]:
+            raise ValueError(
+                f"it formats {{{formatted[0]}}}; texts are filled in as they are. Leave out what follows it"
+            )
         if missing := [name for name in names if name not in found]:
             raise ValueError(f"it lacks {{{missing[0]}}}")
         if strange := [name for name in found if name not in (*names, *optional)]:
@@ -44,7 +51,7 @@ class PromptTemplate(BaseModel):
     def read(cls, file: str | Path) -> Self:
         """The template of a file. Raises `UsageError` where it cannot be read or is none, naming what is wrong."""
         try:
-            return cls.model_validate(tomllib.loads(Path(file).read_text(encoding="utf-8")))
+            return cls.model_validate(tomllib.loads(Path(file).read_text(encoding="utf-8-sig")))
         except OSError as error:
             raise UsageError(f"the prompt file {str(file)!r} cannot be read: {error.strerror}") from error
         except ValidationError as error:

@@ -158,7 +158,7 @@ class Retriever:
         where: "Where | None" = None,
         doc_ids: Iterable[str] | None = None,
     ) -> "list[Scored]":
-        """The chunks that `retrieve` joins into spans, in rank order."""
+        """The chunks that `retrieve` joins into spans, in rank order; of those that are shared, what was found."""
         found, context = self._retrieve(question, budget_tokens, None, tokenizer, render, where, doc_ids)
         dropped = {one.rank for one in context.dropped}
         return [scored for scored in found if scored.rank not in dropped]

@@ -4,7 +4,7 @@ engine = RetrieverQueryEngine(index.as_retriever(similarity_top_k=1000), FillCon
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from stripedrag.rag.defaults import POLICY
 from stripedrag.rag.llama_index.llm import StripedHyena
 from stripedrag.rag.llama_index.search import TITLES, place, title
 from stripedrag.rag.prompt_template import default_template
-from stripedrag.rag.retriever import Policy, Span, fill
+from stripedrag.rag.retriever import POLICIES, Policy, Span, fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class FillContext(BaseSynthesizer):
                 f"FillContext counts with the model's own tokenizer, which a {type(llm).__name__} does not give. Use "
                 'StripedHyena, or LlamaIndex\'s "compact" with a PromptHelper for that LLM.'
             )
+        if policy not in POLICIES:
+            raise UsageError(f"no order policy {policy!r}; choose one of {', '.join(POLICIES)}")
         super().__init__(
             llm=llm, callback_manager=callback_manager, prompt_helper=llm.prompt_helper(), streaming=streaming
         )
@@ -76,7 +78,7 @@ class FillContext(BaseSynthesizer):
         """The answer to a query from its nodes; see the class."""
         if not nodes:
             return super().synthesize(query, nodes, additional_source_nodes, **response_kwargs)
-        filled = self._fill(_query(query), nodes)
+        filled = self._fill(_query(query), list(nodes), response_kwargs)
         response = super().synthesize(query, filled.read, additional_source_nodes, filled=filled, **response_kwargs)
         return _told(response, filled)
 
@@ -90,7 +92,7 @@ class FillContext(BaseSynthesizer):
         """As `synthesize`, without blocking the event loop."""
         if not nodes:
             return await super().asynthesize(query, nodes, additional_source_nodes, **response_kwargs)
-        filled = await asyncio.to_thread(self._fill, _query(query), nodes)
+        filled = await asyncio.to_thread(self._fill, _query(query), list(nodes), response_kwargs)
         response = await super().asynthesize(
             query, filled.read, additional_source_nodes, filled=filled, **response_kwargs
         )
@@ -101,14 +103,16 @@ class FillContext(BaseSynthesizer):
     ) -> RESPONSE_TEXT_TYPE:
         """The answer's text from passages, as many as fit; see the class."""
         call = self._llm.stream if self._streaming else self._llm.predict
-        return call(self._text_qa_template, **self._arguments(query_str, text_chunks, filled), **prompt_args)
+        return call(
+            self._text_qa_template, **self._arguments(query_str, text_chunks, filled, prompt_args), **prompt_args
+        )
 
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], filled: _Filled | None = None, **prompt_args: Any
     ) -> RESPONSE_TEXT_TYPE:
         """As `get_response`, without blocking the event loop."""
         call = self._llm.astream if self._streaming else self._llm.apredict
-        arguments = await asyncio.to_thread(self._arguments, query_str, text_chunks, filled)
+        arguments = await asyncio.to_thread(self._arguments, query_str, text_chunks, filled, prompt_args)
         return await call(self._text_qa_template, **arguments, **prompt_args)
 
     def _get_prompts(self) -> PromptDictType:
@@ -117,32 +121,40 @@ class FillContext(BaseSynthesizer):
     def _update_prompts(self, prompts: PromptDictType) -> None:
         self._text_qa_template = prompts.get("text_qa_template", self._text_qa_template)
 
-    def _arguments(self, query_str: str, text_chunks: Sequence[str], filled: _Filled | None) -> dict[str, str]:
+    def _arguments(
+        self, query_str: str, text_chunks: Sequence[str], filled: _Filled | None, prompt_args: Mapping[str, Any]
+    ) -> dict[str, str]:
         if filled is None:
-            filled = self._fill(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
+            nodes = [NodeWithScore(node=TextNode(text=text)) for text in text_chunks]
+            filled = self._fill(query_str, nodes, prompt_args)
         return {"context_str": filled.text, "query_str": query_str}
 
     def _render(self, span: Span) -> str:
         return self._passages.passage_text(span.title, span.text)
 
-    def _fill(self, query_str: str, nodes: Sequence[NodeWithScore]) -> _Filled:
+    def _prompt_tokens(self, context_str: str, query_str: str, prompt_args: Mapping[str, Any]) -> int:
+        arguments = {"context_str": context_str, "query_str": query_str, **prompt_args}
+        return int(self._llm.template_tokens(self._text_qa_template, **arguments))
+
+    def _fill(self, query_str: str, nodes: Sequence[NodeWithScore], prompt_args: Mapping[str, Any]) -> _Filled:
         candidates, titles = [], {}
         for rank, scored in enumerate(nodes, start=1):
             chunk, titles[chunk.doc_id] = _chunk(scored.node)
             candidates.append(Scored(chunk, scored.score or 0.0, rank))
         llm = self._llm
         room = llm.model_window - llm.max_tokens
-        budget = room - llm.template_tokens(self._text_qa_template, context_str="", query_str=query_str)
+        empty = self._prompt_tokens("", query_str, prompt_args)
+        budget = room - empty
         while True:
             context = fill(
                 candidates, titles, budget_tokens=budget, tokenizer=llm, render=self._render, policy=self._policy
             )
             text = self._passages.begin + "".join(map(self._render, context.spans))
-            tokens = llm.template_tokens(self._text_qa_template, context_str=text, query_str=query_str)
+            tokens = self._prompt_tokens(text, query_str, prompt_args)
             if not context.spans:
                 raise BudgetError(
                     f"{llm.model} has a window of {llm.model_window}, of which max_tokens takes {llm.max_tokens} and "
-                    f"the prompt without passages {room - budget}; the best node does not fit into the rest. Lower "
+                    f"the prompt without passages {empty}; the best node does not fit into the rest. Lower "
                     "max_tokens, or cut the documents into smaller nodes."
                 )
             if tokens <= room:
@@ -160,7 +172,7 @@ def _chunk(node: BaseNode) -> tuple[Chunk, str]:
     """
     shown = node.get_metadata_str(mode=MetadataMode.LLM)
     names = set(node.metadata) - set(node.excluded_llm_metadata_keys)
-    heading = title(node) if names and names <= set(TITLES) else shown
+    heading = title(node, names) if names and names <= set(TITLES) else shown
     doc_id, start = place(node)
     return Chunk.at(f"{doc_id}\n{heading}", start, node.get_content(metadata_mode=MetadataMode.NONE)), heading
 

@@ -5,9 +5,11 @@ The class for `from llama_index.llms.stripedhyena import StripedHyena`. Any mode
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from contextlib import closing
+from contextvars import ContextVar, copy_context
 from typing import Any, Self, TypeVar
 
 import torch
@@ -32,7 +34,7 @@ from stripedrag.errors import BudgetError, UsageError
 from stripedrag.model.baselines import template_options, window_tokens
 from stripedrag.model.generation import Sampling
 from stripedrag.model.loading import DEFAULT_MODEL, load_model
-from stripedrag.rag.completion import Completion
+from stripedrag.rag.completion import Completion, refuse_empty
 from stripedrag.rag.context_cache import BLOCK_TOKENS, LEAST_TOKENS, MEMORY_BYTES, ContextCache
 from stripedrag.rag.prompt import ChatFormat
 
@@ -40,6 +42,7 @@ _Response = TypeVar("_Response", CompletionResponse, ChatResponse)
 _OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "stop")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _END: Any = object()
+_abandoned: ContextVar[threading.Event | None] = ContextVar("_abandoned", default=None)  # of the call in this task
 
 
 class StripedHyena(CustomLLM):
@@ -154,7 +157,7 @@ class StripedHyena(CustomLLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """As `complete`, without blocking the event loop; it ends with its token under way where it is cancelled."""
+        """As `complete`, without blocking the event loop; where it is cancelled it ends within a step of the model."""
         return await self._engine.alast(self._completions(prompt, formatted, kwargs))
 
     @llm_completion_callback()
@@ -164,7 +167,7 @@ class StripedHyena(CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """As `chat`, without blocking the event loop; it ends with its token under way where it is cancelled."""
+        """As `chat`, without blocking the event loop; where it is cancelled it ends within a step of the model."""
         return await self._engine.alast(self._replies(messages, kwargs))
 
     @llm_chat_callback()
@@ -230,8 +233,7 @@ class StripedHyena(CustomLLM):
         settings = {name: given.get(name, getattr(self, name)) for name in _OPTIONS}
         if isinstance(settings["stop"], str):
             settings["stop"] = [settings["stop"]]
-        if "" in settings["stop"]:
-            raise UsageError("stop holds an empty string, which would end every answer at once; leave it out")
+        settings["stop"] = refuse_empty(settings["stop"])
         if settings["max_tokens"] < 1:
             raise UsageError(f"max_tokens is {settings['max_tokens']}; it is at least 1")
         return settings
@@ -259,28 +261,37 @@ class _Engine:
     def completion(self, ids: list[int], **options: Any) -> Completion:
         """What follows a prompt. Its beginning is kept in blocks that are small near its end, where others part."""
         marks = range((max(0, len(ids) - BLOCK_TOKENS) // LEAST_TOKENS + 1) * LEAST_TOKENS, len(ids), LEAST_TOKENS)
-        return Completion(self.model, self.tokenizer, ids, contexts=self._contexts, marks=marks, **options)
+        return Completion(
+            self.model,
+            self.tokenizer,
+            ids,
+            contexts=self._contexts,
+            marks=marks,
+            progress=_unless(_abandoned.get()),
+            **options,
+        )
 
     def in_turn(self, pieces: Completion) -> Iterator[str]:
         """The pieces, each made when no other call makes one: a stream that nobody reads on blocks nobody."""
-        steps = iter(pieces)
-        while True:
-            with self._turn:
-                piece = next(steps, None)
-            if piece is None:
-                return
-            yield piece
+        with closing(pieces.pieces) as steps:  # a stream that nobody reads on gives its cache back
+            while True:
+                with self._turn:
+                    piece = next(steps, None)
+                if piece is None:
+                    return
+                yield piece
 
     def last(self, responses: Iterator[_Response]) -> _Response:
         """The last of the responses, with no other call between them."""
         with self._turn:
-            *_, response = responses
+            (response,) = deque(responses, maxlen=1)
         response.delta = None
         return response
 
     async def alast(self, responses: Generator[_Response, None, None]) -> _Response:
         """As `last`, in the model's thread."""
         abandoned = threading.Event()
+        _abandoned.set(abandoned)
 
         def going() -> Iterator[_Response]:
             for response in responses:
@@ -295,14 +306,29 @@ class _Engine:
 
     async def astream(self, responses: Generator[_Response, None, None]) -> AsyncGenerator[_Response, None]:
         """The responses, each made in the model's thread; an exception is raised here."""
+        abandoned = threading.Event()
+        _abandoned.set(abandoned)
         try:
             while (response := await self._run(next, responses, _END)) is not _END:
                 yield response
         finally:
+            abandoned.set()
             self._thread.submit(responses.close)  # after the token under way, where it was cancelled
 
     def _run(self, call: Any, *arguments: Any) -> "asyncio.Future[Any]":
         return asyncio.get_running_loop().run_in_executor(self._thread, copy_context().run, call, *arguments)
+
+
+class _AbandonedError(Exception):
+    """Ends the reading of a prompt whose answer nobody waits for; nobody hears it."""
+
+
+def _unless(abandoned: threading.Event | None) -> Callable[[int, int], None]:
+    def hear(done: int, of: int) -> None:
+        if abandoned is not None and abandoned.is_set():
+            raise _AbandonedError(f"{done} of {of} tokens were read")
+
+    return hear
 
 
 def _made(kind: type[StripedHyena], fields: dict[str, Any]) -> StripedHyena:

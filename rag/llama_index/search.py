@@ -68,6 +68,6 @@ def place(node: "BaseNode") -> tuple[str, int]:
     return (node.node_id, 0) if start is None or node.ref_doc_id is None else (node.ref_doc_id, start)
 
 
-def title(node: "BaseNode") -> str:
-    """A node's title by its metadata, or none."""
-    return next((str(node.metadata[name]) for name in TITLES if node.metadata.get(name)), "")
+def title(node: "BaseNode", names: Collection[str] = TITLES) -> str:
+    """A node's title by those of its metadata, or none."""
+    return next((str(node.metadata[name]) for name in TITLES if name in names and node.metadata.get(name)), "")

@@ -5,7 +5,7 @@ index = VectorStoreIndex.from_vector_store(store, embed_model=MockEmbedding(1)) 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,22 @@ class IndexVectorStore(BasePydanticVectorStore):
 
     _index: Index = PrivateAttr()
 
-    def __init__(self, place: "Index | str | Path") -> None:
+    def __init__(
+        self, place: "Index | str | Path", *, stores_text: bool = True, is_embedding_query: bool = False
+    ) -> None:
+        if not stores_text or is_embedding_query:
+            raise UsageError(
+                "this store holds texts and embeds by itself: stores_text is True, is_embedding_query False"
+            )
         index = place if isinstance(place, Index) else (Index.open if Index.is_at(place) else Index.create)(place)
         super().__init__(place=str(index.place))
         self._index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.place,)  # whoever gets a copy opens the index by itself
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "IndexVectorStore":
+        return type(self)(self._index)
 
     @classmethod
     def class_name(cls) -> str:
@@ -80,11 +92,14 @@ class IndexVectorStore(BasePydanticVectorStore):
         return self._index
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """Add nodes, or replace those with the same ids, all or none of them; their ids."""
+        """Add nodes, or replace those with the same ids, all or none of them; their ids. A node without any text, as of
+        a blank page, holds nothing to find and is left out.
+        """
         del kwargs
-        if nodes:
-            self._index.add(_document(node) for node in nodes)
-        return [node.node_id for node in nodes]
+        documents = [document for document in map(_document, nodes) if document.text.strip()]
+        if documents:
+            self._index.add(documents)
+        return [document.id for document in documents]
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """As `add`, without blocking the event loop."""
@@ -93,7 +108,7 @@ class IndexVectorStore(BasePydanticVectorStore):
     def delete(self, ref_doc_id: str, **kwargs: Any) -> None:
         """Delete the nodes of a source document; none is no error."""
         del kwargs
-        self._delete(self._index.document_ids({"ref_doc_id": ref_doc_id}))
+        self._delete(lambda: self._index.document_ids({"ref_doc_id": ref_doc_id}))
 
     async def adelete(self, ref_doc_id: str, **kwargs: Any) -> None:
         """As `delete`, without blocking the event loop."""
@@ -104,9 +119,9 @@ class IndexVectorStore(BasePydanticVectorStore):
     ) -> None:
         """Delete the nodes of these ids that a filter admits. Raises `UsageError` for neither: `clear` deletes all."""
         del kwargs
-        if node_ids is None and filters is None:
+        if node_ids is None and not (filters and filters.filters):
             raise UsageError("delete_nodes has neither node_ids nor filters; give one, or call clear")
-        self._delete(self._ids(node_ids, filters))
+        self._delete(lambda: self._ids(node_ids, filters))
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
         """The nodes of these ids (None: all) that a filter admits, in the order of their ids."""
@@ -114,7 +129,7 @@ class IndexVectorStore(BasePydanticVectorStore):
 
     def clear(self) -> None:
         """Delete all nodes."""
-        self._delete(self._index.document_ids())
+        self._delete(self._index.document_ids)
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """The best `similarity_top_k` nodes for the query's text. Raises `UsageError` for a query without one."""
@@ -125,8 +140,12 @@ class IndexVectorStore(BasePydanticVectorStore):
             raise UsageError(f"no query mode {query.mode.value!r} here; choose one of {', '.join(_METHODS)}")
         where = _where(query.filters)
         if query.doc_ids:
-            where.setdefault("ref_doc_id", {})["$in"] = query.doc_ids
-        node_ids = query.node_ids or None  # LlamaIndex's own retriever gives an empty list for all
+            tests = where.setdefault("ref_doc_id", {})
+            tests["$in"] = [doc_id for doc_id in query.doc_ids if doc_id in tests.get("$in", query.doc_ids)]
+        # LlamaIndex's own retriever gives an empty list for all, and may name nodes that are gone
+        node_ids = self._ids(query.node_ids, None) if query.node_ids else None
+        if node_ids == [] or not self._index.document_count:
+            return VectorStoreQueryResult([], [], [])
         best: dict[str, float] = {}
         k = query.similarity_top_k
         while True:  # a node of several passages may be found by each
@@ -150,9 +169,13 @@ class IndexVectorStore(BasePydanticVectorStore):
         wanted = set(admitted if node_ids is None else node_ids)
         return [node_id for node_id in admitted if node_id in wanted]
 
-    def _delete(self, node_ids: Sequence[str]) -> None:
-        if node_ids:
-            self._index.delete(node_ids)
+    def _delete(self, select: Callable[[], list[str]]) -> None:
+        while node_ids := select():
+            try:
+                self._index.delete(node_ids)
+            except UsageError:  # another has deleted one of them meanwhile, so that none of ours went
+                continue
+            return
 
     def _node(self, node_id: str) -> BaseNode:
         document = self._index.document(node_id)

@@ -199,6 +199,11 @@ def test_calls_of_several_threads_and_tasks_take_turns_and_agree(tiny_llm):
 
 def test_a_cancelled_call_leaves_the_queue(tiny_llm):
     async def scenario():
+        reading = asyncio.create_task(tiny_llm.acomplete("oxygen and water " * 1300, max_tokens=3))
+        await asyncio.sleep(0.01)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
         long = asyncio.create_task(tiny_llm.acomplete("Oxygen is", max_tokens=3000))
         waiting = asyncio.create_task(tiny_llm.acomplete("Oxygen is", max_tokens=3000))
         await asyncio.sleep(0.05)

@@ -47,11 +47,11 @@ class Said(Completed):
 
     def __init__(self, ids, text):
         super().__init__(len(ids), token_ids=[1])
-        self.said = text
+        self.pieces = self.say(text)
 
-    def __iter__(self):
-        self.text, self.finish = self.said, "stop"
-        yield self.said
+    def say(self, text):
+        self.text, self.finish = text, "stop"
+        yield text
 
 
 @pytest.fixture(scope="session")
@@ -153,16 +153,20 @@ def test_neighbours_are_joined_repeats_left_out_and_the_order_kept(folder_of):
     ]
     other = TextNode(text="Bread rises because yeast makes carbon dioxide.", metadata={"title": "Bread", "year": 1990})
     again = TextNode(text="Bread rises because yeast makes carbon dioxide.")
+    names = {"title": "SECRET", "file_name": "notes.txt"}
+    hidden = TextNode(text="Salt is mined.", metadata=names, excluded_llm_metadata_keys=["title"])
     llm = Recording(folder_of(4096), max_tokens=8, answers="1862")
     scored = [
-        NodeWithScore(node=node, score=1.0 - 0.1 * i) for i, node in enumerate([nodes[1], other, nodes[0], again])
+        NodeWithScore(node=node, score=1.0 - 0.1 * i)
+        for i, node in enumerate([nodes[1], other, nodes[0], again, hidden])
     ]
     response = FillContext(llm).synthesize("When?", scored)
     (prompt,) = llm.prompts
     read = llm._engine.tokenizer.decode(prompt)
     assert f"title: Bread\nyear: 1990\n{other.text}\n\nVeyrac\n{text}\n\nQuestion: When?" in read
     assert response.metadata["fill_context"]["dropped"] == [{"node_id": again.node_id, "reason": "repeat"}]
-    assert len(response.source_nodes) == 3
+    assert len(response.source_nodes) == 4
+    assert "notes.txt\nSalt is mined." in read and "SECRET" not in read
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -194,6 +198,10 @@ def test_a_template_of_the_users_is_counted_too(folder_of, index):
     synthesizer.update_prompts({"text_qa_template": template})
     assert synthesizer.get_prompts()["text_qa_template"].template == template.template
     assert synthesizer.get_response(QUESTION, ["It was in 1227."]) == "1227"
+    toned = FillContext(llm, text_qa_template=PromptTemplate("{tone}{context_str}{query_str}"))
+    nodes = BudgetRetriever(index, budget_tokens=9000, tokenizer=llm).retrieve(QUESTION)
+    assert str(toned.synthesize(QUESTION, nodes, tone="Be kind. " * 100)) == "1227"
+    assert 0.9 * llm.model_window < len(llm.prompts[-1]) + llm.max_tokens <= llm.model_window
 
 
 def test_the_stock_synthesizer_fills_it_in_one_call_with_our_prompt_helper(folder_of, stock_index):
@@ -238,3 +246,5 @@ def test_what_it_cannot_do_is_refused(folder_of):
     with pytest.raises(UsageError, match="counts with the model's own tokenizer, which a MockLLM does not give"):
         FillContext(MockLLM())
     assert str(FillContext(llm).synthesize(QUESTION, [])) == "Empty Response"
+    with pytest.raises(UsageError, match="no order policy 'best'; choose one of rank, best-last"):
+        FillContext(llm, policy="best")

@@ -1,6 +1,8 @@
 """Our index as a vector store of LlamaIndex: its own machinery adds, finds, filters and deletes nodes."""
 
 import asyncio
+import copy
+import pickle
 
 import pytest
 from llama_index.core import Document, MockEmbedding, StorageContext, VectorStoreIndex
@@ -144,6 +146,36 @@ def test_the_whole_way_from_documents_to_an_answer(store):
     assert "1955" in str(response)
 
 
+def test_a_blank_page_a_node_that_is_gone_and_an_empty_store_stop_nothing(store, tmp_path):
+    empty = IndexVectorStore(tmp_path / "empty")
+    retriever = VectorStoreIndex.from_vector_store(empty, embed_model=UNUSED).as_retriever()
+    assert retriever.retrieve("lighthouse") == []
+    pages = [Document(text="A real page.", metadata={"page": 1}), Document(text=" ", metadata={"page": 2})]
+    context = StorageContext.from_defaults(vector_store=empty)
+    VectorStoreIndex.from_documents(pages, storage_context=context, embed_model=UNUSED)
+    assert [node.text for node in empty.get_nodes()] == ["A real page."]
+    one = store.get_nodes()[0].node_id
+    assert store.query(VectorStoreQuery(query_str="lighthouse", node_ids=[one, "gone"], similarity_top_k=5)).ids == [
+        one
+    ]
+    assert store.query(VectorStoreQuery(query_str="lighthouse", node_ids=["gone"])).ids == []
+
+
+def test_a_filter_and_documents_that_are_asked_for_must_both_hold(store):
+    def found(doc_ids, *filtered):
+        only = where(MetadataFilter(key="ref_doc_id", operator="in", value=list(filtered)))
+        asked = VectorStoreQuery(query_str="the lighthouse", similarity_top_k=50, doc_ids=doc_ids, filters=only)
+        return {node.ref_doc_id for node in store.query(asked).nodes}
+
+    assert found(["book 1862", "book 1901"], "book 1901", "book 1955") == {"book 1901"}
+    assert found(["book 1862"], "book 1901") == set()
+
+
+def test_copies_open_the_same_index(store):
+    for other in (pickle.loads(pickle.dumps(store)), copy.deepcopy(store), IndexVectorStore.from_dict(store.to_dict())):
+        assert [node.node_id for node in other.get_nodes()] == [node.node_id for node in store.get_nodes()]
+
+
 def test_what_it_cannot_do_is_refused(store, tmp_path):
     with pytest.raises(UsageError, match="the query has no text; this store searches texts by itself"):
         store.query(VectorStoreQuery(query_embedding=[1.0]))
@@ -160,4 +192,8 @@ def test_what_it_cannot_do_is_refused(store, tmp_path):
         store.get_nodes(filters=where(one, one))
     with pytest.raises(UsageError, match="has neither node_ids nor filters; give one, or call clear"):
         store.delete_nodes()
+    with pytest.raises(UsageError, match="has neither node_ids nor filters; give one, or call clear"):
+        store.delete_nodes(filters=where())
+    with pytest.raises(UsageError, match="this store holds texts and embeds by itself"):
+        IndexVectorStore(tmp_path / "other", is_embedding_query=True)
     assert store.add([]) == []

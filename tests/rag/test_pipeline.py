@@ -220,13 +220,28 @@ def test_auto_takes_the_window_or_what_memory_allows_and_says_which(pipeline, ke
     assert keeping.context_of(["Oxygen.txt"], "auto").budget_tokens < 1500
     less = memory.context_bytes(keeping.model, 4000, kept_bytes=2**31)
     monkeypatch.setattr(memory, "free_bytes", lambda device: less)
-    with pytest.raises(BudgetError, match=r"for which tiny takes up to \d+\.\d GB of memory .*; 0\.\d GB are free"):
+    with pytest.raises(
+        BudgetError, match=r"for 4096 tokens of context tiny takes up to 0\.\d GB .*; 0\.\d GB are free"
+    ):
         keeping.ask("Who discovered oxygen?", 4096)
     free(0)
-    with pytest.raises(BudgetError, match="context_tokens is 0: question and template take"):
+    with pytest.raises(BudgetError, match="the free memory takes 0 tokens of context; question and template take"):
         keeping.ask("Who discovered oxygen?", "auto")
     with pytest.raises(UsageError, match="context_tokens is 'most'; it is a number of tokens, or 'auto'"):
         keeping.ask("Who discovered oxygen?", "most")
+
+
+def test_what_is_kept_is_not_charged_twice(keeping, monkeypatch):
+    """Free memory falls by what a context cache takes, and what is read already needs none."""
+    whole = memory.context_bytes(keeping.model, 2000, kept_bytes=2**31)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: whole - keeping.contexts.held_bytes)
+    context = keeping.context_of(["Oxygen.txt", "Warsaw.txt"], 2000, answer_tokens=8)
+    keeping.warm(context)
+    for tokens in (None, "auto", 2000):
+        answer = keeping.ask("Who?", tokens, context=context, answer_tokens=8)
+        assert answer.usage.reused_tokens >= context.tokens
+    with pytest.raises(BudgetError, match="Lower context_tokens, pass 'auto', or open the pipeline with a smaller"):
+        keeping.context_of(["Oxygen.txt"], 4096)
 
 
 def test_the_answer_holds_the_prompt_that_was_read(pipeline, tokenizer):
@@ -265,6 +280,11 @@ def test_a_prompt_file_replaces_the_words_around_passages_and_question(index, ti
             r"wrong 'passage': it has \{name\}, and \{text\} and \{title\} alone can be filled in; write braces twice",
         ),
         ('passage = "{text}"\nquestion = "{question"', "wrong 'question': "),
+        (
+            'passage = "{text:.20}"\nquestion = "{question}"',
+            r"wrong 'passage': it formats \{text\}; texts are filled in",
+        ),
+        ('passage = "{text}"\nquestion = "{question!r}"', r"wrong 'question': it formats \{question\}"),
         ('passage = "{text}"\nquestion = "{question}"\nanswer = "x"', "wrong 'answer': Extra inputs"),
     ],
 )

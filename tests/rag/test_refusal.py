@@ -9,6 +9,8 @@ from stripedrag.errors import UsageError
 from stripedrag.model.cache import new_cache
 from stripedrag.model.generation import prefill
 from stripedrag.rag import Pipeline
+from stripedrag.rag.prompt import PromptFormat
+from stripedrag.rag.prompt_template import PromptTemplate
 from stripedrag.rag.refusal import REFUSE_ABOVE, is_refusal, refusal_for
 
 
@@ -50,16 +52,22 @@ def test_it_refuses_from_its_probability_on_alone_and_together(pipeline, strict)
     assert len({one.found for one in together}) == 2
     everything = strict(1e-9).ask_many(questions, context=context, answer_tokens=8)
     assert {one.text for one in everything} == {"not in the documents"}
-    assert {one.text for one in strict(1e-9).ask_many(questions, context=context, answer_tokens=2)} == {"not in"}
-    ended = strict(1e-9).ask_many(questions, context=context, answer_tokens=8, stop=[" the"])
-    assert {one.text for one in ended} == {"not in"}
+    for limits in (dict(answer_tokens=2), dict(answer_tokens=8, stop=[" the"])):  # a refusal is whole
+        cut = strict(1e-9).ask_many(questions, context=context, **limits)
+        cut.append(strict(1e-9).ask(questions[0], context=context, **limits))
+        assert {(one.text, one.found, one.citations, one.finish) for one in cut} == {
+            ("not in the documents", False, (), "stop")
+        }
+        assert all(one.usage.answer_tokens <= limits["answer_tokens"] for one in cut)
 
 
-def test_a_model_that_was_not_measured_refuses_by_its_own_words(pipeline):
+def test_a_model_that_was_not_measured_refuses_by_its_own_words(pipeline, tokenizer):
     assert pipeline.refusal is None
     assert refusal_for("tiny", pipeline.prompt) is None
     assert refusal_for("stripedhyena-smol-135m", pipeline.prompt).above == REFUSE_ABOVE["stripedhyena-smol-135m"]
     assert refusal_for("stripedhyena-smol-135m", pipeline.prompt, 1.0) is None
+    other = PromptFormat(tokenizer, template=PromptTemplate(passage="{text}", question="{question}"))
+    assert refusal_for("stripedhyena-smol-135m", other) is None, "it was measured with the default words"
     for text, said in (("Not in the documents.", True), (" not in the documents", True), ("not in the city", False)):
         assert is_refusal(text) is said
 

@@ -616,8 +616,8 @@ def test_neighbours_that_share_their_passages_read_them_once(suite, finished, tm
     read = []
 
     class Counted(context_cache.ContextCache):
-        def read(self, ids, marks=()):
-            reading = super().read(ids, marks)
+        def read(self, ids, marks=(), **options):
+            reading = super().read(ids, marks, **options)
             read.append(reading.reused_tokens == 0)
             return reading
 

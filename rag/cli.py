@@ -385,7 +385,7 @@ def _print_answer(answer: "Answer") -> None:
     reused = f", {usage.reused_tokens} read before" if usage.reused_tokens else ""
     limit = {"asked": "", "window": " (the window)", "memory": " (the free memory)"}[usage.limited_by]
     prefill_rate = (usage.prompt_tokens - usage.reused_tokens) / timings.prefill_s
-    decode_rate = usage.answer_tokens / timings.decode_s if usage.answer_tokens else 0.0
+    decode_rate = usage.answer_tokens / timings.decode_s if timings.decode_s else 0.0  # a refusal is not decoded
     typer.echo(
         f"\ntokens   {usage.prompt_tokens} prompt ({usage.passage_tokens} in passages{reused}) + "
         f"{usage.answer_tokens} answer of {usage.context_tokens}{limit}; {_left_out(answer.context)}\n"

@@ -89,6 +89,11 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     assert ended.stdout.startswith(whole["text"][:3].strip())
     assert whole["text"] not in ended.stdout and "of 4096 (the window)" in ended.stdout
 
+    refused = run("ask", index, "What is the capital of Poland?", "--model", tiny_folder, "--refuse-above", "1e-9")
+    assert refused.returncode == 0, refused.stderr
+    assert refused.stdout.startswith("not in the documents\n\n  (by the model: the passages below lack the answer")
+    assert "[1]" not in refused.stdout
+
     result = run("retrieve", index, "capital of Poland", "--budget-tokens", 100, "--json")
     context = json.loads(result.stdout)
     assert context["spans"][0]["text"] == "Warsaw is the capital of Poland."

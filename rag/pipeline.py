@@ -237,16 +237,14 @@ class Pipeline:
         start = time.perf_counter()
         if not questions:
             return []
-        from stripedrag.rag.completion import refuse_empty
+        from stripedrag.rag.completion import complete_together, refuse_empty
+        from stripedrag.rag.context_cache import ContextCache
 
         stop = refuse_empty(stop)
         context, limit = self._context(questions, context_tokens, answer_tokens, context, narrow)
         retrieval_s = time.perf_counter() - start
         ids, marks = self.prompt.marked_prefix_ids(context.spans)
         rests = [self.prompt.question_ids(question) for question in questions]
-        from stripedrag.rag.completion import complete_together
-        from stripedrag.rag.context_cache import ContextCache
-
         completions = complete_together(
             self.model,
             self.tokenizer,
@@ -358,7 +356,7 @@ class Pipeline:
             fitting = fitting_tokens(self.model, kept_bytes=self._keepable_bytes, share=_MEMORY_SHARE)
             return Limit(window, "window") if fitting >= window else Limit(fitting, "memory")
         limit = self._within_window(context_tokens)
-        self._refuse_memory(limit.tokens, limit.tokens)
+        self._refuse_memory(limit.tokens)
         return limit
 
     def _within_window(self, context_tokens: int) -> Limit:
@@ -378,12 +376,15 @@ class Pipeline:
             return 0
         return max(0, self.contexts.memory_bytes - self.contexts.held_bytes)
 
-    def _refuse_memory(self, tokens: int, new_tokens: int) -> None:
-        """Raises `BudgetError` where memory does not take `tokens`, of which `new_tokens` are not kept yet."""
+    def _refuse_memory(self, tokens: int, context: Context | None = None) -> None:
+        """Raises `BudgetError` where memory does not take `tokens`; what is kept of a `context` is there already."""
         from stripedrag.model.memory import context_bytes, free_bytes, token_bytes
 
-        kept = min(self._keepable_bytes, new_tokens * token_bytes(self.model))
-        needed, free = context_bytes(self.model, tokens, kept_bytes=kept), free_bytes(self.model.device)
+        kept, free = self._keepable_bytes, free_bytes(self.model.device)
+        needed = context_bytes(self.model, tokens, kept_bytes=kept)
+        if needed > free and context and self.contexts:
+            new = tokens - self.contexts.known_tokens(self.prompt.prefix_ids(context.spans))
+            needed = context_bytes(self.model, tokens, kept_bytes=min(kept, new * token_bytes(self.model)))
         if needed > free:
             raise BudgetError(
                 f"for {tokens} tokens of context {self.model_name} takes up to {needed / 1e9:.1f} GB of memory beside "
@@ -435,10 +436,7 @@ class Pipeline:
                 f"{overhead} and the answer's reserve {answer_tokens}, which leaves {room}. Make it smaller, or lower "
                 "answer_tokens."
             )
-        prefix = self.prompt.prefix_ids(context.spans)
-        known = 0 if self.contexts is None else self.contexts.known_tokens(prefix)
-        needed = context.tokens + overhead + answer_tokens
-        self._refuse_memory(needed, needed - known)
+        self._refuse_memory(context.tokens + overhead + answer_tokens, context)
         return context, limit
 
     def _answer(

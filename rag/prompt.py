@@ -131,7 +131,7 @@ class PromptFormat:
 
     def render(self, span: Span) -> str:
         """A passage as the model reads it."""
-        return self.template.passage_text(span.title, span.text)
+        return self.template.render(span)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of plain text, special tokens never among them: what a retriever counts with."""

@@ -8,11 +8,14 @@ import tomllib
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from stripedrag.errors import UsageError
+
+if TYPE_CHECKING:
+    from stripedrag.rag.retriever import Span
 
 
 def _holding(*names: str, optional: tuple[str, ...] = ()) -> AfterValidator:
@@ -69,6 +72,10 @@ class PromptTemplate(BaseModel):
     def passage_text(self, title: str, text: str) -> str:
         """A passage as a model reads it."""
         return self.passage.format(title=title, text=text.strip())
+
+    def render(self, span: "Span") -> str:
+        """A span as a model reads it."""
+        return self.passage_text(span.title, span.text)
 
     def question_text(self, question: str) -> str:
         """A question as a model reads it."""

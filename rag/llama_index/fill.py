@@ -22,7 +22,7 @@ from stripedrag.rag.defaults import POLICY
 from stripedrag.rag.llama_index.llm import StripedHyena
 from stripedrag.rag.llama_index.search import TITLES, place, title
 from stripedrag.rag.prompt_template import default_template
-from stripedrag.rag.retriever import POLICIES, Policy, Span, fill
+from stripedrag.rag.retriever import POLICIES, Policy, fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +129,6 @@ class FillContext(BaseSynthesizer):
             filled = self._fill(query_str, nodes, prompt_args)
         return {"context_str": filled.text, "query_str": query_str}
 
-    def _render(self, span: Span) -> str:
-        return self._passages.passage_text(span.title, span.text)
-
     def _prompt_tokens(self, context_str: str, query_str: str, prompt_args: Mapping[str, Any]) -> int:
         arguments = {"context_str": context_str, "query_str": query_str, **prompt_args}
         return int(self._llm.template_tokens(self._text_qa_template, **arguments))
@@ -147,9 +144,14 @@ class FillContext(BaseSynthesizer):
         budget = room - empty
         while True:
             context = fill(
-                candidates, titles, budget_tokens=budget, tokenizer=llm, render=self._render, policy=self._policy
+                candidates,
+                titles,
+                budget_tokens=budget,
+                tokenizer=llm,
+                render=self._passages.render,
+                policy=self._policy,
             )
-            text = self._passages.begin + "".join(map(self._render, context.spans))
+            text = self._passages.begin + "".join(map(self._passages.render, context.spans))
             tokens = self._prompt_tokens(text, query_str, prompt_args)
             if not context.spans:
                 raise BudgetError(

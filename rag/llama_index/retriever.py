@@ -8,7 +8,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
 from stripedrag.rag.prompt_template import default_template
-from stripedrag.rag.retriever import Retriever, Searchable, Span, Tokenizer
+from stripedrag.rag.retriever import Retriever, Searchable, Tokenizer
 
 if TYPE_CHECKING:
     from stripedrag.indexes.filters import Where
@@ -39,7 +39,7 @@ class BudgetRetriever(BaseRetriever):
             "budget_tokens": budget_tokens,
             "tokenizer": tokenizer,
             "where": where,
-            "render": _render,
+            "render": default_template().render,
         }
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -52,10 +52,6 @@ class BudgetRetriever(BaseRetriever):
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
-
-
-def _render(span: Span) -> str:
-    return default_template().passage_text(span.title, span.text)
 
 
 def _node(doc_id: str, title: str, start: int, text: str, score: float) -> NodeWithScore:

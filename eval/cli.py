@@ -15,7 +15,8 @@ import typer
 from stripedrag.errors import UsageError, faults
 from stripedrag.eval.bench import BENCHES
 from stripedrag.rag import cli_index as cli_index  # its commands
-from stripedrag.rag.cli import app, err, main, quiet_libraries, spinner
+from stripedrag.rag.cli import app, main
+from stripedrag.rag.terminal import err, quiet_libraries, spinner
 
 if TYPE_CHECKING:
     from stripedrag.eval.bench.report import Report

@@ -15,8 +15,8 @@ from stripedrag.indexes.documents import Document
 from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.index import Index
 from stripedrag.jsonl import read_lines
+from stripedrag.rag.packing import Span
 from stripedrag.rag.prompt import PromptFormat
-from stripedrag.rag.retriever import Span
 
 
 class Resources:

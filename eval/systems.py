@@ -31,7 +31,8 @@ from stripedrag.eval.schema import (
     Text,
     digest,
 )
-from stripedrag.rag.retriever import Retriever, Span
+from stripedrag.rag.packing import Span
+from stripedrag.rag.retriever import Retriever
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

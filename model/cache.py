@@ -4,7 +4,7 @@ A Hyena layer keeps `conv_states` (B, 3H, K-1) and `recurrent_states` (B, H, N, 
 (transformers' `LinearAttentionLayer`). An attention layer keeps keys and values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class GrowingLayer(DynamicLayer):
 
     keys: Tensor
     values: Tensor
+    expected_tokens = 0  # that the first buffers have room for, and for half as many more
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device from the first states."""
@@ -38,7 +39,7 @@ class GrowingLayer(DynamicLayer):
         filled = self.get_seq_length()
         length = filled + key_states.shape[-2]
         if not self._fits(length, key_states):
-            capacity = max(length, filled + filled // 2)
+            capacity = max(length, filled + filled // 2, self.expected_tokens + self.expected_tokens // 2)
             buffers = tuple(_room(states, capacity) for states in (key_states, value_states))
             if filled:
                 buffers[0][:, :, :filled], buffers[1][:, :, :filled] = self.keys, self.values
@@ -48,15 +49,6 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, filled:length] = new
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
         return self.keys, self.values
-
-    def fill(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Take these keys and values, one piece after another, into an empty layer, with room to grow by half."""
-        self.lazy_initialization(keys[0], values[0])
-        length = sum(piece.shape[-2] for piece in keys)
-        self._buffers = tuple(_room(pieces[0], length + length // 2) for pieces in (keys, values))
-        for buffer, pieces in zip(self._buffers, (keys, values), strict=True):
-            torch.cat(list(pieces), dim=2, out=buffer[:, :, :length])
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
     def _fits(self, length: int, key_states: Tensor) -> bool:
         """Whether the buffers can take `length` tokens and are still what `keys` shows (beam search replaces it)."""
@@ -72,10 +64,13 @@ def _room(states: Tensor, capacity: int) -> Tensor:
     return states.new_empty((*states.shape[:2], capacity, states.shape[-1]))
 
 
-def new_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache for a model of this configuration."""
+def new_cache(config: PreTrainedConfig, *, expected_tokens: int = 0) -> DynamicCache:
+    """An empty cache for a model of this configuration, which does not have to grow for so many tokens."""
     cache = DynamicCache(config=config)
     adopt(cache)
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.expected_tokens = expected_tokens
     return cache
 
 
@@ -131,7 +126,7 @@ def refuses_blocks(cache: DynamicCache) -> str | None:
 
 def block(cache: DynamicCache, start: int) -> dict[str, Tensor]:
     """What a cache holds of its tokens from `start` on: copies of their keys and values (B, Hkv, L, head width), and of
-    the states after the last of them. `cache_of` makes a cache of such blocks again.
+    the states after the last of them. `extend` adds it to a cache again.
     """
     held: dict[str, Tensor | None] = {}
     for i, layer in enumerate(cache.layers):
@@ -146,15 +141,13 @@ def block(cache: DynamicCache, start: int) -> dict[str, Tensor]:
     }
 
 
-def cache_of(config: PreTrainedConfig, blocks: Sequence[Mapping[str, Tensor]]) -> DynamicCache:
-    """A cache that holds these blocks one after another, and shares no memory with them; empty without any."""
-    cache = new_cache(config)
-    for i, layer in enumerate(cache.layers) if blocks else ():
+def extend(cache: DynamicCache, held: Mapping[str, Tensor]) -> None:
+    """Copy a `block` into a cache that holds what came before it."""
+    for i, layer in enumerate(cache.layers):
         if isinstance(layer, LinearAttentionLayer):
-            conv, recurrent = blocks[-1][f"{i}.conv"], blocks[-1].get(f"{i}.recurrent")
+            conv, recurrent = held[f"{i}.conv"], held.get(f"{i}.recurrent")
             cache.update_conv_state(conv, i, conv_kernel_size=conv.shape[-1])
             if recurrent is not None:
                 cache.update_recurrent_state(recurrent, i)
         else:
-            layer.fill([held[f"{i}.keys"] for held in blocks], [held[f"{i}.values"] for held in blocks])
-    return cache
+            layer.update(held[f"{i}.keys"], held[f"{i}.values"])

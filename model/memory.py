@@ -14,6 +14,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from stripedrag.model.cache import new_cache
 from stripedrag.model.generation import SEGMENT_TOKENS
+from stripedrag.model.modeling import StripedHyenaForCausalLM
 
 _GROWTH = 1.5  # `GrowingLayer`
 _CGROUP = Path("/sys/fs/cgroup")
@@ -39,15 +40,23 @@ def segment_bytes(model: PreTrainedModel) -> int:
     return int(SEGMENT_TOKENS * (3 * inner + 12 * config.hidden_size) * model.dtype.itemsize)
 
 
+def row_bytes(model: StripedHyenaForCausalLM, tokens: int) -> int:
+    """Bytes of a reply of `tokens` among several that are decoded together: its own keys, values and Hyena states."""
+    config = model.config
+    state = config.state_size * 2 * 4 + 3 * (config.short_filter_length - 1) * model.dtype.itemsize
+    hyena = config.num_layers - len(config.attn_layer_idxs)
+    return int(hyena * config.hidden_size * state + _GROWTH * tokens * token_bytes(model))
+
+
 def context_bytes(model: PreTrainedModel, tokens: int, *, kept_bytes: int = 0) -> int:
     """Bytes that reading and answering `tokens` takes, of which a context cache keeps up to `kept_bytes`."""
     held = tokens * token_bytes(model)
     return segment_bytes(model) + int(_GROWTH * held) + min(held, kept_bytes)
 
 
-def fitting_tokens(model: PreTrainedModel, *, kept_bytes: int = 0, share: float = 1.0) -> int:
-    """How many tokens fit into a `share` of the memory that is free on the model's device now."""
-    free = share * free_bytes(model.device) - segment_bytes(model)
+def fitting_tokens(model: PreTrainedModel, *, kept_bytes: int = 0, beside_bytes: int = 0, share: float = 1.0) -> int:
+    """How many tokens fit beside `beside_bytes` into a `share` of the memory that is free on the model's device now."""
+    free = share * free_bytes(model.device) - beside_bytes - segment_bytes(model)
     each = token_bytes(model)
     if each == 0:
         return 2**62  # no attention layer: a state is as large after any number of tokens
@@ -58,7 +67,8 @@ def fitting_tokens(model: PreTrainedModel, *, kept_bytes: int = 0, share: float 
 def free_bytes(device: torch.device) -> int:
     """What a process may still take on a device: of a CPU's memory what is available, or the limit of its container."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for its next
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     free = int(psutil.virtual_memory().available)
     for limit, used, statistics, pages in _CGROUP_FILES:
         if (_CGROUP / limit).is_file() and (bytes_ := (_CGROUP / limit).read_text().strip()).isdigit():

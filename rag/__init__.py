@@ -10,17 +10,18 @@ from stripedrag.exports import lazy
 
 if TYPE_CHECKING:
     from stripedrag.rag.answer import Answer, Citation, Timings, Usage
+    from stripedrag.rag.packing import Context, Dropped, Span
     from stripedrag.rag.pipeline import Pipeline
-    from stripedrag.rag.retriever import Context, Dropped, Retriever, Span
+    from stripedrag.rag.retriever import Retriever
 
 _HOMES = {
     "Answer": "stripedrag.rag.answer",
     "Citation": "stripedrag.rag.answer",
-    "Context": "stripedrag.rag.retriever",
-    "Dropped": "stripedrag.rag.retriever",
+    "Context": "stripedrag.rag.packing",
+    "Dropped": "stripedrag.rag.packing",
     "Pipeline": "stripedrag.rag.pipeline",
     "Retriever": "stripedrag.rag.retriever",
-    "Span": "stripedrag.rag.retriever",
+    "Span": "stripedrag.rag.packing",
     "Timings": "stripedrag.rag.answer",
     "Usage": "stripedrag.rag.answer",
 }

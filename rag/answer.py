@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from stripedrag.rag.retriever import Context, Span
+from stripedrag.rag.packing import Context, Span
 
 SCHEMA_VERSION = 3
 _MAX_CITATIONS = 3

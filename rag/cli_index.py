@@ -11,7 +11,8 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 
 from stripedrag.errors import StoreError, UsageError
-from stripedrag.rag.cli import IndexPlace, Json, app, err, harmless, print_json, quiet_libraries
+from stripedrag.rag.cli import IndexPlace, Json, app
+from stripedrag.rag.terminal import err, harmless, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from stripedrag.indexes.documents import Document

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from stripedrag.errors import UsageError
 from stripedrag.model.cache import cache_bytes, new_cache
 from stripedrag.model.generation import Sampling, decode, decode_together, prefill, stop_ids
+from stripedrag.model.memory import row_bytes
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 
 if TYPE_CHECKING:
@@ -206,6 +207,15 @@ def complete_together(
         if refusal and number in refused:
             _refuse(completed[-1], refusal, max_new_tokens)
     return completed
+
+
+def together_bytes(model: "PreTrainedModel", replies: int, tokens: int) -> int:
+    """Bytes that `complete_together` takes for so many replies of `tokens` (with what comes before each) beside what
+    a single one takes.
+    """
+    if not isinstance(model, StripedHyenaForCausalLM):
+        return 0
+    return max(0, min(replies, _ROWS) - 1) * row_bytes(model, tokens)
 
 
 def refuse_empty(stop: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from stripedrag.model.cache import block, cache_of, new_cache, refuses_blocks
+from stripedrag.model.cache import block, extend, new_cache, refuses_blocks
 from stripedrag.model.generation import prefill
 from stripedrag.rag.context_files import ContextFiles
 
@@ -116,15 +116,14 @@ class ContextCache:
         where more was known, and before it where nothing can be kept.
         """
         self._turn += 1
-        parent, known, held = self._root, 0, []
-        for name, tokens in self._way(ids):
+        parent, known, way = self._root, 0, self._way(ids)
+        cache = new_cache(self._model.config, expected_tokens=sum(tokens for _, tokens in way))
+        for name, tokens in way:
             tensors = self._recall(parent, name, tokens)
             if tensors is None:  # a file that went away or is damaged
                 break
-            held.append(tensors)
+            extend(cache, tensors)
             parent, known = name, known + tokens
-        cache = cache_of(self._model.config, held)
-        del held
         at = known
         keeps = not self.refuses and (self.memory_bytes or (self.files and self.files.saves))
         for end in _cuts(known, marks) if keeps else ():

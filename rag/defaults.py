@@ -1,6 +1,6 @@
 """What a question gets where nothing else is said; imports nothing heavy, for the command line."""
 
-from stripedrag.rag.retriever import Policy
+from stripedrag.rag.packing import Policy
 
 MODEL = "stripedhyena-smol-135m"
 CONTEXT_TOKENS = 2048

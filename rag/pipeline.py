@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 from stripedrag.errors import BudgetError, StoreError, UsageError
 from stripedrag.indexes.documents import Scored
 from stripedrag.indexes.index import Index
-from stripedrag.rag.answer import Answer, LimitedBy, Timings, Usage, Warmed, cite
+from stripedrag.rag.answer import Answer, Timings, Usage, Warmed, cite
 from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, POLICY, QUESTION_TOKENS
+from stripedrag.rag.limits import ContextTokens, Limit, Limits
+from stripedrag.rag.packing import Context, Policy
 from stripedrag.rag.prompt import PromptFormat
 from stripedrag.rag.prompt_template import PromptTemplate
-from stripedrag.rag.retriever import Context, Policy, Retriever, Searchable
+from stripedrag.rag.retriever import Retriever, Searchable
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +28,7 @@ if TYPE_CHECKING:
     from stripedrag.rag.context_files import ContextFiles
 
 
-ContextTokens = int | Literal["auto"]
 Progress = Callable[[int, int], None]
-_MEMORY_SHARE = 0.8  # of what is free: the estimate is from above, and the machine has other work
-
-
-class Limit(NamedTuple):
-    """How many tokens prompt and answer may have together, and what says so."""
-
-    tokens: int
-    by: LimitedBy
 
 
 class Pipeline:
@@ -143,9 +136,7 @@ class Pipeline:
     @property
     def window_tokens(self) -> int:
         """The model's window; a baseline's is no longer than what it was trained on."""
-        from stripedrag.model.baselines import window_tokens
-
-        return window_tokens(self.model, self.model_name)
+        return self._limits().window.tokens
 
     def ask(
         self,
@@ -275,13 +266,23 @@ class Pipeline:
         It leaves room for the longest question and an answer of `answer_tokens`. Arguments and errors as in `ask`.
         """
         questions = [questions] if isinstance(questions, str) else questions
-        return self._retrieved(questions, self._limit(context_tokens), answer_tokens, narrow)
+        limit = self._limits(questions, answer_tokens).of(context_tokens)
+        return self._retrieved(questions, limit, answer_tokens, narrow)
+
+    def _limits(self, questions: Sequence[str] = (), answer_tokens: int = 0) -> Limits:
+        """What may be read; `questions` are answered together."""
+        from stripedrag.rag.completion import together_bytes
+
+        each = self._overhead(questions) + answer_tokens
+        return Limits(self.model, self.model_name, self.contexts, together_bytes(self.model, len(questions), each))
+
+    def _overhead(self, questions: Sequence[str]) -> int:
+        return max((self.prompt.overhead_tokens(question) for question in questions), default=0)
 
     def _retrieved(
         self, questions: Sequence[str], limit: Limit, answer_tokens: int, narrow: Mapping[str, Any]
     ) -> Context:
-        overhead = max((self.prompt.overhead_tokens(question) for question in questions), default=0)
-        budget = self._passage_budget(overhead, limit, answer_tokens)
+        budget = limit.for_passages(self._overhead(questions), answer_tokens)
         context = self.retriever.retrieve(
             questions, budget_tokens=budget, tokenizer=self.prompt, render=self.prompt.render, **narrow
         )
@@ -305,9 +306,9 @@ class Pipeline:
         index = self.index
         if not isinstance(index, Index):
             raise UsageError(f"a {type(index).__name__} has no documents to read whole; open an index of stripedrag")
-        limit = self._limit(self.window_tokens if context_tokens is None else context_tokens)
+        limit = self._limits().of(self.window_tokens if context_tokens is None else context_tokens)
         overhead = self.prompt.overhead_tokens("") + question_tokens
-        budget = self._passage_budget(overhead, limit, answer_tokens)
+        budget = limit.for_passages(overhead, answer_tokens)
         chunks = [chunk for doc_id in dict.fromkeys(doc_ids) for chunk in index.chunks(doc_id)]
         context = Retriever(index, policy="rank").fill(
             [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(chunks, start=1)],
@@ -347,67 +348,6 @@ class Pipeline:
             )
         return context
 
-    def _limit(self, context_tokens: ContextTokens) -> Limit:
-        """How many tokens prompt and answer may have. Raises `BudgetError` for more than window or memory take."""
-        from stripedrag.model.memory import fitting_tokens
-
-        window = self.window_tokens
-        if context_tokens == "auto":
-            fitting = fitting_tokens(self.model, kept_bytes=self._keepable_bytes, share=_MEMORY_SHARE)
-            return Limit(window, "window") if fitting >= window else Limit(fitting, "memory")
-        limit = self._within_window(context_tokens)
-        self._refuse_memory(limit.tokens)
-        return limit
-
-    def _within_window(self, context_tokens: int) -> Limit:
-        if isinstance(context_tokens, str):
-            raise UsageError(f"context_tokens is {context_tokens!r}; it is a number of tokens, or 'auto'")
-        if context_tokens > self.window_tokens:
-            raise BudgetError(
-                f"context_tokens is {context_tokens}; {self.model_name} has a window of {self.window_tokens}. "
-                "Lower it, or open the pipeline with window_tokens (`--window-tokens`) to stretch the window."
-            )
-        return Limit(context_tokens, "asked")
-
-    @property
-    def _keepable_bytes(self) -> int:
-        """What the context cache may still take of the memory."""
-        if self.contexts is None or self.contexts.refuses:
-            return 0
-        return max(0, self.contexts.memory_bytes - self.contexts.held_bytes)
-
-    def _refuse_memory(self, tokens: int, context: Context | None = None) -> None:
-        """Raises `BudgetError` where memory does not take `tokens`; what is kept of a `context` is there already."""
-        from stripedrag.model.memory import context_bytes, free_bytes, token_bytes
-
-        kept, free = self._keepable_bytes, free_bytes(self.model.device)
-        needed = context_bytes(self.model, tokens, kept_bytes=kept)
-        if needed > free and context and self.contexts:
-            new = tokens - self.contexts.known_tokens(self.prompt.prefix_ids(context.spans))
-            needed = context_bytes(self.model, tokens, kept_bytes=min(kept, new * token_bytes(self.model)))
-        if needed > free:
-            raise BudgetError(
-                f"for {tokens} tokens of context {self.model_name} takes up to {needed / 1e9:.1f} GB of memory beside "
-                f"its weights; {max(free, 0) / 1e9:.1f} GB are free. Lower context_tokens, pass 'auto', or open the "
-                "pipeline with a smaller cache_bytes."
-            )
-
-    def _passage_budget(self, overhead: int, limit: Limit, answer_tokens: int) -> int:
-        if answer_tokens < 1:
-            raise BudgetError(f"answer_tokens is {answer_tokens}; an answer has at least 1")
-        budget = limit.tokens - answer_tokens - overhead
-        if budget < 1 and limit.by == "memory":
-            raise BudgetError(
-                f"the free memory takes {limit.tokens} tokens of context; question and template take {overhead} of "
-                f"them and the answer's reserve {answer_tokens}, which leaves nothing for passages. Free some memory."
-            )
-        if budget < 1:
-            raise BudgetError(
-                f"context_tokens is {limit.tokens}: question and template take {overhead} of them and the answer's "
-                f"reserve {answer_tokens}, which leaves nothing for passages. Raise it or lower answer_tokens."
-            )
-        return budget
-
     def _context(
         self,
         questions: Sequence[str],
@@ -417,26 +357,26 @@ class Pipeline:
         narrow: Mapping[str, Any],
     ) -> tuple[Context, Limit]:
         """What is read for the questions, the given context or a retrieved one, and what they may have with it."""
+        limits = self._limits(questions, answer_tokens)
         if context is None:
-            limit = self._limit(CONTEXT_TOKENS if context_tokens is None else context_tokens)
+            limit = limits.of(CONTEXT_TOKENS if context_tokens is None else context_tokens)
             return self._retrieved(questions, limit, answer_tokens, narrow), limit
         if narrow:
             raise UsageError(f"{next(iter(narrow))} narrows what is retrieved, and the context is given; leave one out")
         for question in questions:
             if not question.strip():
                 raise UsageError(f"the question {question!r} is blank. Ask something.")
-        # it was filled already, so that its own tokens are what memory has to take
-        whole = context_tokens is None or context_tokens == "auto"
-        limit = Limit(self.window_tokens, "window") if whole else self._within_window(cast(int, context_tokens))
-        overhead = max(self.prompt.overhead_tokens(question) for question in questions)
-        room = self._passage_budget(overhead, limit, answer_tokens)
+        limit = limits.of_filled(context_tokens)
+        overhead = self._overhead(questions)
+        room = limit.for_passages(overhead, answer_tokens)
         if context.tokens > room:
             raise BudgetError(
                 f"the context has {context.tokens} tokens; of {limit.tokens} the question and the template take "
                 f"{overhead} and the answer's reserve {answer_tokens}, which leaves {room}. Make it smaller, or lower "
                 "answer_tokens."
             )
-        self._refuse_memory(context.tokens + overhead + answer_tokens, context)
+        needed = context.tokens + overhead + answer_tokens
+        limits.refuse_memory(needed, lambda: self.prompt.prefix_ids(context.spans))
         return context, limit
 
     def _answer(

@@ -12,8 +12,8 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from stripedrag.errors import UsageError
+from stripedrag.rag.packing import Span
 from stripedrag.rag.prompt_template import PromptTemplate, default_template
-from stripedrag.rag.retriever import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

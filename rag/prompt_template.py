@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from stripedrag.errors import UsageError
 
 if TYPE_CHECKING:
-    from stripedrag.rag.retriever import Span
+    from stripedrag.rag.packing import Span
 
 
 def _holding(*names: str, optional: tuple[str, ...] = ()) -> AfterValidator:

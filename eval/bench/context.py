@@ -11,8 +11,8 @@ from stripedrag.indexes.readers import read_documents
 from stripedrag.model.smollm2 import BASELINE, STRIPED
 from stripedrag.rag.context_cache import ContextCache
 from stripedrag.rag.context_files import ContextFiles
+from stripedrag.rag.packing import Context
 from stripedrag.rag.pipeline import Pipeline
-from stripedrag.rag.retriever import Context
 
 CONTEXT_TOKENS = 8192
 ANSWER_TOKENS = 32

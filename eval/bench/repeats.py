@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from stripedrag.eval.places import Located, holds, touches
 from stripedrag.eval.schema import Stretch
 from stripedrag.indexes.index import Index
-from stripedrag.rag.retriever import RUN_WORDS, runs_of_words
+from stripedrag.rag.packing import RUN_WORDS, runs_of_words
 
 _WORD = re.compile(r"\S+")
 

@@ -18,8 +18,8 @@ from stripedrag.eval.places import holds
 from stripedrag.eval.tasks.corpus import stretches
 from stripedrag.jsonl import read_lines
 from stripedrag.model.smollm2 import STRIPED
+from stripedrag.rag.packing import Context
 from stripedrag.rag.pipeline import Pipeline
-from stripedrag.rag.retriever import Context
 
 CONTEXT_TOKENS = 8192
 ANSWER_TOKENS = 32

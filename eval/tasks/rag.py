@@ -14,7 +14,7 @@ from stripedrag.eval.tasks.corpus import CorpusFields, passage, stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.eval.tasks.retrieved import UNBUDGETED, ContextName, Source
 from stripedrag.rag.defaults import POLICY
-from stripedrag.rag.retriever import Policy
+from stripedrag.rag.packing import Policy
 
 
 class RagTask(CorpusFields, ReadingTask):

@@ -10,7 +10,8 @@ from stripedrag.eval.resources import Resources, passage_of
 from stripedrag.eval.schema import Passage, Stretch
 from stripedrag.indexes.documents import Document, Scored
 from stripedrag.indexes.index import Index
-from stripedrag.rag.retriever import Context, Policy, Retriever
+from stripedrag.rag.packing import Context, Policy
+from stripedrag.rag.retriever import Retriever
 
 # fill: the best chunks, as many as fit, as `Pipeline.ask` does. top-k: the best k passages. reranked-5: the best 5 when
 # a reranker that cannot err has put passages with evidence first among the best 100, a bound for every real one.

@@ -14,7 +14,8 @@ from stripedrag.eval.tasks.corpus import CorpusFields, stretches
 from stripedrag.eval.tasks.planted import Length
 from stripedrag.eval.tasks.retrieved import Source
 from stripedrag.rag.defaults import POLICY
-from stripedrag.rag.retriever import Policy, in_turn
+from stripedrag.rag.packing import Policy
+from stripedrag.rag.retriever import in_turn
 
 
 class SharedContextTask(CorpusFields, ReadingTask):

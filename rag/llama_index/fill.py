@@ -21,8 +21,8 @@ from stripedrag.indexes.documents import Chunk, Scored
 from stripedrag.rag.defaults import POLICY
 from stripedrag.rag.llama_index.llm import StripedHyena
 from stripedrag.rag.llama_index.search import TITLES, place, title
+from stripedrag.rag.packing import POLICIES, Policy, fill
 from stripedrag.rag.prompt_template import default_template
-from stripedrag.rag.retriever import POLICIES, Policy, fill
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,8 @@ class StripedHyena(CustomLLM):
         super().__init__(model=str(model), **fields)
         if self.dtype not in (None, *_DTYPES):
             raise UsageError(f"no dtype {self.dtype!r}; choose one of {', '.join(_DTYPES)}, or None")
+        refuse_empty(self.stop)  # what no call could use is refused before a model is loaded
+        Sampling(self.temperature, self.top_p, self.seed)
         self._engine = _Engine(self)
 
     def __reduce__(self) -> tuple[Any, ...]:

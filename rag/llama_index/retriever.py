@@ -7,8 +7,9 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
+from stripedrag.rag.packing import Tokenizer
 from stripedrag.rag.prompt_template import default_template
-from stripedrag.rag.retriever import Retriever, Searchable, Tokenizer
+from stripedrag.rag.retriever import Retriever, Searchable
 
 if TYPE_CHECKING:
     from stripedrag.indexes.filters import Where

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
 
     from stripedrag.indexes.filters import Where
-    from stripedrag.rag.retriever import Tokenizer
+    from stripedrag.rag.packing import Tokenizer
 
 TITLES = ("title", "file_name")
 

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from stripedrag.model.loading import load_model
     from stripedrag.model.modeling import StripedHyenaForCausalLM
     from stripedrag.rag.answer import Answer
+    from stripedrag.rag.packing import Context
     from stripedrag.rag.pipeline import Pipeline
-    from stripedrag.rag.retriever import Context, Retriever
+    from stripedrag.rag.retriever import Retriever
 
 __version__ = version("stripedrag")
 
 _HOMES = {
     "Answer": "stripedrag.rag.answer",
     "Chunk": "stripedrag.indexes.documents",
-    "Context": "stripedrag.rag.retriever",
+    "Context": "stripedrag.rag.packing",
     "Document": "stripedrag.indexes.documents",
     "Index": "stripedrag.indexes.index",
     "Pipeline": "stripedrag.rag.pipeline",

@@ -28,7 +28,7 @@ from stripedrag.eval.tasks.no_overlap import LINKS
 from stripedrag.eval.tasks.recall import KINDS
 from stripedrag.eval.tasks.vocabulary import NAMES, TOWNS
 from stripedrag.jsonl import read_lines
-from stripedrag.rag.retriever import POLICIES
+from stripedrag.rag.packing import POLICIES
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.cache_utils import LinearAttentionLayer
 
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, memory
 from stripedrag.model.cache import cache_bytes, new_cache
 from stripedrag.model.generation import prefill
+from stripedrag.model.shared import fork
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,22 @@ def test_a_token_takes_what_the_cache_says(model):
     assert memory.token_bytes(model) == (sizes[1] - sizes[0]) / 100
     half = StripedHyenaForCausalLM(model.config).to(torch.bfloat16)
     assert memory.token_bytes(half) == memory.token_bytes(model) / 2
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_a_row_takes_what_it_adds_to_the_replies_decoded_together(model, tokens):
+    """But for the room to grow, which is charged beside: here exactly what one more row of tokens holds."""
+    cache = new_cache(model.config)
+    prefill(model, torch.ones(1, 10, dtype=torch.long), cache)
+    held = []
+    for rows in (3, 5):
+        rows_of = fork(cache, rows)
+        prefill(model, torch.ones(rows, tokens, dtype=torch.long), rows_of)
+        layers = [layer for layer in rows_of.layers if isinstance(layer, LinearAttentionLayer)]
+        states = [state for layer in layers for state in (layer.conv_states[0], layer.recurrent_states[0])]
+        held.append(sum(state.nbytes for state in states) + rows * tokens * memory.token_bytes(model))
+    added = (held[1] - held[0]) / 2
+    assert memory.row_bytes(model, tokens) == added + tokens * memory.token_bytes(model) // 2
 
 
 @given(free=st.integers(10**7, 10**12), kept=st.sampled_from([0, 10**6, 10**8, 2**31, 10**13]))

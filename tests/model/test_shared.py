@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM
-from stripedrag.model.cache import block, cache_bytes, cache_of, new_cache, refuses_blocks
+from stripedrag.model.cache import block, cache_bytes, extend, new_cache, refuses_blocks
 from stripedrag.model.generation import Sampling, decode, decode_together, prefill
 from stripedrag.model.shared import SharedLayer, fork
 
@@ -64,7 +64,9 @@ def test_blocks_of_a_cache_make_the_cache_again(request, cuts, kind):
         prefill(model, ids[:, start:end], cache)
         blocks.append(block(cache, start))
         start = end
-    again = cache_of(model.config, blocks)
+    again = new_cache(model.config, expected_tokens=40)
+    for held in blocks:
+        extend(again, held)
     assert again.get_seq_length() == 40 and cache_bytes(again) == cache_bytes(cache)
     more = tokens(7, seed=1)
     for _ in range(2):  # the second has grown into the room of the first
@@ -75,16 +77,13 @@ def test_a_block_is_a_copy(striped):
     cache = read(striped, tokens(20))
     held = block(cache, 0)
     kept = {name: tensor.clone() for name, tensor in held.items()}
-    again = cache_of(striped.config, [held])
+    again = new_cache(striped.config)
+    extend(again, held)
     prefill(striped, tokens(5, seed=1), again)
     for layer in cache.layers:
         for tensor in (layer.keys, layer.values) if hasattr(layer, "keys") else (layer.recurrent_states[0],):
             tensor.fill_(torch.nan)
     assert all(torch.equal(held[name], kept[name]) for name in kept)
-
-
-def test_no_blocks_make_an_empty_cache(striped):
-    assert cache_of(striped.config, []).get_seq_length() == 0
 
 
 def test_a_sliding_window_cannot_be_taken_in_blocks(striped, llama):

@@ -13,8 +13,8 @@ import pytest
 from stripedrag.errors import UsageError
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.index import Index
-from stripedrag.rag.cli import print_json
 from stripedrag.rag.cli_index import _made
+from stripedrag.rag.terminal import print_json
 from stripedrag.weights import cache_dir
 
 SCRIPT = Path(sys.executable).with_name("stripedrag")

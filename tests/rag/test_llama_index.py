@@ -145,6 +145,9 @@ def test_what_does_not_fit_or_is_not_known_is_refused(tiny_llm):
         tiny_llm.complete("x", max_tokens=0)
     with pytest.raises(UsageError, match=r"has no field 'temprature'; it has model, dtype, device, .*, max_tokens"):
         StripedHyena(temprature=0.7)
+    for fields, message in ((dict(stop=[""]), "stop holds an empty string"), (dict(seed=-1), "seed is -1; it lies")):
+        with pytest.raises(UsageError, match=message):
+            StripedHyena("no model is loaded", **fields)
     with pytest.raises(UsageError, match="no dtype 'float'; choose one of float32, bfloat16, float16, or None"):
         StripedHyena(dtype="float")
     with pytest.raises(UsageError, match="stop holds an empty string"):

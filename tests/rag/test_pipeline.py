@@ -244,6 +244,18 @@ def test_what_is_kept_is_not_charged_twice(keeping, monkeypatch):
         keeping.context_of(["Oxygen.txt"], 4096)
 
 
+def test_what_replies_take_that_are_decoded_together_is_charged(keeping, monkeypatch):
+    context = keeping.context_of(["Oxygen.txt"], 1000, answer_tokens=8)
+    enough = 2 * memory.context_bytes(keeping.model, 2000, kept_bytes=2**31)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: enough)
+    questions = ["Who discovered oxygen?"] * 40
+    assert len(keeping.ask_many(questions, context=context, answer_tokens=8)) == 40
+    for arguments in (dict(context=context), dict(context_tokens=2500)):
+        with pytest.raises(BudgetError, match=r"GB of them for replies decoded together: ask fewer questions\)"):
+            keeping.ask_many(questions, answer_tokens=1500, **arguments)
+    assert len(keeping.ask_many(questions[:1], 2500, answer_tokens=1500)) == 1
+
+
 def test_the_answer_holds_the_prompt_that_was_read(pipeline, tokenizer):
     answer = pipeline.ask("Who discovered oxygen?", 700, answer_tokens=4)
     passages = "".join(f"{span.title}\n{span.text.strip()}\n\n" for span in answer.context.spans)

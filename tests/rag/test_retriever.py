@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from stripedrag.errors import UsageError
 from stripedrag.indexes import Document, Index, MiniLMEmbedder
 from stripedrag.rag import Retriever
-from stripedrag.rag.retriever import POLICIES
+from stripedrag.rag.packing import POLICIES
 
 QUESTIONS = ("Who discovered oxygen?", "When did the oil crisis begin?", "warsaw theatre", "?")
 

@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from stripedrag.kernels.ops import HyenaState
 
+LEAST_BLOCK_TOKENS = 256  # of a block, but for the last: a state is worth the keys and values of some 30 tokens
+
 
 class GrowingLayer(DynamicLayer):
     """Keys and values (B, Hkv, L, head width) in buffers that grow by half: a token costs its own bytes, amortised.

@@ -105,11 +105,16 @@ def decode_together(
     for row, rest in enumerate(rests):
         alike.setdefault(len(rest), []).append(row)
     forks, firsts = [], []
-    for rows in alike.values():  # of one length: nothing is padded
-        forks.append(fork(cache, len(rows)))
-        ids = torch.tensor([list(rests[row]) for row in rows], device=model.device)
-        firsts.append(prefill(model, ids, forks[-1]))
-    going, together, logits = [row for rows in alike.values() for row in rows], join(forks), torch.cat(firsts)
+    going: list[int] = []
+    for length, rows in alike.items():  # of one length: nothing is padded
+        some = max(1, SEGMENT_TOKENS // length)
+        for at in range(0, len(rows), some):
+            part = rows[at : at + some]
+            forks.append(fork(cache, len(part)))
+            ids = torch.tensor([list(rests[row]) for row in part], device=model.device)
+            firsts.append(prefill(model, ids, forks[-1]))
+            going += part
+    together, logits = join(forks), torch.cat(firsts)
     del forks, firsts
     begun = cache.get_seq_length()
     made: list[list[int]] = [[] for _ in rests]

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
-from stripedrag.model.cache import new_cache
+from stripedrag.model.cache import LEAST_BLOCK_TOKENS, new_cache
 from stripedrag.model.generation import SEGMENT_TOKENS
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 
@@ -40,18 +40,31 @@ def segment_bytes(model: PreTrainedModel) -> int:
     return int(SEGMENT_TOKENS * (3 * inner + 12 * config.hidden_size) * model.dtype.itemsize)
 
 
-def row_bytes(model: StripedHyenaForCausalLM, tokens: int) -> int:
-    """Bytes of a reply of `tokens` among several that are decoded together: its own keys, values and Hyena states."""
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the states of all Hyena layers, after any number of tokens; 0 for a model of another kind."""
+    if not isinstance(model, StripedHyenaForCausalLM):
+        return 0
     config = model.config
-    state = config.state_size * 2 * 4 + 3 * (config.short_filter_length - 1) * model.dtype.itemsize
-    hyena = config.num_layers - len(config.attn_layer_idxs)
-    return int(hyena * config.hidden_size * state + _GROWTH * tokens * token_bytes(model))
+    channel = config.state_size * 2 * 4 + 3 * (config.short_filter_length - 1) * model.dtype.itemsize
+    return int((config.num_layers - len(config.attn_layer_idxs)) * config.hidden_size * channel)
+
+
+def row_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of a reply of `tokens` among several that are decoded together: its own keys, values and states, which are
+    there twice while the rows are joined.
+    """
+    return int(2 * state_bytes(model) + _GROWTH * tokens * token_bytes(model))
+
+
+def kept_token_bytes(model: PreTrainedModel) -> float:
+    """Bytes that a context cache keeps of a token, its share of a block's states among them."""
+    return token_bytes(model) + state_bytes(model) / LEAST_BLOCK_TOKENS
 
 
 def context_bytes(model: PreTrainedModel, tokens: int, *, kept_bytes: int = 0) -> int:
     """Bytes that reading and answering `tokens` takes, of which a context cache keeps up to `kept_bytes`."""
-    held = tokens * token_bytes(model)
-    return segment_bytes(model) + int(_GROWTH * held) + min(held, kept_bytes)
+    read = segment_bytes(model) + _GROWTH * tokens * token_bytes(model)
+    return int(read + min(tokens * kept_token_bytes(model), kept_bytes))
 
 
 def fitting_tokens(model: PreTrainedModel, *, kept_bytes: int = 0, beside_bytes: int = 0, share: float = 1.0) -> int:
@@ -60,8 +73,9 @@ def fitting_tokens(model: PreTrainedModel, *, kept_bytes: int = 0, beside_bytes:
     each = token_bytes(model)
     if each == 0:
         return 2**62  # no attention layer: a state is as large after any number of tokens
-    both = free / ((_GROWTH + 1) * each)
-    return max(0, int(both if both * each <= kept_bytes else (free - kept_bytes) / (_GROWTH * each)))
+    kept = kept_token_bytes(model)
+    both = free / (_GROWTH * each + kept)
+    return max(0, int(both if both * kept <= kept_bytes else (free - kept_bytes) / (_GROWTH * each)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -17,7 +17,7 @@ import typer
 
 from stripedrag import __version__
 from stripedrag.errors import StripedragError, UsageError
-from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, MODEL, POLICY
+from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, MODEL, POLICY, QUESTION_TOKENS
 from stripedrag.rag.packing import Policy
 from stripedrag.rag.terminal import err, harmless, left_out, print_answer, print_json, quiet_libraries, spinner
 
@@ -55,6 +55,10 @@ ModelName = Annotated[
 WindowTokens = Annotated[
     int | None,
     typer.Option("--window-tokens", help="Stretch the model's window to so many tokens; quality falls past its own."),
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(help="Other words around passages and question: a TOML file like rag/prompt.toml.", metavar="FILE"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PolicyName = Annotated[
@@ -139,12 +143,7 @@ def ask(
     stop: Annotated[
         list[str] | None, typer.Option(help="A string that ends the answer. May come again.", show_default=False)
     ] = None,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option(
-            help="Other words around passages and question: a TOML file like rag/prompt.toml.", metavar="FILE"
-        ),
-    ] = None,
+    prompt_file: PromptFile = None,
     refuse_above: Annotated[
         float | None,
         typer.Option(
@@ -178,7 +177,9 @@ def ask(
         )
         given = None
         if context:
-            given = pipeline.context_of(context, allowed, answer_tokens=answer_tokens)
+            asked = pipeline.prompt.overhead_tokens(question) - pipeline.prompt.overhead_tokens("")
+            reserved = max(asked, QUESTION_TOKENS)  # what `warm` reserves, or more
+            given = pipeline.context_of(context, allowed, question_tokens=reserved, answer_tokens=answer_tokens)
         else:
             opened.embedder.embed_query("warm")  # loading it is no part of retrieval
             tell("retrieving")
@@ -219,6 +220,7 @@ def warm(
     ] = None,
     model: ModelName = MODEL,
     window_tokens: WindowTokens = None,
+    prompt_file: PromptFile = None,
     as_json: Json = False,
 ) -> None:
     """Read documents before they are asked about: `ask` with the same --context then begins with the question.
@@ -235,7 +237,14 @@ def warm(
         from stripedrag.rag.pipeline import Pipeline
 
         files = _context_files(saves=True)
-        pipeline = Pipeline.open(opened, model=model, window_tokens=window_tokens, cache_bytes=0, context_files=files)
+        pipeline = Pipeline.open(
+            opened,
+            model=model,
+            window_tokens=window_tokens,
+            cache_bytes=0,
+            context_files=files,
+            prompt=prompt_file,
+        )
         read = pipeline.context_of(context, allowed)
         warmed = pipeline.warm(read, progress=_reading(tell))
     if as_json:

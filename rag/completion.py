@@ -14,11 +14,11 @@ from stripedrag.model.cache import cache_bytes, new_cache
 from stripedrag.model.generation import Sampling, decode, decode_together, prefill, stop_ids
 from stripedrag.model.memory import row_bytes
 from stripedrag.model.modeling import StripedHyenaForCausalLM
+from stripedrag.rag.context_cache import ContextCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stripedrag.rag.context_cache import ContextCache
     from stripedrag.rag.refusal import Refusal
 
 _ROWS = 64  # replies that are decoded together
@@ -60,7 +60,7 @@ class Completion(Completed):
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
-        contexts: "ContextCache | None" = None,
+        contexts: ContextCache | None = None,
         marks: Sequence[int] = (),
         is_reply: bool = False,
         refusal: "Refusal | None" = None,
@@ -135,16 +135,18 @@ def complete_together(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
-    contexts: "ContextCache",
+    contexts: ContextCache | None,
     marks: Sequence[int] = (),
     refusal: "Refusal | None" = None,
 ) -> list[Completed]:
     """The replies to prompts that begin alike, `beginning`, and go on with `rests`; arguments as in `Completion`.
 
-    The beginning is read once. A StripedHyena decodes all replies together, another model one after another. Each has
-    its share of the seconds, and the first alone has read what `contexts` did not know.
+    The beginning is read once, and kept in `contexts` where they are given. A StripedHyena decodes all replies
+    together, another model one after another. Each has its share of the seconds, and the first alone has read what
+    `contexts` did not know.
     """
     if not isinstance(model, StripedHyenaForCausalLM):
+        contexts = contexts or ContextCache(model)  # until the last has read it
         alone = [
             Completion(
                 model,
@@ -164,7 +166,7 @@ def complete_together(
             deque(completion, maxlen=0)
         return list(alone)
     started = time.perf_counter()
-    cache, known = contexts.read_beginning(beginning, marks)
+    cache, known = (contexts or ContextCache(model, memory_bytes=0)).read_beginning(beginning, marks)
     mark = time.perf_counter()
     replies = [_Written(tokenizer.backend_tokenizer, stop, is_reply=True) for _ in rests]
     texts, made, refused = [""] * len(rests), list[list[int]](), set[int]()

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from stripedrag.model.cache import block, extend, new_cache, refuses_blocks
+from stripedrag.model.cache import LEAST_BLOCK_TOKENS, block, extend, new_cache, refuses_blocks
 from stripedrag.model.generation import prefill
 from stripedrag.rag.context_files import ContextFiles
 
 MEMORY_BYTES = 2 * 2**30
 BLOCK_TOKENS = 1024  # at most: what is read again where two prompts part is less than a block
-LEAST_TOKENS = 256  # of a block, but for the last: a state is worth the keys and values of some 30 tokens
 _SCHEMA = 1  # of what a block holds, part of every name
 _SAMPLE = 128  # elements at each of three places of a tensor, which tell one model from another
 
@@ -72,6 +71,11 @@ class ContextCache:
     def held_bytes(self) -> int:
         """Bytes of all blocks in memory."""
         return sum(held.nbytes for held in self._blocks.values())
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything that is read is kept."""
+        return not self.refuses and bool(self.memory_bytes or (self.files and self.files.saves))
 
     def clear(self) -> None:
         """Forget what is in memory."""
@@ -125,8 +129,7 @@ class ContextCache:
             extend(cache, tensors)
             parent, known = name, known + tokens
         at = known
-        keeps = not self.refuses and (self.memory_bytes or (self.files and self.files.saves))
-        for end in _cuts(known, marks) if keeps else ():
+        for end in _cuts(known, marks) if self.keeps else ():
             prefill(self._model, self._tensor(ids[at:end]), cache)
             name = _name(parent, ids[at:end])
             self._keep(parent, name, end - at, block(cache, at))
@@ -160,7 +163,7 @@ class ContextCache:
         if name in self._blocks:
             self._blocks[name].used = self._turn
             if self.files:
-                self.files.touch(parent, name, tokens)
+                self.files.save(parent, name, tokens, self._blocks[name].tensors)
             return self._blocks[name].tensors
         loaded = self.files.load(parent, name, tokens) if self.files else None
         if loaded is None:
@@ -213,7 +216,7 @@ def _cuts(at: int, marks: Sequence[int]) -> Iterator[int]:
         while mark - at > BLOCK_TOKENS:
             at += BLOCK_TOKENS
             yield at
-        if mark - at >= LEAST_TOKENS or (mark == marks[-1] and mark > at):
+        if mark - at >= LEAST_BLOCK_TOKENS or (mark == marks[-1] and mark > at):
             at = mark
             yield at
 

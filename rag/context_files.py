@@ -1,8 +1,8 @@
 """Blocks of read contexts as files in a folder, for several processes: safetensors, verified, forgotten by least use.
 
 A file's name says which block it is, after which other it comes, and how many tokens it has: `BLOCK.PARENT.TOKENS`.
-Its metadata has a sha256 of its name and tensors. A file is there whole or not at all; one that is damaged is removed
-and told.
+Its metadata has a sha256 of its name and tensors. A file is there whole or not at all; one that is damaged is told, and
+removed by whoever saves.
 """
 
 import hashlib
@@ -54,7 +54,10 @@ class ContextFiles:
                 saved = (file.metadata() or {}).get("sha256")
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError) as error:
+        except OSError as error:  # too many open files, say, or those of another user
+            warnings.warn(f"{path} cannot be read ({error.strerror}); its tokens are read anew", stacklevel=2)
+            return None
+        except SafetensorError as error:
             self._damaged(path, str(error))
             return None
         if saved != _sha256(path.name, tensors):
@@ -64,10 +67,14 @@ class ContextFiles:
         return tensors
 
     def save(self, parent: str, name: str, tokens: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a block, and remove the least used for it. A block that has no room is not written; where the disk
-        refuses, a warning says so and no other is written.
+        """Write a block that is not there yet, and remove the least used for it. A block that has no room is not
+        written; where the disk refuses, a warning says so and no other is written.
         """
         if not self.saves or self.fault:
+            return
+        path = self._path(parent, name, tokens)
+        if path.is_file():
+            self.touch(parent, name, tokens)
             return
         on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
         try:
@@ -77,7 +84,6 @@ class ContextFiles:
                 self._left_out.add(name)  # nothing leads to those after it
             else:
                 self._left_out.discard(name)
-                path = self._path(parent, name, tokens)
                 with written_whole(path, by_many=True) as scratch:
                     save_file(on_cpu, scratch, metadata={"sha256": _sha256(path.name, on_cpu)})
         except SafetensorError as error:  # of what safetensors writes itself
@@ -132,9 +138,12 @@ class ContextFiles:
         return True
 
     def _damaged(self, path: Path, why: str) -> None:
-        warnings.warn(f"{path} is damaged ({why}); it is removed and its tokens are read anew", stacklevel=2)
+        mend = "remove it"
         if self.saves:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                mend = "it is removed"
+        warnings.warn(f"{path} is damaged ({why}) and its tokens are read anew; {mend}", stacklevel=2)
 
     def _give_up(self, error: OSError) -> None:
         self.fault = error

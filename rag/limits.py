@@ -1,6 +1,6 @@
 """How many tokens prompt and answer may have together: what a caller asks, the model's window and the free memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from stripedrag.errors import BudgetError, UsageError
@@ -29,7 +29,8 @@ class Limit(NamedTuple):
         if budget < 1 and self.by == "memory":
             raise BudgetError(
                 f"the free memory takes {self.tokens} tokens of context; question and template take {overhead} of "
-                f"them and the answer's reserve {answer_tokens}, which leaves nothing for passages. Free some memory."
+                f"them and the answer's reserve {answer_tokens}, which leaves nothing for passages. "
+                "Free some memory, lower answer_tokens, or ask fewer questions at once."
             )
         if budget < 1:
             raise BudgetError(
@@ -69,10 +70,15 @@ class Limits:
         self.refuse_memory(limit.tokens)
         return limit
 
-    def of_filled(self, context_tokens: ContextTokens | None) -> Limit:
-        """The limit of a context that is there already: what memory has to take are its own tokens, not the limit's."""
-        if context_tokens is None or context_tokens == "auto":
+    def of_filled(self, context_tokens: ContextTokens | None, needed: int) -> Limit:
+        """The limit of a context that is there already and needs so many tokens: they are what memory has to take,
+        which `refuse_memory` sees to, and not the limit's.
+        """
+        if context_tokens is None:
             return self.window
+        if context_tokens == "auto":
+            auto = self.of("auto")
+            return Limit(min(max(auto.tokens, needed), self.window.tokens), auto.by)
         return self.within_window(context_tokens)
 
     def within_window(self, context_tokens: int) -> Limit:
@@ -86,18 +92,18 @@ class Limits:
             )
         return Limit(context_tokens, "asked")
 
-    def refuse_memory(self, tokens: int, beginning: Callable[[], Sequence[int]] | None = None) -> None:
+    def refuse_memory(self, tokens: int, beginning: Sequence[int] = ()) -> None:
         """Raises `BudgetError` where the free memory does not take `tokens`; what is kept of the prompt's `beginning`,
-        whose token ids are asked for only where memory is short, is there already.
+        token ids, is there already.
         """
-        from stripedrag.model.memory import context_bytes, free_bytes, token_bytes
+        from stripedrag.model.memory import context_bytes, free_bytes, kept_token_bytes
 
         kept, free = self._keepable_bytes, free_bytes(self._model.device)
         needed = context_bytes(self._model, tokens, kept_bytes=kept) + self._beside_bytes
         if needed > free and beginning and self._contexts:
-            new = tokens - self._contexts.known_tokens(beginning())
+            new = tokens - self._contexts.known_tokens(beginning)
             needed -= context_bytes(self._model, tokens, kept_bytes=kept)
-            needed += context_bytes(self._model, tokens, kept_bytes=min(kept, new * token_bytes(self._model)))
+            needed += context_bytes(self._model, tokens, kept_bytes=min(kept, int(new * kept_token_bytes(self._model))))
         if needed > free:
             others = f" ({self._beside_bytes / 1e9:.1f} GB of them for replies decoded together: ask fewer questions)"
             raise BudgetError(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from stripedrag.errors import BudgetError, StoreError, UsageError
 from stripedrag.indexes.documents import Scored
@@ -201,9 +201,9 @@ class Pipeline:
         from stripedrag.rag.completion import refuse_empty
 
         stop = refuse_empty(stop)
-        context, limit = self._context([question], context_tokens, answer_tokens, context, narrow)
+        reading = self._reading([question], context_tokens, answer_tokens, context, narrow)
         decoding = {"max_new_tokens": answer_tokens, "sampling": sampling, "stop": stop, "progress": progress}
-        return AnswerStream(self, question, context, limit, decoding, time.perf_counter() - start)
+        return AnswerStream(self, question, reading, decoding, time.perf_counter() - start)
 
     def ask_many(
         self,
@@ -229,27 +229,25 @@ class Pipeline:
         if not questions:
             return []
         from stripedrag.rag.completion import complete_together, refuse_empty
-        from stripedrag.rag.context_cache import ContextCache
 
         stop = refuse_empty(stop)
-        context, limit = self._context(questions, context_tokens, answer_tokens, context, narrow)
+        reading = self._reading(questions, context_tokens, answer_tokens, context, narrow)
         retrieval_s = time.perf_counter() - start
-        ids, marks = self.prompt.marked_prefix_ids(context.spans)
         rests = [self.prompt.question_ids(question) for question in questions]
         completions = complete_together(
             self.model,
             self.tokenizer,
-            ids,
+            reading.ids,
             rests,
             max_new_tokens=answer_tokens,
             sampling=sampling,
             stop=stop,
-            contexts=self.contexts or ContextCache(self.model),
-            marks=marks,
+            contexts=self.contexts,
+            marks=reading.marks,
             refusal=self.refusal,
         )
         return [
-            self._answer(question, [*ids, *rest], context, completion, limit, retrieval_s / len(questions))
+            self._answer(question, reading, [*reading.ids, *rest], completion, retrieval_s / len(questions))
             for question, rest, completion in zip(questions, rests, completions, strict=True)
         ]
 
@@ -323,12 +321,13 @@ class Pipeline:
         """Read a context before it is asked about, so that `ask` with it begins with the question.
 
         `progress` hears how many of how many tokens are read. Raises `UsageError` where nothing is kept, and
-        `StoreError` where it could not be saved.
+        `StoreError` where not all of it was.
         """
         from stripedrag.model.cache import cache_bytes
 
-        if self.contexts is None or self.contexts.refuses:
-            why = "the pipeline has no context cache" if self.contexts is None else self.contexts.refuses
+        if self.contexts is None or not self.contexts.keeps:
+            why = "the pipeline has no context cache, or one of 0 bytes and no files that save"
+            why = (self.contexts and self.contexts.refuses) or why
             raise UsageError(f"{self.model_name} keeps nothing that it has read: {why}")
         ids, marks = self.prompt.marked_prefix_ids(context.spans)
         start = time.perf_counter()
@@ -338,6 +337,11 @@ class Pipeline:
         if files and files.saves and self.contexts.known_tokens(ids, in_memory=False) < len(ids):
             reason = files.fault or f"it has more than the {files.disk_bytes} bytes that may be taken"
             raise StoreError(f"the context was read and could not be saved in {files.folder}: {reason}")
+        if (kept := self.contexts.known_tokens(ids)) < len(ids):
+            raise StoreError(
+                f"the context was read, and {kept} of its {len(ids)} tokens are kept: there is room for "
+                f"{self.contexts.memory_bytes} bytes; open the pipeline with more cache_bytes"
+            )
         return Warmed(tokens=len(ids), reused_tokens=known, seconds=seconds, cache_bytes=cache_bytes(cache))
 
     def _filled(self, context: Context, limit: Limit) -> Context:
@@ -348,50 +352,53 @@ class Pipeline:
             )
         return context
 
-    def _context(
+    def _reading(
         self,
         questions: Sequence[str],
         context_tokens: ContextTokens | None,
         answer_tokens: int,
         context: Context | None,
         narrow: Mapping[str, Any],
-    ) -> tuple[Context, Limit]:
-        """What is read for the questions, the given context or a retrieved one, and what they may have with it."""
+    ) -> "_Reading":
+        """What is read for the questions, the given context or a retrieved one."""
         limits = self._limits(questions, answer_tokens)
         if context is None:
             limit = limits.of(CONTEXT_TOKENS if context_tokens is None else context_tokens)
-            return self._retrieved(questions, limit, answer_tokens, narrow), limit
+            context = self._retrieved(questions, limit, answer_tokens, narrow)
+            return _Reading(context, context.tokens, limit, *self.prompt.marked_prefix_ids(context.spans))
         if narrow:
             raise UsageError(f"{next(iter(narrow))} narrows what is retrieved, and the context is given; leave one out")
         for question in questions:
             if not question.strip():
                 raise UsageError(f"the question {question!r} is blank. Ask something.")
-        limit = limits.of_filled(context_tokens)
+        ids, marks = self.prompt.marked_prefix_ids(context.spans)
+        passages = len(ids) - len(self.prompt.prefix_ids(()))  # by this model, whoever counted what was given
         overhead = self._overhead(questions)
+        needed = passages + overhead + answer_tokens
+        limit = limits.of_filled(context_tokens, needed)
         room = limit.for_passages(overhead, answer_tokens)
-        if context.tokens > room:
+        if passages > room:
             raise BudgetError(
-                f"the context has {context.tokens} tokens; of {limit.tokens} the question and the template take "
-                f"{overhead} and the answer's reserve {answer_tokens}, which leaves {room}. Make it smaller, or lower "
-                "answer_tokens."
+                f"the context has {passages} tokens; of {limit.tokens} the question and the template take "
+                f"{overhead} and the answer's reserve {answer_tokens}, which leaves {room}. Make it smaller "
+                "(for a long question `context_of` takes question_tokens), or lower answer_tokens."
             )
-        needed = context.tokens + overhead + answer_tokens
-        limits.refuse_memory(needed, lambda: self.prompt.prefix_ids(context.spans))
-        return context, limit
+        limits.refuse_memory(needed, ids)
+        return _Reading(context, passages, limit, ids, marks)
 
     def _answer(
         self,
         question: str,
+        reading: "_Reading",
         prompt_ids: Sequence[int],
-        context: Context,
         completed: "Completed",
-        limit: Limit,
         retrieval_s: float,
     ) -> Answer:
         from stripedrag.rag.refusal import is_refusal
 
         text = completed.text.strip()
         found = not (completed.refused or is_refusal(text))
+        context, limit = reading.context, reading.limit
         best_first = context.spans[::-1] if context.policy == "best-last" else context.spans
         return Answer(
             question=question,
@@ -406,7 +413,7 @@ class Pipeline:
             usage=Usage(
                 prompt_tokens=completed.prompt_tokens,
                 reused_tokens=completed.reused_tokens,
-                passage_tokens=context.tokens,
+                passage_tokens=reading.passage_tokens,
                 answer_tokens=len(completed.token_ids),
                 context_tokens=limit.tokens,
                 limited_by=limit.by,
@@ -416,6 +423,16 @@ class Pipeline:
         )
 
 
+class _Reading(NamedTuple):
+    """What a prompt begins with, and how many tokens prompt and answer may have. `marks` are the ends of its spans."""
+
+    context: Context
+    passage_tokens: int
+    limit: Limit
+    ids: Sequence[int]
+    marks: Sequence[int]
+
+
 class AnswerStream:
     """An answer under way. Iterating gives pieces of text; `answer` is whole once the iteration has ended."""
 
@@ -423,14 +440,13 @@ class AnswerStream:
         self,
         pipeline: Pipeline,
         question: str,
-        context: Context,
-        limit: Limit,
+        reading: _Reading,
         decoding: Mapping[str, Any],
         retrieval_s: float,
     ) -> None:
-        self.context = context
+        self.context = reading.context
         self._answer: Answer | None = None
-        self._pieces = self._run(pipeline, question, limit, decoding, retrieval_s)
+        self._pieces = self._run(pipeline, question, reading, decoding, retrieval_s)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -446,23 +462,22 @@ class AnswerStream:
         self,
         pipeline: Pipeline,
         question: str,
-        limit: Limit,
+        reading: _Reading,
         decoding: Mapping[str, Any],
         retrieval_s: float,
     ) -> Iterator[str]:
         from stripedrag.rag.completion import Completion
 
-        ids, marks = pipeline.prompt.marked_prefix_ids(self.context.spans)
-        prompt_ids = [*ids, *pipeline.prompt.question_ids(question)]
+        prompt_ids = [*reading.ids, *pipeline.prompt.question_ids(question)]
         completion = Completion(
             pipeline.model,
             pipeline.tokenizer,
             prompt_ids,
             contexts=pipeline.contexts,
-            marks=marks,
+            marks=reading.marks,
             is_reply=True,
             refusal=pipeline.refusal,
             **decoding,
         )
         yield from completion
-        self._answer = pipeline._answer(question, prompt_ids, self.context, completion, limit, retrieval_s)
+        self._answer = pipeline._answer(question, reading, prompt_ids, completion, retrieval_s)

@@ -32,17 +32,18 @@ from llama_index.core.prompts import BasePromptTemplate
 
 from stripedrag.errors import BudgetError, UsageError
 from stripedrag.model.baselines import template_options, window_tokens
+from stripedrag.model.cache import LEAST_BLOCK_TOKENS
 from stripedrag.model.generation import Sampling
 from stripedrag.model.loading import DEFAULT_MODEL, load_model
 from stripedrag.rag.completion import Completion, refuse_empty
-from stripedrag.rag.context_cache import BLOCK_TOKENS, LEAST_TOKENS, MEMORY_BYTES, ContextCache
+from stripedrag.rag.context_cache import BLOCK_TOKENS, MEMORY_BYTES, ContextCache
 from stripedrag.rag.prompt import ChatFormat
 
 _Response = TypeVar("_Response", CompletionResponse, ChatResponse)
 _OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "stop")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _END: Any = object()
-_abandoned: ContextVar[threading.Event | None] = ContextVar("_abandoned", default=None)  # of the call in this task
+_abandoned: ContextVar[threading.Event | None] = ContextVar("_abandoned", default=None)  # of the call under way
 
 
 class StripedHyena(CustomLLM):
@@ -262,7 +263,8 @@ class _Engine:
 
     def completion(self, ids: list[int], **options: Any) -> Completion:
         """What follows a prompt. Its beginning is kept in blocks that are small near its end, where others part."""
-        marks = range((max(0, len(ids) - BLOCK_TOKENS) // LEAST_TOKENS + 1) * LEAST_TOKENS, len(ids), LEAST_TOKENS)
+        least = LEAST_BLOCK_TOKENS
+        marks = range((max(0, len(ids) - BLOCK_TOKENS) // least + 1) * least, len(ids), least)
         return Completion(
             self.model,
             self.tokenizer,
@@ -293,7 +295,6 @@ class _Engine:
     async def alast(self, responses: Generator[_Response, None, None]) -> _Response:
         """As `last`, in the model's thread."""
         abandoned = threading.Event()
-        _abandoned.set(abandoned)
 
         def going() -> Iterator[_Response]:
             for response in responses:
@@ -302,23 +303,24 @@ class _Engine:
                     return
 
         try:
-            return await self._run(self.last, going())
+            return await self._run(abandoned, self.last, going())
         finally:
             abandoned.set()
 
     async def astream(self, responses: Generator[_Response, None, None]) -> AsyncGenerator[_Response, None]:
         """The responses, each made in the model's thread; an exception is raised here."""
         abandoned = threading.Event()
-        _abandoned.set(abandoned)
         try:
-            while (response := await self._run(next, responses, _END)) is not _END:
+            while (response := await self._run(abandoned, next, responses, _END)) is not _END:
                 yield response
         finally:
             abandoned.set()
             self._thread.submit(responses.close)  # after the token under way, where it was cancelled
 
-    def _run(self, call: Any, *arguments: Any) -> "asyncio.Future[Any]":
-        return asyncio.get_running_loop().run_in_executor(self._thread, copy_context().run, call, *arguments)
+    def _run(self, abandoned: threading.Event, call: Any, *arguments: Any) -> "asyncio.Future[Any]":
+        context = copy_context()  # the caller's own is left as it is: its next call may be a synchronous one
+        context.run(_abandoned.set, abandoned)
+        return asyncio.get_running_loop().run_in_executor(self._thread, context.run, call, *arguments)
 
 
 class _AbandonedError(Exception):

@@ -49,7 +49,8 @@ class BudgetRetriever(BaseRetriever):
             return [_node(s.doc_id, s.title, s.start, s.text, s.score) for s in spans]
         found = self._retriever.retrieve_chunks(query_bundle.query_str, **self._options)
         titles = self._retriever.index.titles({scored.chunk.doc_id for scored in found})
-        return [_node(s.chunk.doc_id, titles[s.chunk.doc_id], s.chunk.start, s.chunk.text, s.score) for s in found]
+        chunks = [(scored.chunk, scored.score) for scored in found]
+        return [_node(c.doc_id, titles.get(c.doc_id, ""), c.start, c.text, score) for c, score in chunks]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)

@@ -49,7 +49,8 @@ class LlamaIndexSearch:
             raise UsageError(f"the query {query!r} is blank. Ask something.")
         retriever = copy.copy(self._retriever)  # the caller's keeps its own k, and threads do not share one
         if hasattr(retriever, "similarity_top_k"):
-            retriever.similarity_top_k = k
+            corpus = getattr(retriever, "corpus", None)  # of LlamaIndex's BM25Retriever, which fails for more
+            retriever.similarity_top_k = k if corpus is None else min(k, len(corpus))
         found = []
         for rank, scored in enumerate(retriever.retrieve(query)[:k], start=1):
             doc_id, start = place(scored.node)

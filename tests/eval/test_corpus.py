@@ -99,6 +99,7 @@ def test_what_is_asked_about_and_does_not_ship_is_known_by_a_sample_of_its_runs(
     assert build.asked_about().share(words) == 0 and Overlap([*apart, *sampled]).shares(words)
 
 
+@pytest.mark.slow
 def test_no_natural_question_is_on_a_passage_of_an_evaluation():
     foreign = build.asked_about()
     assert [one.id for one in natural() if foreign.shares(one.passage)] == []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import called
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -95,7 +96,7 @@ def run(arguments, program=(SCRIPT,), **options):
 
 
 def refused(arguments):
-    done = subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = called(*arguments)
     assert done.returncode == 2, done.stderr
     return " ".join(done.stderr.split())
 

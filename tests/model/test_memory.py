@@ -41,7 +41,6 @@ def test_a_token_takes_what_the_cache_says(model):
 
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_a_row_takes_what_it_adds_to_the_replies_decoded_together(model, tokens):
-    """But for the room to grow, which is charged beside: here exactly what one more row of tokens holds."""
     cache = new_cache(model.config)
     prefill(model, torch.ones(1, 10, dtype=torch.long), cache)
     held = []
@@ -52,7 +51,9 @@ def test_a_row_takes_what_it_adds_to_the_replies_decoded_together(model, tokens)
         states = [state for layer in layers for state in (layer.conv_states[0], layer.recurrent_states[0])]
         held.append(sum(state.nbytes for state in states) + rows * tokens * memory.token_bytes(model))
     added = (held[1] - held[0]) / 2
-    assert memory.row_bytes(model, tokens) == added + tokens * memory.token_bytes(model) // 2
+    states = memory.state_bytes(model)
+    assert added == states + tokens * memory.token_bytes(model)
+    assert memory.row_bytes(model, tokens) == 2 * states + tokens * memory.token_bytes(model) * 3 // 2
 
 
 @given(free=st.integers(10**7, 10**12), kept=st.sampled_from([0, 10**6, 10**8, 2**31, 10**13]))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM
+from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, generation
 from stripedrag.model.cache import block, cache_bytes, extend, new_cache, refuses_blocks
 from stripedrag.model.generation import Sampling, decode, decode_together, prefill
 from stripedrag.model.shared import SharedLayer, fork
@@ -119,6 +119,24 @@ def test_prompts_decoded_together_get_what_each_gets_alone(striped, lengths, beg
         alone = read(striped, shared)
         logits = prefill(striped, torch.tensor([rest]), alone)
         assert made == list(decode(striped, logits, alone, **options))
+
+
+def test_a_step_of_the_model_takes_all_prompts_and_their_reading_no_more_than_a_segment(striped, monkeypatch):
+    shapes = []
+    heard = striped.register_forward_pre_hook(
+        lambda model, arguments, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    shared, rests = tokens(12), [tokens(4, seed=i)[0].tolist() for i in range(7)]
+    options = dict(max_new_tokens=6, stop_ids=(), sampling=Sampling())
+    cache = read(striped, shared)
+    shapes.clear()
+    whole = decode_together(striped, cache, rests, **options)
+    assert shapes == [(7, 4)] + [(7, 1)] * 5
+    monkeypatch.setattr(generation, "SEGMENT_TOKENS", 12)
+    shapes.clear()
+    assert decode_together(striped, cache, rests, **options) == whole
+    assert shapes == [(3, 4), (3, 4), (1, 4)] + [(7, 1)] * 5
+    heard.remove()
 
 
 def test_each_prompt_samples_as_it_does_alone(striped):

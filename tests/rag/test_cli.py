@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import called
 
 from stripedrag.errors import UsageError
 from stripedrag.indexes.documents import Document
@@ -20,14 +21,9 @@ from stripedrag.weights import cache_dir
 SCRIPT = Path(sys.executable).with_name("stripedrag")
 
 
-def run(*arguments, **options):
-    return subprocess.run(
-        [SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False, **options
-    )
-
-
 def test_help_imports_nothing_heavy():
-    assert run("--help").returncode == 0
+    shown = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    assert shown == called("--help").stdout
     program = (
         "import sys, stripedrag.eval.cli; print({'torch', 'transformers', 'faiss', 'llama_index'} & set(sys.modules))"
     )
@@ -38,7 +34,7 @@ def test_help_imports_nothing_heavy():
     "command", ["setup", "index", "delete", "compact", "verify", "ask", "warm", "retrieve", "doctor", "bench"]
 )
 def test_every_command_has_help(command):
-    result = run(command, "--help")
+    result = called(command, "--help")
     assert result.returncode == 0
     assert "Usage: stripedrag" in result.stdout
 
@@ -51,20 +47,20 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     lines = [{"id": "w", "title": "Warsaw", "text": "Warsaw is the capital of Poland."}]
     (corpus / "more.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
-    result = run("index", corpus, "--to", index, "--json")
+    result = called("index", corpus, "--to", index, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["added"], report["documents"]) == (2, 2)
     assert "blank.txt" in report["skipped"][0]["path"]
     assert "skipped" in result.stderr
 
-    refused = run("index", corpus, "--to", index, "--chunk-tokens", 128)
+    refused = called("index", corpus, "--to", index, "--chunk-tokens", 128)
     assert refused.returncode == 2
     assert "is an index of 64 wordpieces a chunk and keeps them" in " ".join(refused.stderr.split())
-    again = run("index", corpus, "--to", index)
+    again = called("index", corpus, "--to", index)
     assert "(0 added, 0 updated, 2 unchanged)" in again.stdout
 
-    result = run(
+    result = called(
         "ask", index, "What is the capital of Poland?", "--model", tiny_folder, "--context-tokens", 600, "--json"
     )
     assert result.returncode == 0, result.stderr
@@ -72,7 +68,7 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     assert answer["usage"]["prompt_tokens"] <= 600
     assert any(span["doc_id"] == "w" for span in answer["context"]["spans"])
 
-    shown = run("ask", index, "What is the capital of Poland?", "--model", tiny_folder, "--answer-tokens", 8)
+    shown = called("ask", index, "What is the capital of Poland?", "--model", tiny_folder, "--answer-tokens", 8)
     assert shown.returncode == 0, shown.stderr
     for word in ("passages", "tokens", "seconds", "retrieval", "prefill", "decoding"):
         assert word in shown.stdout
@@ -81,53 +77,57 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     prompt.write_text('passage = "{text} "\nquestion = "Q: {question}"')
     options = ("--model", tiny_folder, "--answer-tokens", 8, "--prompt-file", prompt, "--context-tokens", "auto")
     options = (*options, "--temperature", 1, "--seed", 3)
-    whole = json.loads(run("ask", index, "What is the capital of Poland?", *options, "--json").stdout)
+    whole = json.loads(called("ask", index, "What is the capital of Poland?", *options, "--json").stdout)
     assert "Q: What is the capital of Poland?" in whole["prompt"]
     assert (whole["usage"]["context_tokens"], whole["usage"]["limited_by"]) == (4096, "window")
-    ended = run("ask", index, "What is the capital of Poland?", *options, "--stop", whole["text"][3:6])
+    ended = called("ask", index, "What is the capital of Poland?", *options, "--stop", whole["text"][3:6])
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith(whole["text"][:3].strip())
     assert whole["text"] not in ended.stdout and "of 4096 (the window)" in ended.stdout
 
-    refused = run("ask", index, "What is the capital of Poland?", "--model", tiny_folder, "--refuse-above", "1e-9")
+    refused = called("ask", index, "What is the capital of Poland?", "--model", tiny_folder, "--refuse-above", "1e-9")
     assert refused.returncode == 0, refused.stderr
     assert refused.stdout.startswith("not in the documents\n\n  (by the model: the passages below lack the answer")
     assert "[1]" not in refused.stdout
 
-    result = run("retrieve", index, "capital of Poland", "--budget-tokens", 100, "--json")
+    result = called("retrieve", index, "capital of Poland", "--budget-tokens", 100, "--json")
     context = json.loads(result.stdout)
     assert context["spans"][0]["text"] == "Warsaw is the capital of Poland."
     assert context["tokens"] <= 100
-    assert "1 spans" in run("retrieve", index, "capital of Poland", "--budget-tokens", 10).stdout
+    assert "1 spans" in called("retrieve", index, "capital of Poland", "--budget-tokens", 10).stdout
 
 
 def test_a_document_that_was_warmed_is_not_read_again(index_path, tiny_folder, tmp_path):
     (tmp_path / "carriers").symlink_to(cache_dir() / "carriers")
-    here = {"env": os.environ | {"STRIPEDRAG_CACHE": str(tmp_path)}}
+    here = {"env": {"STRIPEDRAG_CACHE": str(tmp_path)}}
     common = ("--model", tiny_folder, "--context", "Oxygen.txt", "--context-tokens", 800, "--json")
-    cold = run("ask", index_path, "Who found it?", *common, **here)
+    cold = called("ask", index_path, "Who found it?", *common, **here)
     assert cold.returncode == 0, cold.stderr
     assert not (tmp_path / "contexts").exists(), "asking writes nothing"
-    warmed = run("warm", index_path, *common, **here)
+    warmed = called("warm", index_path, *common, **here)
     assert warmed.returncode == 0, warmed.stderr
-    warm = run("ask", index_path, "Who found it?", *common, **here)
+    warm = called("ask", index_path, "Who found it?", *common, **here)
     before, after, read = (json.loads(result.stdout) for result in (cold, warm, warmed))
     assert (before["usage"]["reused_tokens"], after["usage"]["reused_tokens"]) == (0, read["tokens"])
     assert before["text"] == after["text"] and before["context"] == after["context"] and read["dropped"] > 0
-    shown = run("warm", index_path, *common[:-1], **here)
+    shown = called("warm", index_path, *common[:-1], **here)
     assert f"{read['tokens']:,} tokens of 1 documents" in shown.stdout and str(tmp_path / "contexts") in shown.stdout
-    refused = run("warm", index_path, "--model", tiny_folder, **here)
+    long = "Who found it? " * 60
+    asked = called("ask", index_path, long, *common, "--answer-tokens", 4, **here)
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["context"]["dropped"]
+    refused = called("warm", index_path, "--model", tiny_folder, **here)
     assert refused.returncode == 2 and "no --context: name one document" in refused.stderr
-    refused = run("warm", index_path, "--model", tiny_folder, "--context", "Radon", **here)
+    refused = called("warm", index_path, "--model", tiny_folder, "--context", "Radon", **here)
     assert refused.returncode == 2 and "Radon" in refused.stderr
 
 
 @pytest.mark.weights
 def test_an_answer_is_written_as_it_comes_with_its_footnotes_and_ctrl_c_ends_it(tmp_path, corpus):
     index = tmp_path / "index"
-    assert run("index", corpus, "--to", index).returncode == 0
+    assert called("index", corpus, "--to", index).returncode == 0
     question = ("ask", index, "When was the Warsaw Uprising?", "--context-tokens", 700)
-    answered = run(*question)
+    answered = called(*question)
     text, _, notes = answered.stdout.partition("\n\n")
     assert "1944" in text and text.endswith(" [1]")
     assert notes.startswith("  [1] Warsaw.txt ")
@@ -140,7 +140,7 @@ def test_an_answer_is_written_as_it_comes_with_its_footnotes_and_ctrl_c_ends_it(
     out, told = asking.communicate(timeout=60)
     assert asking.returncode == 130
     assert "Traceback" not in out + told
-    assert run(*question).stdout.partition("\n\n")[0] == text
+    assert called(*question).stdout.partition("\n\n")[0] == text
 
 
 def test_an_index_is_looked_after(tmp_path):
@@ -150,36 +150,36 @@ def test_an_index_is_looked_after(tmp_path):
     ]
     (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
     index = tmp_path / "index"
-    assert run("index", tmp_path / "l.jsonl", "--to", index).returncode == 0
+    assert called("index", tmp_path / "l.jsonl", "--to", index).returncode == 0
 
-    found = run("retrieve", index, "Which lighthouse?", "--where", '{"year": {"$gte": 1900}}', "--json")
+    found = called("retrieve", index, "Which lighthouse?", "--where", '{"year": {"$gte": 1900}}', "--json")
     assert {span["doc_id"] for span in json.loads(found.stdout)["spans"]} == {"orlat", "dunmore"}
     for where, told in (("year", "--where is 'year', which is no JSON"), ("[1]", "it must be a JSON object")):
-        refused = run("retrieve", index, "Which?", "--where", where)
+        refused = called("retrieve", index, "Which?", "--where", where)
         assert refused.returncode == 2 and told in " ".join(refused.stderr.split())
 
-    missing = run("delete", index, "veyrac", "atlantis")
+    missing = called("delete", index, "veyrac", "atlantis")
     assert missing.returncode == 2 and "nothing was deleted" in missing.stderr
-    assert json.loads(run("delete", index, "veyrac", "--json").stdout) == {"deleted": 1, "documents": 2}
-    assert {"bytes_before", "bytes_after"} == json.loads(run("compact", index, "--json").stdout).keys()
-    sound = run("verify", index)
+    assert json.loads(called("delete", index, "veyrac", "--json").stdout) == {"deleted": 1, "documents": 2}
+    assert {"bytes_before", "bytes_after"} == json.loads(called("compact", index, "--json").stdout).keys()
+    sound = called("verify", index)
     assert sound.returncode == 0 and "2 documents, 2 passages, 2 chunks" in sound.stdout
 
     database = sqlite3.connect(index / "index.sqlite")
     with database:
         database.execute("UPDATE documents SET title = 'another'")
     database.close()
-    faulty = run("verify", index)
+    faulty = called("verify", index)
     assert faulty.returncode == 1
     assert "document 'orlat' is not what was added" in faulty.stdout and "has faults" in faulty.stderr
 
 
 def test_doctor_reports_one_object():
-    report = json.loads(run("doctor", "--json").stdout)
+    report = json.loads(called("doctor", "--json").stdout)
     assert report["kernel backends on cpu"]["torch"] == "runs"
     assert {"machine", "weights", "packages"} <= report.keys()
     assert list(report["baselines"]) == ["at hand"]
-    assert "fast dtype" in run("doctor").stdout
+    assert "fast dtype" in called("doctor").stdout
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_doctor_reports_one_object():
     ],
 )
 def test_a_callers_mistake_is_one_message_on_stderr_and_exit_code_2(arguments, message, tmp_path):
-    result = run(*arguments, cwd=tmp_path)
+    result = called(*arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert message in " ".join(result.stderr.split())
@@ -222,7 +222,7 @@ def test_a_callers_mistake_is_one_message_on_stderr_and_exit_code_2(arguments, m
     ],
 )
 def test_a_filter_that_is_none_is_told(where, message, index_path):
-    result = run("retrieve", index_path, "why?", "--where", where)
+    result = called("retrieve", index_path, "why?", "--where", where)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert message in " ".join(result.stderr.split())
 
@@ -231,11 +231,11 @@ def test_an_index_whose_creation_was_killed_is_made(tmp_path):
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "index.sqlite").touch()
     (tmp_path / "a.txt").write_text("The ferry sails at nine.")
-    assert run("index", tmp_path / "a.txt", "--to", tmp_path / "index").returncode == 0
+    assert called("index", tmp_path / "a.txt", "--to", tmp_path / "index").returncode == 0
 
 
 def test_a_budget_of_any_size_is_one(index_path):
-    assert run("retrieve", index_path, "why?", "--budget-tokens", "1" + "0" * 400).returncode == 0
+    assert called("retrieve", index_path, "why?", "--budget-tokens", "1" + "0" * 400).returncode == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -256,7 +256,7 @@ def test_a_path_that_is_not_utf8_is_printed_as_json(capsys):
 def test_a_document_does_not_command_the_terminal(tmp_path):
     with Index.create(tmp_path / "i") as index:
         index.add([Document("a\x1b[2J", "", "Cats\x1b]0;owned\x07 sleep\r\nall\tday \x9b31m long.")])
-    done = run("retrieve", tmp_path / "i", "cats")
+    done = called("retrieve", tmp_path / "i", "cats")
     assert done.returncode == 0
     assert "Cats ]0;owned  sleep \nall\tday  31m long." in done.stdout
     assert not {"\x1b", "\x07", "\x9b", "\r"} & set(done.stdout)
@@ -277,14 +277,13 @@ def test_an_index_that_appears_while_the_documents_are_read_is_added_to(tmp_path
 
 
 def test_questions_of_the_command_line_are_checked_before_the_model_is_loaded(index_path):
-    result = run("ask", index_path, "why?", "--temperature", "-1")
+    result = called("ask", index_path, "why?", "--temperature", "-1")
     assert result.returncode == 2
     assert result.stderr.strip().endswith("error: temperature is -1.0; it is 0 (greedy) or more")
 
 
 def test_weights_that_are_missing_name_the_command_that_gets_them(index_path, tmp_path):
-    import os
 
-    result = run("ask", index_path, "why?", env=os.environ | {"STRIPEDRAG_CACHE": str(tmp_path)})
+    result = called("ask", index_path, "why?", env=os.environ | {"STRIPEDRAG_CACHE": str(tmp_path)})
     assert result.returncode == 2
     assert "Run `stripedrag setup`" in result.stderr

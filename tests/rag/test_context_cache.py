@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from stripedrag.model.cache import extend
 from stripedrag.model.generation import prefill
-from stripedrag.rag import context_cache
+from stripedrag.rag import context_cache, context_files
 from stripedrag.rag.context_cache import ContextCache
 from stripedrag.rag.context_files import ContextFiles
 from tiny_striped import tiny_striped
@@ -31,7 +33,7 @@ def model():
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(context_cache, "BLOCK_TOKENS", 16)
-    monkeypatch.setattr(context_cache, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(context_cache, "LEAST_BLOCK_TOKENS", 4)
 
 
 def ids(length, seed=0):
@@ -176,10 +178,59 @@ def test_a_damaged_file_is_told_and_its_tokens_are_read_anew(model, tmp_path, da
     }
     second.write_bytes(damaged[damage])
     contexts = ContextCache(model, files=files)
-    with pytest.warns(UserWarning, match=r"safetensors is damaged \(.*\); it is removed and its tokens are read anew"):
+    asking = ContextCache(model, files=ContextFiles(tmp_path, saves=False))
+    with pytest.warns(UserWarning, match=r"is damaged \(.*\) and its tokens are read anew; remove it"):
+        assert asking.read(prompt, [16, 32]).reused_tokens == 16 and second.exists()
+    with pytest.warns(UserWarning, match=r"is damaged \(.*\) and its tokens are read anew; it is removed"):
         reading = contexts.read(prompt, [16, 32])
     assert reading.reused_tokens == 16 and torch.allclose(reading.logits, alone(model, prompt), atol=1e-5)
     assert ContextCache(model, files=files).read(prompt).reused_tokens == 32, "written again"
+
+
+def test_a_file_that_cannot_be_read_now_is_not_removed(model, tmp_path, monkeypatch):
+    files, prompt = ContextFiles(tmp_path), ids(40)
+    ContextCache(model, files=files).read(prompt, [16, 32])
+
+    def refused(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context_files, "safe_open", refused)
+        with pytest.warns(UserWarning, match=r"cannot be read \(Too many open files\); its tokens are read anew"):
+            assert ContextCache(model, files=files).read(prompt, [16, 32]).reused_tokens == 0
+    assert ContextCache(model, files=files).read(prompt).reused_tokens == 32
+
+
+def test_what_memory_knows_is_saved_again_where_the_disk_lost_it(model, tmp_path):
+    contexts, prompt = ContextCache(model, files=ContextFiles(tmp_path)), ids(40)
+    contexts.read(prompt, [16, 32])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert contexts.read([*prompt, 1], [16, 32, 40]).reused_tokens == 32
+    assert ContextCache(model, files=ContextFiles(tmp_path)).read([*prompt, 1, 2]).reused_tokens == 40
+
+
+def test_saved_blocks_are_loaded_one_at_a_time_into_buffers_that_take_all(model, tmp_path, monkeypatch):
+    files, prompt = ContextFiles(tmp_path), ids(100)
+    ContextCache(model, files=files).read(prompt, [16, 32, 48, 64, 80, 96])
+    load, loaded, alive, buffers = files.load, [], [], set()
+
+    def watched(*arguments):
+        alive.append(sum(tensor() is not None for tensor in loaded))
+        found = load(*arguments)
+        loaded.extend(weakref.ref(tensor) for tensor in found.values())
+        return found
+
+    def extended(cache, held):
+        extend(cache, held)
+        buffers.update(layer.keys.data_ptr() for layer in cache.layers if hasattr(layer, "keys"))
+
+    monkeypatch.setattr(files, "load", watched)
+    monkeypatch.setattr(context_cache, "extend", extended)
+    reading = ContextCache(model, memory_bytes=0, files=files).read(prompt)
+    assert reading.reused_tokens == 96
+    assert len(alive) == 6 and max(alive) <= len(loaded) / 6, "no more than the block before"
+    assert len(buffers) == 1
 
 
 def test_a_file_that_goes_away_is_no_fault(model, tmp_path, monkeypatch):

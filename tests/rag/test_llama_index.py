@@ -106,6 +106,15 @@ def test_async_forms_agree_and_leave_the_event_loop_free(tiny_llm):
     assert beats > 3
 
 
+def test_calls_of_either_kind_follow_each_other_in_a_task(tiny_llm):
+    async def scenario():
+        texts = [(await tiny_llm.acomplete("Oxygen is")).text, tiny_llm.complete("Oxygen is").text]
+        texts.append("".join([piece.delta async for piece in await tiny_llm.astream_complete("Oxygen is")]))
+        return [*texts, tiny_llm.complete("Oxygen is").text, (await tiny_llm.acomplete("Oxygen is")).text]
+
+    assert len(set(asyncio.run(scenario()))) == 1
+
+
 def test_an_abandoned_stream_blocks_nobody(tiny_llm):
     stream = tiny_llm.stream_complete("Oxygen is")
     next(stream)

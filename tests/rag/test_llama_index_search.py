@@ -88,6 +88,22 @@ def test_overlaps_are_joined_once_and_only_where_the_texts_agree():
     assert spans((0, text[:20]), (21, text[21:30])) == [(0, text[:20]), (21, text[21:30])]
 
 
+def test_a_retriever_that_gives_no_more_than_it_has_is_asked_for_no_more():
+    """As LlamaIndex's BM25Retriever, whose search fails for more."""
+
+    class Whole(BaseRetriever):
+        def __init__(self):
+            self.corpus, self.similarity_top_k = [TextNode(text=f"Ada built {n} of them.") for n in range(5)], 2
+            super().__init__()
+
+        def _retrieve(self, query_bundle):
+            if self.similarity_top_k > len(self.corpus):
+                raise ValueError("k is larger than the corpus")
+            return [NodeWithScore(node=node, score=1.0) for node in self.corpus[: self.similarity_top_k]]
+
+    assert len(Retriever(LlamaIndexSearch(Whole())).retrieve("who?", budget_tokens=4000).spans) == 5
+
+
 def test_what_a_retriever_cannot_do_is_refused():
     search = LlamaIndexSearch(Fixed(TextNode(text="Ada built it.")))
     with pytest.raises(UsageError, match=r"takes no where and no doc_ids\. Give it MetadataFilters"):

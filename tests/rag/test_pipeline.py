@@ -1,5 +1,7 @@
 """One question: within its tokens, with citations that point at the quoted text, and errors before any work."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +125,20 @@ def test_what_cannot_be_warmed_or_given_is_named(pipeline, keeping, index, tiny_
         pipeline.ask_many(["Who?", " "], context=context)
     with pytest.raises(UsageError, match="cache_bytes is -1; it is 0"):
         Pipeline.open(index, cache_bytes=-1)
+    for contexts, message in (
+        (ContextCache(tiny_model, memory_bytes=0), "tiny keeps nothing that it has read: the pipeline has no context"),
+        (
+            ContextCache(tiny_model, memory_bytes=0, files=ContextFiles(tmp_path, saves=False)),
+            "or one of 0 bytes and no files that save",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Pipeline(index, tiny_model, tokenizer, model_name="tiny", contexts=contexts).warm(context)
+    little = Pipeline(
+        index, tiny_model, tokenizer, model_name="tiny", contexts=ContextCache(tiny_model, memory_bytes=10**5)
+    )
+    with pytest.raises(StoreError, match=r"\d+ of its \d+ tokens are kept: there is room for 100000 bytes; open the"):
+        little.warm(context)
     small = ContextCache(tiny_model, files=ContextFiles(tmp_path, disk_bytes=1000))
     saving = Pipeline(index, tiny_model, tokenizer, model_name="tiny", contexts=small)
     with pytest.raises(
@@ -237,23 +253,40 @@ def test_what_is_kept_is_not_charged_twice(keeping, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: whole - keeping.contexts.held_bytes)
     context = keeping.context_of(["Oxygen.txt", "Warsaw.txt"], 2000, answer_tokens=8)
     keeping.warm(context)
-    for tokens in (None, "auto", 2000):
+    for tokens, by in ((None, "window"), ("auto", "memory"), (2000, "asked")):
         answer = keeping.ask("Who?", tokens, context=context, answer_tokens=8)
         assert answer.usage.reused_tokens >= context.tokens
+        assert answer.usage.limited_by == by
     with pytest.raises(BudgetError, match="Lower context_tokens, pass 'auto', or open the pipeline with a smaller"):
         keeping.context_of(["Oxygen.txt"], 4096)
 
 
 def test_what_replies_take_that_are_decoded_together_is_charged(keeping, monkeypatch):
     context = keeping.context_of(["Oxygen.txt"], 1000, answer_tokens=8)
-    enough = 2 * memory.context_bytes(keeping.model, 2000, kept_bytes=2**31)
+    questions = ["Who discovered oxygen?"] * 5
+    enough = memory.context_bytes(keeping.model, 2000, kept_bytes=2**31)
+    enough += 4 * memory.row_bytes(keeping.model, 20 + keeping.prompt.overhead_tokens(questions[0]))
     monkeypatch.setattr(memory, "free_bytes", lambda device: enough)
-    questions = ["Who discovered oxygen?"] * 40
-    assert len(keeping.ask_many(questions, context=context, answer_tokens=8)) == 40
-    for arguments in (dict(context=context), dict(context_tokens=2500)):
+    assert len(keeping.ask_many(questions, context=context, answer_tokens=8)) == 5
+    assert len(keeping.ask_many(questions, 2000, answer_tokens=20)) == 5
+    for arguments in (dict(context=context), dict(context_tokens=2000)):
         with pytest.raises(BudgetError, match=r"GB of them for replies decoded together: ask fewer questions\)"):
-            keeping.ask_many(questions, answer_tokens=1500, **arguments)
-    assert len(keeping.ask_many(questions[:1], 2500, answer_tokens=1500)) == 1
+            keeping.ask_many(questions, answer_tokens=900, **arguments)
+    assert len(keeping.ask_many(questions[:1], 2000, answer_tokens=30)) == 1
+    monkeypatch.setattr(memory, "free_bytes", lambda device: enough / 0.8)
+    limits = [keeping._limits(questions[:n], 20).of("auto") for n in (5, 3, 1)]
+    assert [limit.by for limit in limits] == ["memory"] * 3
+    assert 1990 < limits[0].tokens <= 2000 and limits[0].tokens < limits[1].tokens < limits[2].tokens
+    with pytest.raises(BudgetError, match="Free some memory, lower answer_tokens, or ask fewer questions at once"):
+        keeping.ask_many(questions, "auto", answer_tokens=900)
+
+
+def test_a_context_that_another_tokenizer_counted_is_counted_again(pipeline):
+    context = pipeline.context_of(["Oxygen.txt"], 1000, answer_tokens=8)
+    wrong = dataclasses.replace(context, tokens=context.tokens // 2)
+    assert pipeline.ask("Who?", 1000, context=wrong, answer_tokens=8).usage.passage_tokens == context.tokens
+    with pytest.raises(BudgetError, match=f"the context has {context.tokens} tokens; of 600"):
+        pipeline.ask("Who?", 600, context=wrong, answer_tokens=8)
 
 
 def test_the_answer_holds_the_prompt_that_was_read(pipeline, tokenizer):

@@ -17,10 +17,14 @@ def span(text, title="Title"):
     return Span("doc", title, 0, len(text), text, 1.0)
 
 
+@pytest.fixture(scope="module")
+def prompt(tokenizer):
+    return PromptFormat(tokenizer)
+
+
 @settings(max_examples=60)
 @given(question=TEXTS, texts=st.lists(TEXTS, max_size=4))
-def test_a_prompt_is_the_sum_of_its_pieces(tokenizer, question, texts):
-    prompt = PromptFormat(tokenizer)
+def test_a_prompt_is_the_sum_of_its_pieces(prompt, question, texts):
     spans = [span(text) for text in texts]
     pieces = sum(len(prompt.encode(prompt.render(s))) for s in spans)
     assert len(prompt.ids(question, spans)) == prompt.overhead_tokens(question) + pieces
@@ -28,15 +32,13 @@ def test_a_prompt_is_the_sum_of_its_pieces(tokenizer, question, texts):
 
 @settings(max_examples=60)
 @given(question=TEXTS, text=TEXTS)
-def test_documents_and_questions_make_no_control_tokens(tokenizer, question, text):
-    prompt = PromptFormat(tokenizer)
+def test_documents_and_questions_make_no_control_tokens(tokenizer, prompt, question, text):
     empty = [i for i in prompt.ids("x", ()) if i in tokenizer.all_special_ids]
     filled = [i for i in prompt.ids(question, [span(text, title=text)]) if i in tokenizer.all_special_ids]
     assert filled == empty
 
 
-def test_the_prompt_reads_as_the_models_own_template(tokenizer):
-    prompt = PromptFormat(tokenizer)
+def test_the_prompt_reads_as_the_models_own_template(tokenizer, prompt):
     ids = prompt.ids("Why?", [span("Because.", "Reasons")])
     content = "Reasons\nBecause.\n\nQuestion: Why?"
     expected = tokenizer.apply_chat_template(

@@ -134,6 +134,10 @@ def test_an_answer_is_written_as_it_comes_with_its_footnotes_and_ctrl_c_ends_it(
     assert "reading: " in answered.stderr
 
     program = [SCRIPT, *map(str, question[:-1]), "4000", "--temperature", "2", "--answer-tokens", "3000"]
+    default = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    program = [sys.executable, "-c", default, *program]  # what a shell runs in the background does not hear it
     asking = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert asking.stdout.read(1), "a piece came"
     asking.send_signal(signal.SIGINT)

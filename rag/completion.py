@@ -215,9 +215,9 @@ def together_bytes(model: "PreTrainedModel", replies: int, tokens: int) -> int:
     """Bytes that `complete_together` takes for so many replies of `tokens` (with what comes before each) beside what
     a single one takes.
     """
-    if not isinstance(model, StripedHyenaForCausalLM):
+    if replies < 2 or not isinstance(model, StripedHyenaForCausalLM):
         return 0
-    return max(0, min(replies, _ROWS) - 1) * row_bytes(model, tokens)
+    return (min(replies, _ROWS) - 1) * row_bytes(model, tokens)
 
 
 def refuse_empty(stop: Sequence[str]) -> tuple[str, ...]:

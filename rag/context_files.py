@@ -55,7 +55,7 @@ class ContextFiles:
         except FileNotFoundError:
             return None
         except OSError as error:  # too many open files, say, or those of another user
-            warnings.warn(f"{path} cannot be read ({error.strerror}); its tokens are read anew", stacklevel=2)
+            warnings.warn(f"{path} cannot be read ({error.strerror or error}); its tokens are read anew", stacklevel=2)
             return None
         except SafetensorError as error:
             self._damaged(path, str(error))
@@ -76,14 +76,14 @@ class ContextFiles:
         if path.is_file():
             self.touch(parent, name, tokens)
             return
-        on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            size_bytes = sum(tensor.nbytes for tensor in on_cpu.values())
+            size_bytes = sum(tensor.nbytes for tensor in tensors.values())
             if parent in self._left_out or not self._make_room(size_bytes, after=parent):
                 self._left_out.add(name)  # nothing leads to those after it
             else:
                 self._left_out.discard(name)
+                on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
                 with written_whole(path, by_many=True) as scratch:
                     save_file(on_cpu, scratch, metadata={"sha256": _sha256(path.name, on_cpu)})
         except SafetensorError as error:  # of what safetensors writes itself

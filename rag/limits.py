@@ -99,11 +99,11 @@ class Limits:
         from stripedrag.model.memory import context_bytes, free_bytes, kept_token_bytes
 
         kept, free = self._keepable_bytes, free_bytes(self._model.device)
-        needed = context_bytes(self._model, tokens, kept_bytes=kept) + self._beside_bytes
+        needed = self._beside_bytes + context_bytes(self._model, tokens, kept_bytes=kept)
         if needed > free and beginning and self._contexts:
             new = tokens - self._contexts.known_tokens(beginning)
-            needed -= context_bytes(self._model, tokens, kept_bytes=kept)
-            needed += context_bytes(self._model, tokens, kept_bytes=min(kept, int(new * kept_token_bytes(self._model))))
+            kept = min(kept, int(new * kept_token_bytes(self._model)))
+            needed = self._beside_bytes + context_bytes(self._model, tokens, kept_bytes=kept)
         if needed > free:
             others = f" ({self._beside_bytes / 1e9:.1f} GB of them for replies decoded together: ask fewer questions)"
             raise BudgetError(

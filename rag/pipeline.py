@@ -264,25 +264,24 @@ class Pipeline:
         It leaves room for the longest question and an answer of `answer_tokens`. Arguments and errors as in `ask`.
         """
         questions = [questions] if isinstance(questions, str) else questions
-        limit = self._limits(questions, answer_tokens).of(context_tokens)
-        return self._retrieved(questions, limit, answer_tokens, narrow)
+        overhead = self._overhead(questions)
+        limit = self._limits(len(questions), overhead + answer_tokens).of(context_tokens)
+        return self._retrieved(questions, limit, limit.for_passages(overhead, answer_tokens), narrow)
 
-    def _limits(self, questions: Sequence[str] = (), answer_tokens: int = 0) -> Limits:
-        """What may be read; `questions` are answered together."""
+    def _limits(self, replies: int = 1, tokens: int = 0) -> Limits:
+        """What may be read, where so many replies of `tokens` are decoded together."""
         from stripedrag.rag.completion import together_bytes
 
-        each = self._overhead(questions) + answer_tokens
-        return Limits(self.model, self.model_name, self.contexts, together_bytes(self.model, len(questions), each))
+        return Limits(self.model, self.model_name, self.contexts, together_bytes(self.model, replies, tokens))
 
     def _overhead(self, questions: Sequence[str]) -> int:
         return max((self.prompt.overhead_tokens(question) for question in questions), default=0)
 
     def _retrieved(
-        self, questions: Sequence[str], limit: Limit, answer_tokens: int, narrow: Mapping[str, Any]
+        self, questions: Sequence[str], limit: Limit, budget_tokens: int, narrow: Mapping[str, Any]
     ) -> Context:
-        budget = limit.for_passages(self._overhead(questions), answer_tokens)
         context = self.retriever.retrieve(
-            questions, budget_tokens=budget, tokenizer=self.prompt, render=self.prompt.render, **narrow
+            questions, budget_tokens=budget_tokens, tokenizer=self.prompt, render=self.prompt.render, **narrow
         )
         return self._filled(context, limit)
 
@@ -326,9 +325,9 @@ class Pipeline:
         from stripedrag.model.cache import cache_bytes
 
         if self.contexts is None or not self.contexts.keeps:
-            why = "the pipeline has no context cache, or one of 0 bytes and no files that save"
-            why = (self.contexts and self.contexts.refuses) or why
-            raise UsageError(f"{self.model_name} keeps nothing that it has read: {why}")
+            nowhere = "the pipeline has no context cache, or one of 0 bytes and no files that save"
+            why = self.contexts.refuses if self.contexts else None
+            raise UsageError(f"{self.model_name} keeps nothing that it has read: {why or nowhere}")
         ids, marks = self.prompt.marked_prefix_ids(context.spans)
         start = time.perf_counter()
         cache, known = self.contexts.read_beginning(ids, marks, progress=progress)
@@ -361,10 +360,11 @@ class Pipeline:
         narrow: Mapping[str, Any],
     ) -> "_Reading":
         """What is read for the questions, the given context or a retrieved one."""
-        limits = self._limits(questions, answer_tokens)
+        overhead = self._overhead(questions)
+        limits = self._limits(len(questions), overhead + answer_tokens)
         if context is None:
             limit = limits.of(CONTEXT_TOKENS if context_tokens is None else context_tokens)
-            context = self._retrieved(questions, limit, answer_tokens, narrow)
+            context = self._retrieved(questions, limit, limit.for_passages(overhead, answer_tokens), narrow)
             return _Reading(context, context.tokens, limit, *self.prompt.marked_prefix_ids(context.spans))
         if narrow:
             raise UsageError(f"{next(iter(narrow))} narrows what is retrieved, and the context is given; leave one out")
@@ -373,7 +373,6 @@ class Pipeline:
                 raise UsageError(f"the question {question!r} is blank. Ask something.")
         ids, marks = self.prompt.marked_prefix_ids(context.spans)
         passages = len(ids) - len(self.prompt.prefix_ids(()))  # by this model, whoever counted what was given
-        overhead = self._overhead(questions)
         needed = passages + overhead + answer_tokens
         limit = limits.of_filled(context_tokens, needed)
         room = limit.for_passages(overhead, answer_tokens)

@@ -287,7 +287,6 @@ def test_questions_of_the_command_line_are_checked_before_the_model_is_loaded(in
 
 
 def test_weights_that_are_missing_name_the_command_that_gets_them(index_path, tmp_path):
-
     result = called("ask", index_path, "why?", env=os.environ | {"STRIPEDRAG_CACHE": str(tmp_path)})
     assert result.returncode == 2
     assert "Run `stripedrag setup`" in result.stderr

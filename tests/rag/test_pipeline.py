@@ -265,7 +265,8 @@ def test_what_replies_take_that_are_decoded_together_is_charged(keeping, monkeyp
     context = keeping.context_of(["Oxygen.txt"], 1000, answer_tokens=8)
     questions = ["Who discovered oxygen?"] * 5
     enough = memory.context_bytes(keeping.model, 2000, kept_bytes=2**31)
-    enough += 4 * memory.row_bytes(keeping.model, 20 + keeping.prompt.overhead_tokens(questions[0]))
+    each = 20 + keeping.prompt.overhead_tokens(questions[0])
+    enough += 4 * memory.row_bytes(keeping.model, each)
     monkeypatch.setattr(memory, "free_bytes", lambda device: enough)
     assert len(keeping.ask_many(questions, context=context, answer_tokens=8)) == 5
     assert len(keeping.ask_many(questions, 2000, answer_tokens=20)) == 5
@@ -274,7 +275,7 @@ def test_what_replies_take_that_are_decoded_together_is_charged(keeping, monkeyp
             keeping.ask_many(questions, answer_tokens=900, **arguments)
     assert len(keeping.ask_many(questions[:1], 2000, answer_tokens=30)) == 1
     monkeypatch.setattr(memory, "free_bytes", lambda device: enough / 0.8)
-    limits = [keeping._limits(questions[:n], 20).of("auto") for n in (5, 3, 1)]
+    limits = [keeping._limits(replies, each).of("auto") for replies in (5, 3, 1)]
     assert [limit.by for limit in limits] == ["memory"] * 3
     assert 1990 < limits[0].tokens <= 2000 and limits[0].tokens < limits[1].tokens < limits[2].tokens
     with pytest.raises(BudgetError, match="Free some memory, lower answer_tokens, or ask fewer questions at once"):

@@ -6,7 +6,6 @@ that way, in memory and on disk. Knows ids only. Blocks are forgotten by least u
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,12 +17,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from stripedrag.model.cache import LEAST_BLOCK_TOKENS, block, extend, new_cache, refuses_blocks
 from stripedrag.model.generation import prefill
+from stripedrag.model.identity import fingerprint
 from stripedrag.rag.context_files import ContextFiles
 
 MEMORY_BYTES = 2 * 2**30
 BLOCK_TOKENS = 1024  # at most: what is read again where two prompts part is less than a block
 _SCHEMA = 1  # of what a block holds, part of every name
-_SAMPLE = 128  # elements at each of three places of a tensor, which tell one model from another
 
 
 class Reading(NamedTuple):
@@ -65,7 +64,7 @@ class ContextCache:
         self._blocks: dict[str, _Block] = {}
         self._children: dict[str, dict[str, int]] = {}  # of a block: their names, with how many tokens they have
         self._turn = 0
-        self._root = _name(_fingerprint(model), ()) if self.files else ""
+        self._root = _name(f"{_SCHEMA} {fingerprint(model)}", ()) if self.files else ""
 
     @property
     def held_bytes(self) -> int:
@@ -223,20 +222,3 @@ def _cuts(at: int, marks: Sequence[int]) -> Iterator[int]:
 
 def _name(parent: str, ids: Sequence[int]) -> str:
     return hashlib.sha256(parent.encode() + np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()[:32]
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Tells a model from any other that was trained, by its config and by a few elements of each tensor."""
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version")
-    }
-    digest = hashlib.sha256(json.dumps([_SCHEMA, config], sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        middle = max(0, len(flat) // 2 - _SAMPLE)
-        some = torch.cat([flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]]).cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

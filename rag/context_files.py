@@ -5,7 +5,6 @@ Its metadata has a sha256 of its name and tensors. A file is there whole or not 
 removed by whoever saves.
 """
 
-import hashlib
 import os
 import re
 import time
@@ -16,9 +15,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, uint8
+from torch import Tensor
 
 from stripedrag.files import written_whole
+from stripedrag.model.identity import tensors_sha256
 
 DISK_BYTES = 8 * 2**30
 _FILE = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{32})\.([0-9]+)\.safetensors")
@@ -60,7 +60,7 @@ class ContextFiles:
         except SafetensorError as error:
             self._damaged(path, str(error))
             return None
-        if saved != _sha256(path.name, tensors):
+        if saved != tensors_sha256(tensors, path.name):
             self._damaged(path, "its name and tensors have not the sha256 that was saved with it")
             return None
         self.touch(parent, name, tokens)
@@ -85,7 +85,7 @@ class ContextFiles:
                 self._left_out.discard(name)
                 on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
                 with written_whole(path, by_many=True) as scratch:
-                    save_file(on_cpu, scratch, metadata={"sha256": _sha256(path.name, on_cpu)})
+                    save_file(on_cpu, scratch, metadata={"sha256": tensors_sha256(on_cpu, path.name)})
         except SafetensorError as error:  # of what safetensors writes itself
             self._give_up(OSError(str(error)))
         except OSError as error:
@@ -152,12 +152,3 @@ class ContextFiles:
             "another folder.",
             stacklevel=2,
         )
-
-
-def _sha256(name: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(name.encode())
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(uint8).numpy().data)
-    return digest.hexdigest()

@@ -183,10 +183,10 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     """
     if (
         _native is None
+        or _is_watched()
         or type(weight) is not Parameter
         or not (_is_ordinary(x) and _is_ordinary(weight))
         or torch.is_grad_enabled()
-        or _is_watched()
         or weight.ndim != 2
     ):
         return None

@@ -21,49 +21,73 @@ class GrowingLayer(DynamicLayer):
     """Keys and values (B, Hkv, L, head width) in buffers that grow by half: a token costs its own bytes, amortised.
 
     `DynamicLayer` concatenates, which copies all keys and values for every token. `keys` and `values` are views of
-    what is filled.
+    what is filled; tensors that are put in their place (beam search does) become the buffers.
     """
 
-    keys: Tensor
-    values: Tensor
+    is_initialized: bool
+    _keys: Tensor | None
+    _values: Tensor | None
+    _filled: int
+    _room: int
     expected_tokens = 0  # that the first buffers have room for, and for half as many more
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device from the first states."""
-        super().lazy_initialization(key_states, value_states)
-        self._buffers: tuple[Tensor, ...] | None = None
+        del value_states
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values, the new ones (B, Hkv, L, head width) included."""
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        filled = self.get_seq_length()
-        length = filled + key_states.shape[-2]
-        if not self._fits(length, key_states):
-            capacity = max(length, filled + filled // 2, self.expected_tokens + self.expected_tokens // 2)
-            buffers = tuple(_room(states, capacity) for states in (key_states, value_states))
-            if filled:
-                buffers[0][:, :, :filled], buffers[1][:, :, :filled] = self.keys, self.values
-            self._buffers = buffers
-        assert self._buffers is not None
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, filled:length] = new
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-        return self.keys, self.values
+        filled, length = self._filled, self._filled + key_states.shape[-2]
+        if length > self._room:
+            self._room = max(length, filled + filled // 2, self.expected_tokens + self.expected_tokens // 2)
+            self._keys = _grown(self.keys, key_states, self._room)
+            self._values = _grown(self.values, value_states, self._room)
+        assert self._keys is not None and self._values is not None
+        self._keys[:, :, filled:length] = key_states
+        self._values[:, :, filled:length] = value_states
+        self._filled = length
+        return self._keys[:, :, :length], self._values[:, :, :length]
 
-    def _fits(self, length: int, key_states: Tensor) -> bool:
-        """Whether the buffers can take `length` tokens and are still what `keys` shows (beam search replaces it)."""
-        return (
-            self._buffers is not None
-            and length <= self._buffers[0].shape[-2]
-            and self._buffers[0].shape[0] == key_states.shape[0]
-            and self.keys.data_ptr() == self._buffers[0].data_ptr()
-        )
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys (B, Hkv, L, head width); None before the first."""
+        return self._keys[:, :, : self._filled] if self._keys is not None else None
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys = keys
+        self._filled = self._room = 0 if keys is None else keys.shape[-2]
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values (B, Hkv, L, head width); None before the first."""
+        return self._values[:, :, : self._filled] if self._values is not None else None
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._values = values
+
+    def get_seq_length(self) -> int:
+        """How many tokens are filled, L."""
+        return self._filled
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove is {tokens_to_remove}; a crop of n tokens is -n")
+        self._filled = max(0, self._filled + tokens_to_remove)
 
 
-def _room(states: Tensor, capacity: int) -> Tensor:
-    return states.new_empty((*states.shape[:2], capacity, states.shape[-1]))
+def _grown(filled: Tensor | None, new: Tensor, room: int) -> Tensor:
+    """A buffer for so many tokens like `new` (B, Hkv, L, head width), which begins with those that are `filled`."""
+    buffer = new.new_empty((*new.shape[:2], room, new.shape[-1]))
+    if filled is not None:
+        buffer[:, :, : filled.shape[-2]] = filled
+    return buffer
 
 
 def new_cache(config: PreTrainedConfig, *, expected_tokens: int = 0) -> DynamicCache:

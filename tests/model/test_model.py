@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
 from stripedrag.model.baselines import window_tokens
+from stripedrag.model.cache import GrowingLayer
 from stripedrag.model.loading import load_model
 from stripedrag.model.modeling import RMSNorm
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
@@ -205,6 +207,43 @@ def test_the_cache_of_a_hyena_layer_does_not_grow(model, golden):
 
     states = 2 * 4 * 64 * (3 * 2 + model.config.state_size * 2) * (4 - len(model.config.attn_layer_idxs))
     assert held(10) == held(60) == states
+
+
+def test_keys_and_values_grow_are_cropped_and_are_replaced():
+    def of(*places):
+        return torch.tensor(places, dtype=torch.float32).view(1, 1, -1, 1).expand(2, 3, -1, 4)
+
+    layer = GrowingLayer()
+    assert layer.get_seq_length() == 0 and layer.keys is None
+    for start, length in ((0, 5), (5, 1), (6, 1), (7, 9)):
+        keys, values = layer.update(of(*range(start, start + length)), -of(*range(start, start + length)))
+    assert torch.equal(keys, of(*range(16))) and torch.equal(values, -keys) and torch.equal(layer.keys, keys)
+    layer.crop(-10)
+    assert torch.equal(layer.update(of(50), -of(50))[0], of(*range(6), 50))
+    assert torch.equal(layer.values, -of(*range(6), 50))
+    with pytest.raises(ValueError, match="tokens_to_remove is 3"):
+        layer.crop(3)
+    before = layer.keys.clone()
+    layer.batch_select_indices(torch.tensor([0]))
+    assert torch.equal(layer.update(of(51)[:1], -of(51)[:1])[1], -of(*range(6), 50, 51)[:1])
+    assert torch.equal(before, of(*range(6), 50))
+    layer.reset()
+    assert torch.equal(layer.update(of(1), of(2))[1], of(2))
+
+
+def test_a_decode_step_compiles_without_graph_breaks_and_is_not_compiled_for_every_length(model, golden):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    step = torch.compile(model.forward, fullgraph=True, backend=counter)
+    compiled, plain = new_cache(model.config), new_cache(model.config)
+    with torch.no_grad():
+        for cache in (compiled, plain):
+            model(golden.ids[:, :20], past_key_values=cache)
+        for place in range(20, 60):
+            ids = golden.ids[:, place : place + 1]
+            expected = model(ids, past_key_values=plain, use_cache=True).logits
+            torch.testing.assert_close(step(ids, past_key_values=compiled, use_cache=True).logits, expected)
+    assert 1 <= counter.frame_count <= 4, "a length of its own"
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0, 7.5])

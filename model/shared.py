@@ -1,11 +1,10 @@
 """Several continuations of one beginning, decoded as a batch: what they share is kept once and read once a step.
 
-A row's attention is over the keys that all rows share and over its own; the two are merged by their log-sum-exp, as
-blocks of flash attention are (Dao et al. 2022, 2205.14135; for shared prefixes Juravsky et al. 2024, 2402.05099). A
-Hyena layer's state has no length, so each row has a copy. B rows, Hkv key/value heads, G query heads for each.
+A row's attention is over the keys that all rows share and over its own, merged (for shared prefixes Juravsky et al.
+2024, 2402.05099). A Hyena layer's state has no length, so each row has a copy. B rows, Hkv key/value heads, G query
+heads for each.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-_SCORES = 2**26  # that live at once, where no kernel gives their log-sum-exp
+from stripedrag.model.attention import merge, read, read_where
 
 
 class SharedLayer(DynamicLayer):
@@ -48,17 +47,15 @@ class SharedLayer(DynamicLayer):
         # All queries of all rows as rows of one product with the shared keys.
         grouped = q.reshape(rows, kv_heads, -1, width)
         flat = grouped.transpose(0, 1).reshape(1, kv_heads, -1, width)
-        shared, shared_lse = _read(flat, self.keys, self.values)
+        shared, shared_lse = read(flat, self.keys, self.values)
         shared = shared.view(kv_heads, rows, -1, width).transpose(0, 1)
         shared_lse = shared_lse.view(kv_heads, rows, -1).transpose(0, 1)
 
         seen = torch.arange(self.own_keys.shape[-2], device=q.device) <= places[:, :, None]
         seen = seen.repeat(1, heads // kv_heads, 1)[:, None]  # (B, 1, G · L, C)
-        own, own_lse = _scored(grouped, self.own_keys, self.own_values, seen)
+        own, own_lse = read_where(grouped, self.own_keys, self.own_values, seen)
 
-        share = torch.sigmoid(shared_lse - own_lse).unsqueeze(-1)
-        merged = share * shared.float() + (1 - share) * own.float()
-        return merged.to(q.dtype).reshape(rows, heads, length, width)
+        return merge(shared, shared_lse, own, own_lse).reshape(rows, heads, length, width)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order."""
@@ -73,25 +70,6 @@ def _with(own: Tensor, new: Tensor, places: Tensor) -> Tensor:
         own = _padded(own, needed + needed // 2)
     own.transpose(1, 2)[torch.arange(len(own), device=own.device)[:, None], places] = new.transpose(1, 2)
     return own
-
-
-def _read(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention without a mask, (1, H, L, D), and its log-sum-exp (1, H, L) in float32."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return out, lse
-    some = max(1, _SCORES // (q.shape[1] * k.shape[2]))
-    parts = [_scored(part, k, v, None) for part in q.split(some, dim=2)]
-    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
-
-
-def _scored(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `_read` with the scores laid out, each query reading the keys where `seen` is True."""
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
-    lse = scores.logsumexp(-1)
-    return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
 
 
 def fork(cache: DynamicCache, rows: int) -> DynamicCache:

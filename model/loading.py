@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from stripedrag.errors import SetupError, StripedragError, UsageError
+from stripedrag.errors import CheckpointError, SetupError, StripedragError, UsageError, said
 from stripedrag.hardware import fast_dtype
 from stripedrag.model.baselines import BASELINES, hub_id, snapshot
 from stripedrag.model.config import StripedHyenaConfig
@@ -25,6 +25,7 @@ from stripedrag.model.modeling import refuse_unfit
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
 
 DEFAULT_MODEL = STRIPED
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_model(
@@ -47,15 +48,20 @@ def load_model(
 
     Raises:
         SetupError: a prepared model that is not on this machine yet, or a baseline that the hub did not give.
-        CheckpointError: tensors and a config that do not belong together.
-        UsageError: no such model, one without a tokenizer, or one whose positions cannot be stretched.
+        CheckpointError: tensors and a config that do not belong together, or are damaged.
+        UsageError: a dtype that weights cannot have; no such model, one without a tokenizer, or one whose positions
+            cannot be stretched.
     """
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"dtype is {dtype}; weights are torch.float32, torch.bfloat16, torch.float16 or torch.float64")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or fast_dtype(device)
     source = _source(name_or_path)
     is_folder = Path(source).is_dir()
     if is_folder and not (Path(source) / "config.json").is_file():
         raise UsageError(f"{source} has no config.json, so it is not a model folder")
+    if is_folder:
+        _refuse_damaged(Path(source))
     try:
         if window_tokens is not None and window_tokens < 1:
             raise UsageError(f"window_tokens is {window_tokens}; a window has at least 1")
@@ -113,6 +119,16 @@ def model_folder(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     """
     source = _source(name_or_path)
     return Path(source) if Path(source).is_dir() else snapshot(str(source))
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Look at the heads of the files of weights, before any is read: one that is cut short does not fit its own."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({said(error)}); get a whole copy") from error
 
 
 def _stretch(config: PreTrainedConfig, window_tokens: int, name: str) -> bool:

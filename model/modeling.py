@@ -5,6 +5,7 @@ text. B batch, L length, H width, K taps, N modes.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
@@ -222,7 +223,7 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a tensor that is missing, unused or of another shape raises `CheckpointError`."""
+        """As in transformers, but a tensor missing, unused, misshapen or not finite raises `CheckpointError`."""
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise CheckpointError("ignore_mismatched_sizes would leave weights random; a StripedHyena does not take it")
@@ -232,6 +233,11 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         refuse_unfit(pretrained_model_name_or_path, info)
         if unused := info["unexpected_keys"]:
             raise _unfit(pretrained_model_name_or_path, "has unused", unused)
+        if not_finite := [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]:
+            raise CheckpointError(
+                f"the checkpoint {str(pretrained_model_name_or_path)!r} has weights that are infinite or no numbers in "
+                f"{_listed(not_finite)}. Get a whole copy"
+            )
         return (model, info) if wants_info else model
 
     @torch.no_grad()
@@ -289,7 +295,8 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         del kwargs
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them and not both")
-        x = inputs_embeds if inputs_embeds is not None else self.embedding_layer(input_ids)
+        x = inputs_embeds if input_ids is None else self._embedded(input_ids)
+        assert x is not None
         if x.ndim != 3 or x.shape[1] == 0:
             raise ValueError(f"the input has shape {tuple(x.shape[:2])}; it is (B, L) with at least one token")
         if use_cache is None:
@@ -300,6 +307,8 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             adopt(past_key_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = x.shape[1]
+        if past + length > self.config.max_seqlen:
+            self._over_the_window(past, length)
         if past and torch.is_grad_enabled() and (self.training or x.requires_grad):
             raise ValueError(
                 f"the cache holds {past} tokens, through which no gradient flows; call under torch.no_grad(), or feed "
@@ -317,6 +326,29 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         for block in self.blocks:
             x = block(x, rotary, mask, padding_mask, past_key_values=past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids are {input_ids.dtype}; token ids are torch.int64 or torch.int32")
+        try:
+            embedded: Tensor = self.embedding_layer(input_ids)
+        except IndexError as error:  # of a CPU; a GPU ends the process's use of it
+            least, most = map(int, input_ids.aminmax())
+            raise ValueError(
+                f"input_ids go from {least} to {most}; this model has the ids 0 to {self.config.vocab_size - 1}. "
+                "Its own tokenizer gives no others"
+            ) from error
+        return embedded
+
+    def _over_the_window(self, past: int, length: int) -> None:
+        """A prompt over the window is refused before its memory is spent; a reply goes on, and a warning says so."""
+        window = self.config.max_seqlen
+        if length > 1:
+            raise ValueError(
+                f"the prompt has {past + length} tokens and the window {window}; shorten it, or stretch the window "
+                "with load_model(…, window_tokens=…)"
+            )
+        warnings.warn(f"the reply goes on beyond the window of {window} tokens, where it gets worse", stacklevel=2)
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B or 1, 1, L, head width / 2), taken in float32."""
@@ -396,8 +428,9 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
             **kwargs: what transformers passes on: `output_hidden_states`, loss settings.
 
         Raises:
-            ValueError: neither or both of ids and embeddings; a mask of another length; padding that is not on the
-                left while a cache is kept; a cache that is not a `DynamicCache`; a gradient through a warm cache.
+            ValueError: neither or both of ids and embeddings; ids that the vocabulary lacks; a prompt over the window;
+                a mask of another length; padding that is not on the left while a cache is kept; a cache that is not a
+                `DynamicCache`; a gradient through a warm cache.
         """
         outputs = self.backbone(
             input_ids=input_ids,
@@ -470,8 +503,16 @@ def refuse_unfit(source: Any, info: Mapping[str, Any]) -> None:
         raise _unfit(source, "has misshapen", misshapen)
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or not tensor.numel() or all(end.isfinite() for end in tensor.detach().aminmax())
+
+
 def _unfit(source: Any, fault: str, names: Collection[str]) -> CheckpointError:
-    shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return CheckpointError(
-        f"the checkpoint {str(source)!r} {fault} tensors: {shown}. Its weights and its config.json are not of one model"
+        f"the checkpoint {str(source)!r} {fault} tensors: {_listed(names)}. Its weights and its "
+        "config.json are not of one model"
     )
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -312,6 +312,39 @@ def test_bad_calls_are_named(model, golden):
         model(golden.ids[:, :5], past_key_values=StaticCache(config=model.config, max_cache_len=64))
     with pytest.raises(ValueError, match="pads on the right or inside"):
         model(golden.ids[:, :3], attention_mask=torch.tensor([[1, 1, 0]] * 2), use_cache=True)
+    vocabulary, window = model.config.vocab_size, model.config.max_seqlen
+    for wrong in (vocabulary, -1):
+        with pytest.raises(ValueError, match=rf"{wrong}.*this model has the ids 0 to {vocabulary - 1}"):
+            model(torch.tensor([[0, wrong]]))
+    with pytest.raises(ValueError, match=r"input_ids are torch\.float32"):
+        model(golden.ids.float())
+    with pytest.raises(ValueError, match=f"the prompt has {window + 1} tokens and the window {window}; shorten it"):
+        model(torch.zeros(1, window + 1, dtype=torch.long))
+
+
+def test_a_reply_beyond_the_window_is_warned_of(model, golden):
+    window = model.config.max_seqlen
+    cache = new_cache(model.config)
+    with torch.no_grad():
+        model(torch.zeros(1, window, dtype=torch.long), past_key_values=cache)
+        with pytest.warns(UserWarning, match=f"beyond the window of {window} tokens"):
+            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_damaged_weights_are_named_before_the_model_is_made(sh_tiny, tmp_path):
+    name = "blocks.0.mlp.l1.weight"
+    for bad in (torch.nan, torch.inf):
+        damaged = sh_tiny.weights[name].clone()
+        damaged[0, 0] = bad
+        folder = sh_tiny.write(tmp_path / str(bad), weights=sh_tiny.weights | {name: damaged})
+        with pytest.raises(CheckpointError, match=rf"infinite or no numbers in backbone\.{name}\. Get a whole copy"):
+            StripedHyenaForCausalLM.from_pretrained(folder)
+    file = sh_tiny.write(tmp_path / "cut") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged .*; get a whole copy"):
+        load_model(tmp_path / "cut")
+    with pytest.raises(UsageError, match=r"dtype is torch\.int8; weights are torch\.float32"):
+        load_model(sh_tiny.write(tmp_path / "whole"), dtype=torch.int8)
 
 
 def assert_same_tensors(one, other):

@@ -128,7 +128,9 @@ def _refuse_damaged(folder: Path) -> None:
             with safe_open(path, "pt"):
                 pass
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({said(error)}); get a whole copy") from error
+            raise CheckpointError(
+                f"the model folder {folder} cannot be read: {path.name} is damaged ({said(error)}); get a whole copy"
+            ) from error
 
 
 def _stretch(config: PreTrainedConfig, window_tokens: int, name: str) -> bool:

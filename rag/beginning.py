@@ -1,4 +1,4 @@
-"""What questions about one document can share: the document that a question is most about, whole, and its nearest.
+"""What questions about one document can share: the document that a question is about, whole, and its nearest.
 
 A function of the index, that document and a budget in steps alone, so that questions about it, whenever they come,
 begin their contexts with the same spans, which a context cache then reads once; a budget that differs by a question's
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from stripedrag.indexes.filters import Where
     from stripedrag.indexes.index import Index
 
-_VOTES = 12  # best chunks that say what a question is most about, the first by most
+_VOTES = 12  # best chunks that say what a question is about, the nth by 1 / n
+_AGREEMENT = (
+    0.7  # of the votes for one document; below, evidence that is elsewhere would be left out (docs/contexts.md)
+)
 _QUERY_TOKENS = 192  # of a document's beginning, by which its nearest are found: what an embedder reads, less a chunk
 _STEP_TOKENS = 256  # budgets differ a little by the question's length, and what is shared must not
 
@@ -27,18 +30,21 @@ def beginning(
     where: "Where | None" = None,
     doc_ids: Iterable[str] | None = None,
 ) -> tuple[list[Scored], int]:
-    """Chunks to begin with, in reading order and more than fit, and the budget for them, at most `budget_tokens`.
+    """Chunks to begin with, in reading order and more than fit, and the budget for them, at most `budget_tokens`; none
+    where what was found speaks of several documents.
 
     `found` is what a search gave, best first. Of a document longer than the budget it is the stretch that holds its
     best chunk, from one of the places on where such stretches begin.
     """
     budget = budget_tokens // _STEP_TOKENS * _STEP_TOKENS
-    if not found or not budget:
+    if not found or budget <= 0:
         return [], 0
     votes: dict[str, float] = {}
     for place, scored in enumerate(found[:_VOTES], start=1):
         votes[scored.chunk.doc_id] = votes.get(scored.chunk.doc_id, 0.0) + 1 / place
-    best = max(votes, key=lambda doc_id: votes[doc_id])  # of equals the first that was found
+    best = max(votes, key=lambda doc_id: votes[doc_id])
+    if votes[best] < _AGREEMENT * sum(votes.values()):
+        return [], 0
     chunks = index.chunks(best)
     length = max(1, budget // index.chunk_tokens)
     best_chunk = next(scored.chunk for scored in found if scored.chunk.doc_id == best)

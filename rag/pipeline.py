@@ -11,7 +11,7 @@ from stripedrag.errors import BudgetError, StoreError, UsageError
 from stripedrag.indexes.documents import Scored
 from stripedrag.indexes.index import Index
 from stripedrag.rag.answer import Answer, Timings, Usage, Warmed, cite
-from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, POLICY, QUESTION_TOKENS
+from stripedrag.rag.defaults import ANSWER_TOKENS, CONTEXT_TOKENS, POLICY, QUESTION_TOKENS, SHARED
 from stripedrag.rag.limits import ContextTokens, Limit, Limits
 from stripedrag.rag.packing import Context, Policy
 from stripedrag.rag.prompt import PromptFormat
@@ -45,7 +45,7 @@ class Pipeline:
         *,
         model_name: str,
         policy: Policy = POLICY,
-        shared: float = 0.0,
+        shared: float | None = None,
         contexts: "ContextCache | None" = None,
         prompt: PromptTemplate | None = None,
         refuse_above: float | None = None,
@@ -56,6 +56,8 @@ class Pipeline:
 
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
         self.contexts = contexts
+        if shared is None:
+            shared = SHARED if contexts and contexts.keeps and isinstance(index, Index) else 0.0
         self.retriever = Retriever(index, policy=policy, shared=shared)
         self.prompt = PromptFormat(tokenizer, template_options(model_name), prompt)
         self.refusal = refusal_for(model_name, self.prompt, refuse_above)
@@ -68,7 +70,7 @@ class Pipeline:
         *,
         model: str | Path | None = None,
         policy: Policy = POLICY,
-        shared: float = 0.0,
+        shared: float | None = None,
         dtype: "torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
         window_tokens: int | None = None,
@@ -82,8 +84,8 @@ class Pipeline:
         Args:
             index: a place, an open one, or what stands in for one (`stripedrag.rag.llama_index.LlamaIndexSearch`).
             model: as `load_model` names it, as `dtype` and `device` are; None is the default.
-            policy, shared: as in `Retriever`. With a `shared` of 2/3, say, questions about one document begin their
-                contexts alike, and those after the first read a third.
+            policy, shared: as in `Retriever`. None shares 3/4, so that of several questions about one document those
+                after the first read a quarter of their contexts, and nothing where nothing that was read is kept.
             window_tokens: a longer window than the model was trained on, see `load_model`.
             cache_bytes: memory for what was read (None: 2 GiB; 0: nothing is kept in it).
             context_files: where it is kept on disk, if it is.

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from stripedrag.indexes.filters import Where
     from stripedrag.indexes.index import Index
 
+OWN_TOKENS = 2048  # that a question keeps of a budget beside what it shares with others
+
 _One = TypeVar("_One")
 
 
@@ -45,12 +47,14 @@ class Retriever:
     `policy` orders the spans: "rank" puts the best first, "best-last" puts it nearest to what follows, "edges" puts the
     best at both ends and the worst in the middle (Liu et al., "Lost in the Middle", 2307.03172), "document" keeps each
     document's spans in their order and the documents by their best span. `shared` is the share of a budget that begins
-    with what other questions about the same document begin with, too (`stripedrag.rag.beginning`); the best chunks that
-    are not in it fill the rest, in the policy's order. Raises `UsageError` for another policy or share, and for a share
-    of what is no `Index`.
+    with what other questions about the same document begin with, too, where a question is about one
+    (`stripedrag.rag.beginning`); the best chunks that are not in it fill the rest, which is no less than `own_tokens`,
+    in the policy's order. Raises `UsageError` for another policy or share, and for a share of what is no `Index`.
     """
 
-    def __init__(self, index: Searchable, *, policy: Policy = "rank", shared: float = 0.0) -> None:
+    def __init__(
+        self, index: Searchable, *, policy: Policy = "rank", shared: float = 0.0, own_tokens: int = OWN_TOKENS
+    ) -> None:
         if policy not in POLICIES:
             raise UsageError(f"no order policy {policy!r}; choose one of {', '.join(POLICIES)}")
         if not 0 <= shared < 1:
@@ -59,7 +63,7 @@ class Retriever:
             raise UsageError(f"a {type(index).__name__} gives no whole documents to share; open an index of stripedrag")
         self.index = index
         self.policy: Policy = policy
-        self.shared = shared
+        self.shared, self.own_tokens = shared, own_tokens
 
     def retrieve(
         self,
@@ -145,9 +149,12 @@ class Retriever:
     ) -> Context:
         """What is shared, and the best candidates that it lacks in the rest of the budget of `alone`."""
         budget = alone.budget_tokens
+        most = min(int(self.shared * budget), budget - self.own_tokens)
         chunks, room = beginning(
-            cast("Index", self.index), candidates, budget_tokens=int(self.shared * budget), where=where, doc_ids=doc_ids
+            cast("Index", self.index), candidates, budget_tokens=most, where=where, doc_ids=doc_ids
         )
+        if not chunks:
+            return alone
         options: dict[str, Any] = {"tokenizer": tokenizer or self.index.tokenizer, "render": render}
         titles = self.index.titles({scored.chunk.doc_id for scored in (*chunks, *candidates)})
         first = fill(chunks, titles, budget_tokens=room, policy="rank", keep_repeats=True, **options)

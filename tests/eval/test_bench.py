@@ -181,8 +181,10 @@ def test_a_stream_tells_what_was_read_before_and_what_the_contexts_hold(tmp_path
     tokenizer = AutoTokenizer.from_pretrained(prepared_dir(STRIPED))
     model = tiny_striped(tokenizer, window_tokens=2048)
 
-    def opened(index, **options):
-        return Pipeline(index, model, tokenizer, model_name="tiny", contexts=ContextCache(model), **options)
+    def opened(index):
+        pipeline = Pipeline(index, model, tokenizer, model_name="tiny", contexts=ContextCache(model))
+        pipeline.retriever.own_tokens = 0  # the documents are short
+        return pipeline
 
     monkeypatch.setattr(recall, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(stream.Pipeline, "open", opened)
@@ -214,6 +216,7 @@ def test_a_stream_tells_what_was_read_before_and_what_the_contexts_hold(tmp_path
     assert sum(row["reused_tokens"] for row in first) > 0.3 * sum(row["prompt_tokens"] for row in first)
     assert ["alone_s" in row for row in first] == [False, True] * 4 + [False]
     assert set(figures["evidence_in"]) == {"shared", "alone"} and any(figures["evidence_in"]["shared"])
+    assert len(figures["answers_f1"]) == 5 and all(0 <= f1 <= 1 for one in figures["answers_f1"] for f1 in one.values())
     assert "prompt tokens that were read before" in report.table
 
 

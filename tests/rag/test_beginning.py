@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from stripedrag.errors import UsageError
 from stripedrag.indexes import Document, Index
 from stripedrag.rag import Pipeline, Retriever
+from stripedrag.rag.defaults import SHARED
 from stripedrag.rag.llama_index import LlamaIndexSearch
 
 OXYGEN = ("Who discovered oxygen?", "What is liquid oxygen used for?", "How much oxygen is in the air we breathe?")
@@ -18,13 +19,14 @@ OTHERS = ("When was the Warsaw Uprising?", "Who was Genghis Khan?", "What did th
     question=st.sampled_from(OXYGEN + OTHERS),
     budget=st.integers(1, 5000),
     shared=st.sampled_from([0.1, 0.5, 2 / 3, 0.9]),
+    own=st.sampled_from([0, 500, 2048]),
     policy=st.sampled_from(["rank", "best-last", "document"]),
 )
-def test_it_stays_within_the_budget_and_tells_what_it_left_out(index, question, budget, shared, policy):
-    context = Retriever(index, policy=policy, shared=shared).retrieve(question, budget_tokens=budget)
+def test_it_stays_within_the_budget_and_tells_what_it_left_out(index, question, budget, shared, own, policy):
+    context = Retriever(index, policy=policy, shared=shared, own_tokens=own).retrieve(question, budget_tokens=budget)
     lengths = [len(index.tokenizer.encode(span.text, add_special_tokens=False)) for span in context.spans]
     assert sum(lengths) == context.tokens <= budget
-    assert context.shared_tokens <= shared * budget
+    assert context.shared_tokens <= max(0, min(shared * budget, budget - own))
     assert any(sum(lengths[:n]) == context.shared_tokens for n in range(len(lengths) + 1))
     for span in context.spans:
         assert index.document(span.doc_id).text[span.start : span.end] == span.text
@@ -38,7 +40,7 @@ def test_it_stays_within_the_budget_and_tells_what_it_left_out(index, question, 
 @pytest.mark.parametrize("budget", [900, 2500])
 def test_questions_on_one_document_begin_alike_and_end_with_their_own(index, budget):
     contexts = [
-        Retriever(index, policy="best-last", shared=2 / 3).retrieve(question, budget_tokens=budget + n)
+        Retriever(index, policy="best-last", shared=2 / 3, own_tokens=0).retrieve(question, budget_tokens=budget + n)
         for n, question in enumerate(OXYGEN)
     ]
     beginnings, own = set(), set()
@@ -62,7 +64,7 @@ def test_of_a_long_document_it_is_the_stretch_around_the_best_chunk(tmp_path):
     ]
     with Index.create(tmp_path / "index") as index:
         index.add([Document("chronicle", "Chronicle", "".join(parts))])
-        retriever = Retriever(index, shared=0.5)
+        retriever = Retriever(index, shared=0.5, own_tokens=0)
         for year in (1003, 1030, 1059):
             context = retriever.retrieve(f"What was built in the year {year}?", budget_tokens=1200)
             start = min(span.start for span in context.spans[:1])
@@ -79,10 +81,42 @@ def test_a_pipeline_reads_what_is_shared_once(index, tiny_model, tokenizer):
         index, tiny_model, tokenizer, model_name="tiny", shared=2 / 3, contexts=ContextCache(tiny_model)
     )
     plain = Pipeline(index, tiny_model, tokenizer, model_name="tiny", shared=2 / 3)
+    pipeline.retriever.own_tokens = plain.retriever.own_tokens = 0
     for n, question in enumerate(OXYGEN):
         answer = pipeline.ask(question, 2048, answer_tokens=4)
         assert answer.usage.reused_tokens >= (answer.context.shared_tokens if n else 0)
         assert answer.text == plain.ask(question, 2048, answer_tokens=4).text
+
+
+def test_a_question_about_several_documents_shares_nothing(tmp_path):
+    with Index.create(tmp_path / "index") as index:
+        index.add(
+            [Document(f"town-{n}", f"Town {n}", f"The mayor of town {n} is called Mayor {n}. " * 20) for n in range(9)]
+        )
+        plain, shared = Retriever(index), Retriever(index, shared=0.5, own_tokens=0)
+        everywhere = "What are the mayors called?"
+        assert shared.retrieve(everywhere, budget_tokens=900) == plain.retrieve(everywhere, budget_tokens=900)
+        assert shared.retrieve(
+            "What is the mayor of town 7 called?", budget_tokens=900, doc_ids=["town-7"]
+        ).shared_tokens
+
+
+def test_a_pipeline_shares_where_it_keeps_what_it_reads(index, tiny_model, tokenizer):
+    from stripedrag.rag.context_cache import ContextCache
+
+    def share(cache):
+        return Pipeline(index, tiny_model, tokenizer, model_name="tiny", contexts=cache).retriever.shared
+
+    assert share(ContextCache(tiny_model)) == SHARED
+    assert share(ContextCache(tiny_model, memory_bytes=0)) == share(None) == 0
+    stand_in = Pipeline(
+        LlamaIndexSearch(None, tokenizer=tokenizer),
+        tiny_model,
+        tokenizer,
+        model_name="tiny",
+        contexts=ContextCache(tiny_model),
+    )
+    assert stand_in.retriever.shared == 0
 
 
 def test_what_cannot_be_shared_is_refused(index):

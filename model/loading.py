@@ -60,12 +60,12 @@ def load_model(
     is_folder = Path(source).is_dir()
     if is_folder and not (Path(source) / "config.json").is_file():
         raise UsageError(f"{source} has no config.json, so it is not a model folder")
-    if is_folder:
-        _refuse_damaged(Path(source))
     try:
         if window_tokens is not None and window_tokens < 1:
             raise UsageError(f"window_tokens is {window_tokens}; a window has at least 1")
         config = AutoConfig.from_pretrained(source)
+        if is_folder:
+            _refuse_damaged(Path(source))
         stretched = window_tokens is not None and _stretch(config, window_tokens, str(name_or_path))
         # a StripedHyena refuses what does not fit by itself; of others transformers leaves it random
         unfit = {} if isinstance(config, StripedHyenaConfig) else {"ignore_mismatched_sizes": True}

@@ -73,6 +73,11 @@ def peak_resident_bytes() -> int:
     return _proc_bytes(_STATUS, "VmHWM")
 
 
+def own_bytes() -> int:
+    """The process's private resident bytes, those of mapped files left out."""
+    return _proc_bytes(_STATUS, "RssAnon")
+
+
 @contextmanager
 def bounded_memory(more_bytes: int | None = None) -> Iterator[None]:
     """Let an allocation fail in the block that the machine has no memory for, instead of having the process killed.

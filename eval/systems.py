@@ -215,7 +215,8 @@ class ModelSystem:
         )
         marks: list[int] = []
         if question.shared:
-            ids, marks = self._prompt.marked_prefix_ids([span_of(passage) for passage in prompt.passages])
+            ids = self._prompt.prefix_ids([span_of(passage) for passage in prompt.passages])
+            marks = [len(ids)]
             if self._shared != tuple(ids):
                 self._contexts.clear()  # its memory is needed
                 self._shared = tuple(ids)

@@ -84,7 +84,7 @@ def load_model(
         if name in BASELINES:
             raise SetupError(
                 f"the baseline {name!r} is {source} on the hub, which did not give it ({_first_line(error)}). "
-                f"Fetch it with `hf download {source}`, or give a folder."
+                f"Fetch it with `stripedrag fetch {name}`, or give a folder."
             ) from error
         raise UsageError(
             f"no model {name!r}: it is not one of {', '.join([*PREPARED, *BASELINES])}, not a folder, and the hub did "

@@ -121,6 +121,23 @@ def setup(as_json: Json = False) -> None:
 
 
 @app.command()
+def fetch(
+    model: Annotated[
+        str, typer.Argument(help="A name of `stripedrag doctor`, or a hub id.", metavar="MODEL", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Fetch a published model from the hub, or what is missing of it, and check it against the hub's hashes."""
+    from stripedrag.model.hub import fetch
+
+    folder = fetch(model, lambda what: err.print(what, style="dim", markup=False, soft_wrap=True))
+    if as_json:
+        print_json({model: str(folder)})
+    else:
+        typer.echo(f"{model}: {folder}")
+
+
+@app.command()
 def ask(
     index: IndexPlace,
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],

@@ -208,12 +208,12 @@ class ContextCache:
 
 
 def _cuts(at: int, marks: Sequence[int]) -> Iterator[int]:
-    """Where blocks end, from `at` on: at the marks that are far enough from the end before, so far apart that no block
+    """Where blocks end, from `at` on: at the marks that are far enough from the mark before, so far apart that no block
     is longer than `BLOCK_TOKENS`, and at the last mark.
     """
     for mark in marks:
-        while mark - at > BLOCK_TOKENS:
-            at += BLOCK_TOKENS
+        while (left := mark - at) > BLOCK_TOKENS:
+            at += BLOCK_TOKENS if left - BLOCK_TOKENS >= LEAST_BLOCK_TOKENS else left // 2
             yield at
         if mark - at >= LEAST_BLOCK_TOKENS or (mark == marks[-1] and mark > at):
             at = mark

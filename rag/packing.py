@@ -87,12 +87,9 @@ def fill(
     render: Callable[[Span], str] | None = None,
     policy: Policy,
     keep_repeats: bool = False,
-    before: "Sequence[Scored]" = (),
 ) -> Context:
-    """As `Retriever.fill`, for candidates that come from no index; `titles` are those of their documents. What `before`
-    says already is a repeat, too.
-    """
-    new, repeats = (candidates, []) if keep_repeats else _without_repeats(candidates, before)
+    """As `Retriever.fill`, for candidates that come from no index; `titles` are those of their documents."""
+    new, repeats = (candidates, []) if keep_repeats else _without_repeats(candidates)
     count = _Count(tokenizer, render)
     fitting = _longest(new, titles, count, min(budget_tokens, sys.maxsize))
     spans = _joined(new[:fitting], titles)
@@ -137,9 +134,9 @@ def runs_of_words(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[at : at + RUN_WORDS]) for at in runs}
 
 
-def _without_repeats(candidates: "Iterable[Scored]", before: "Sequence[Scored]") -> "tuple[list[Scored], list[Scored]]":
+def _without_repeats(candidates: "Iterable[Scored]") -> "tuple[list[Scored], list[Scored]]":
     """Those that say something new in the order given, and those whose runs of words were all seen before."""
-    seen = {run for scored in before for run in runs_of_words(scored.chunk.text)}
+    seen: set[tuple[str, ...]] = set()
     new, repeats = [], []
     for scored in candidates:
         runs = runs_of_words(scored.chunk.text)

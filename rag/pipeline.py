@@ -330,7 +330,7 @@ class Pipeline:
             nowhere = "the pipeline has no context cache, or one of 0 bytes and no files that save"
             why = self.contexts.refuses if self.contexts else None
             raise UsageError(f"{self.model_name} keeps nothing that it has read: {why or nowhere}")
-        ids, marks = self.prompt.marked_prefix_ids(context.spans)
+        ids, marks = self.prompt.marked_prefix_ids(context)
         start = time.perf_counter()
         cache, known = self.contexts.read_beginning(ids, marks, progress=progress)
         seconds = time.perf_counter() - start
@@ -367,13 +367,13 @@ class Pipeline:
         if context is None:
             limit = limits.of(CONTEXT_TOKENS if context_tokens is None else context_tokens)
             context = self._retrieved(questions, limit, limit.for_passages(overhead, answer_tokens), narrow)
-            return _Reading(context, context.tokens, limit, *self.prompt.marked_prefix_ids(context.spans))
+            return _Reading(context, context.tokens, limit, *self.prompt.marked_prefix_ids(context))
         if narrow:
             raise UsageError(f"{next(iter(narrow))} narrows what is retrieved, and the context is given; leave one out")
         for question in questions:
             if not question.strip():
                 raise UsageError(f"the question {question!r} is blank. Ask something.")
-        ids, marks = self.prompt.marked_prefix_ids(context.spans)
+        ids, marks = self.prompt.marked_prefix_ids(context)
         passages = len(ids) - len(self.prompt.prefix_ids(()))  # by this model, whoever counted what was given
         needed = passages + overhead + answer_tokens
         limit = limits.of_filled(context_tokens, needed)
@@ -425,7 +425,7 @@ class Pipeline:
 
 
 class _Reading(NamedTuple):
-    """What a prompt begins with, and how many tokens prompt and answer may have. `marks` are the ends of its spans."""
+    """What a prompt begins with, and how many tokens prompt and answer may have. `marks` are where others part."""
 
     context: Context
     passage_tokens: int

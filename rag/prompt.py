@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from stripedrag.errors import UsageError
-from stripedrag.rag.packing import Span
+from stripedrag.rag.packing import Context, Span
 from stripedrag.rag.prompt_template import PromptTemplate, default_template
 
 if TYPE_CHECKING:
@@ -152,15 +152,14 @@ class PromptFormat:
 
     def prefix_ids(self, spans: Sequence[Span]) -> list[int]:
         """What the prompts of all questions on these passages begin with."""
-        return self.marked_prefix_ids(spans)[0]
+        return [*self._head, *(token for span in spans for token in self.encode(self.render(span)))]
 
-    def marked_prefix_ids(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-        """As `prefix_ids`, and at which place in them each passage ends."""
-        ids, marks = list(self._head), []
-        for span in spans:
-            ids += self.encode(self.render(span))
-            marks.append(len(ids))
-        return ids, marks
+    def marked_prefix_ids(self, context: Context) -> tuple[list[int], list[int]]:
+        """As `prefix_ids`, and at which places in them other prompts part from this: where what is shared ends, and at
+        the end."""
+        ids = self.prefix_ids(context.spans)
+        shared = len(self._head) + context.shared_tokens
+        return ids, [shared, len(ids)] if context.shared_tokens else [len(ids)]
 
     def question_ids(self, question: str) -> list[int]:
         """What comes after the passages."""

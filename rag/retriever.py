@@ -48,8 +48,9 @@ class Retriever:
     best at both ends and the worst in the middle (Liu et al., "Lost in the Middle", 2307.03172), "document" keeps each
     document's spans in their order and the documents by their best span. `shared` is the share of a budget that begins
     with what other questions about the same document begin with, too, where a question is about one
-    (`stripedrag.rag.beginning`); the best chunks that are not in it fill the rest, which is no less than `own_tokens`,
-    in the policy's order. Raises `UsageError` for another policy or share, and for a share of what is no `Index`.
+    (`stripedrag.rag.beginning`); the best chunks, also those that are in it, fill the rest, which is no less than
+    `own_tokens`, in the policy's order. Raises `UsageError` for another policy or share, and for a share of what is no
+    `Index`.
     """
 
     def __init__(
@@ -147,7 +148,8 @@ class Retriever:
         where: "Where | None",
         doc_ids: Iterable[str] | None,
     ) -> Context:
-        """What is shared, and the best candidates that it lacks in the rest of the budget of `alone`."""
+        """What is shared, and the best candidates in the rest of the budget of `alone`: also those that the beginning
+        holds, since a model answers best from what stands near the question."""
         budget = alone.budget_tokens
         most = min(int(self.shared * budget), budget - self.own_tokens)
         chunks, room = beginning(
@@ -158,13 +160,12 @@ class Retriever:
         options: dict[str, Any] = {"tokenizer": tokenizer or self.index.tokenizer, "render": render}
         titles = self.index.titles({scored.chunk.doc_id for scored in (*chunks, *candidates)})
         first = fill(chunks, titles, budget_tokens=room, policy="rank", keep_repeats=True, **options)
+        rest = fill(candidates, titles, budget_tokens=budget - first.tokens, policy=self.policy, **options)
         over = {dropped.rank for dropped in first.dropped}
-        taken = [scored for scored in chunks if scored.rank not in over]
-        there = {scored.chunk.id for scored in taken}
-        own = [scored for scored in candidates if scored.chunk.id not in there]
-        rest = fill(own, titles, budget_tokens=budget - first.tokens, policy=self.policy, before=taken, **options)
+        there = {(scored.chunk.doc_id, scored.chunk.start) for scored in chunks if scored.rank not in over}
+        dropped = tuple(one for one in rest.dropped if (one.doc_id, one.start) not in there)
         tokens = first.tokens + rest.tokens
-        return Context(first.spans + rest.spans, rest.dropped, tokens, budget, self.policy, shared_tokens=first.tokens)
+        return Context(first.spans + rest.spans, dropped, tokens, budget, self.policy, shared_tokens=first.tokens)
 
     def fill(
         self,

@@ -7,6 +7,7 @@ BENCHES = {
     "filter": "stripedrag.eval.bench.filter",
     "generate": "stripedrag.eval.bench.generate",
     "layer": "stripedrag.eval.bench.layer",
+    "load": "stripedrag.eval.bench.load",
     "recall": "stripedrag.eval.bench.recall",
     "rows": "stripedrag.eval.bench.rows",
     "scale": "stripedrag.eval.bench.scale",

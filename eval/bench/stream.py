@@ -44,7 +44,7 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = ASKED) -> Report:
         rows = [row for _ in range(repeats) for row in _pass(kept, alone, asked)]
         answers = [
             {"shared": row["f1"], "alone": _answer(plain, question)["f1"]}
-            for row, question in list(zip(rows, _tracked(asked), strict=False))[::2]
+            for row, question in zip(rows[: len(asked) : 2], _tracked(asked[::2]), strict=True)
         ]
         found = {
             name: [_found(pipeline.context_for(question.question, CONTEXT_TOKENS), question) for question in asked]

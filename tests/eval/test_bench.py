@@ -300,3 +300,23 @@ def test_evidence_is_held_to_its_last_character_by_what_touches_it():
     assert not holds(places(("a", 0, 30)), evidence)
     assert not holds([], evidence)
     assert [touches(p, evidence) for p in places(("a", 0, 10), ("a", 19, 30), ("c", 0, 9))] == [False, True, False]
+
+
+def test_the_published_layout_is_written_with_every_tensor_and_loaded_to_the_bit(golden_dir, tmp_path):
+    from stripedrag.eval.bench import load
+
+    published = json.loads(load.PUBLISHED.read_text())
+    assert published == json.loads((golden_dir / "hf_nous_7b_config.json").read_text())
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    expected = {
+        name: (tuple(tensor["shape"]), names[tensor["dtype"]])
+        for name, tensor in json.loads((golden_dir / "hf_7b_tensors.json").read_text()).items()
+    }
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in load.layout(published)} == expected
+    tiny = published | {"hidden_size": 64, "num_filters": 64, "num_attention_heads": 8, "inner_mlp_size": 96}
+    digests = load.write(tmp_path / "tiny", tiny | {"vocab_size": 64}, shard_bytes=200_000)
+    assert len(digests) == 355 and len(list((tmp_path / "tiny").glob("model-*.safetensors"))) > 3
+    row = load._loaded(tmp_path / "tiny", digests)
+    assert (row["tensors_used"], row["wrong"], row["unused"], row["finite"]) == (355 - 16, [], [], True)
+    name = "backbone.blocks.0.projections.weight"
+    assert load._loaded(tmp_path / "tiny", digests | {name: "0", "more": "1"})["wrong"] == [name]

@@ -104,7 +104,7 @@ def test_a_prepared_model_that_is_missing_is_not_at_hand(cache, tmp_path, monkey
 
 
 def test_a_missing_baseline_is_told_with_the_command_that_fetches_it(cache):
-    with pytest.raises(SetupError, match=r"no whole copy of Qwen/Qwen3-8B\. Fetch it with `hf download Qwen/Qwen3-8B`"):
+    with pytest.raises(SetupError, match=r"no whole copy of Qwen/Qwen3-8B\. Fetch it with `stripedrag fetch qwen3-8b`"):
         model_folder("qwen3-8b")
     with pytest.raises(
         SetupError,

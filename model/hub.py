@@ -5,16 +5,17 @@ import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from stripedrag.errors import SetupError, UsageError, said
 from stripedrag.model.baselines import BASELINES, hub_id
 from stripedrag.model.smollm2 import PREPARED
 
-_HTTPError = HfHubHTTPError.__mro__[1]  # of the client that the hub's library uses: httpx, or what came after it
+# of the client that the hub's library uses: httpx, or what came after it
+_HTTPError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
 _READ = (  # never pickles, nor code
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.*", "tokenizer.model"),

@@ -27,49 +27,50 @@ class GrowingLayer(DynamicLayer):
     is_initialized: bool
     _keys: Tensor | None
     _values: Tensor | None
-    _filled: int
-    _room: int
+    _filled: int  # of the keys, and in turn of the values: whoever replaces them does it one by one
+    _filled_values: int
     expected_tokens = 0  # that the first buffers have room for, and for half as many more
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take dtype and device from the first states."""
-        del value_states
+        """Take dtype, device and shape from the first states."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values, the new ones (B, Hkv, L, head width) included."""
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        filled, length = self._filled, self._filled + key_states.shape[-2]
-        if length > self._room:
-            self._room = max(length, filled + filled // 2, self.expected_tokens + self.expected_tokens // 2)
-            self._keys = _grown(self.keys, key_states, self._room)
-            self._values = _grown(self.values, value_states, self._room)
         assert self._keys is not None and self._values is not None
+        if self._keys.shape[0] != key_states.shape[0]:
+            raise ValueError(f"the cache holds {self._keys.shape[0]} rows, and {key_states.shape[0]} are to be added")
+        filled, length = self._filled, self._filled + key_states.shape[-2]
+        if length > self._keys.shape[-2]:
+            room = max(length, filled + filled // 2, self.expected_tokens + self.expected_tokens // 2)
+            grown = _grown(self._keys[:, :, :filled], room), _grown(self._values[:, :, :filled], room)
+            self._keys, self._values = grown
         self._keys[:, :, filled:length] = key_states
         self._values[:, :, filled:length] = value_states
-        self._filled = length
+        self._filled = self._filled_values = length
         return self._keys[:, :, :length], self._values[:, :, :length]
 
     @property
     def keys(self) -> Tensor | None:
         """The keys (B, Hkv, L, head width); None before the first."""
-        return self._keys[:, :, : self._filled] if self._keys is not None else None
+        return None if self._keys is None else self._keys[:, :, : self._filled]
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        self._keys = keys
-        self._filled = self._room = 0 if keys is None else keys.shape[-2]
+        self._keys, self._filled = keys, 0 if keys is None else keys.shape[-2]
 
     @property
     def values(self) -> Tensor | None:
         """The values (B, Hkv, L, head width); None before the first."""
-        return self._values[:, :, : self._filled] if self._values is not None else None
+        return None if self._values is None else self._values[:, :, : self._filled_values]
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        self._values = values
+        self._values, self._filled_values = values, 0 if values is None else values.shape[-2]
 
     def get_seq_length(self) -> int:
         """How many tokens are filled, L."""
@@ -79,14 +80,13 @@ class GrowingLayer(DynamicLayer):
         """Forget the last -`tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove is {tokens_to_remove}; a crop of n tokens is -n")
-        self._filled = max(0, self._filled + tokens_to_remove)
+        self._filled = self._filled_values = max(0, self._filled + tokens_to_remove)
 
 
-def _grown(filled: Tensor | None, new: Tensor, room: int) -> Tensor:
-    """A buffer for so many tokens like `new` (B, Hkv, L, head width), which begins with those that are `filled`."""
-    buffer = new.new_empty((*new.shape[:2], room, new.shape[-1]))
-    if filled is not None:
-        buffer[:, :, : filled.shape[-2]] = filled
+def _grown(filled: Tensor, room: int) -> Tensor:
+    """A buffer for so many tokens, which begins with those that are `filled` (B, Hkv, L, head width)."""
+    buffer = filled.new_empty((*filled.shape[:2], room, filled.shape[-1]))
+    buffer[:, :, : filled.shape[-2]] = filled
     return buffer
 
 

@@ -7,8 +7,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from stripedrag.errors import SetupError, UsageError, said
 from stripedrag.model.baselines import BASELINES, hub_id
@@ -17,7 +19,8 @@ from stripedrag.model.smollm2 import PREPARED
 # of the client that the hub's library uses: httpx, or what came after it
 _HTTPError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
 _READ = (  # never pickles, nor code
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    "model.safetensors.index.json",
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.*", "tokenizer.model"),
     *("LICENSE*", "README.md"),
 )
@@ -26,8 +29,8 @@ _READ = (  # never pickles, nor code
 def fetch(name: str, tell: Callable[[str], None] = lambda what: None) -> Path:
     """The folder in the hub's cache with the files of a model, a name in `BASELINES` or a hub id.
 
-    A file that is there already is not fetched again, and one whose line was cut goes on from where it ended. Every
-    file is held against the hash that the hub has of it. `tell` hears what happens.
+    A file that is there already is not fetched again; one whose line was cut goes on from where it ended, but after a
+    kill it begins anew. Every file is held against the hash that the hub has of it. `tell` hears what happens.
 
     Raises `SetupError` where the hub cannot be reached, does not give the model, or has no safetensors of it, where the
     disk has not the room, and for a file with another hash, which is removed; `UsageError` for what is no hub id.
@@ -40,10 +43,10 @@ def fetch(name: str, tell: Callable[[str], None] = lambda what: None) -> Path:
         files = [file for file in info.siblings or () if any(fnmatch(file.rfilename, kind) for kind in _READ)]
         if not any(file.rfilename.endswith(".safetensors") for file in files):
             raise SetupError(f"{repository} has no safetensors, and pickled weights are not read; have it converted")
-        _refuse_full(repository, str(info.sha), files)
+        _refuse_full(repository, files)
         tell(f"fetching {repository}, {sum(file.size or 0 for file in files) / 1e9:.1f} GB, {_licence(name, info)}")
         names = [file.rfilename for file in files]
-        folder = Path(snapshot_download(repository, revision=info.sha, allow_patterns=names))
+        folder = Path(snapshot_download(repository, allow_patterns=names))
     except HFValidationError as error:
         raise UsageError(f"no model {name!r}: it is not one of {', '.join(BASELINES)}, and no hub id") from error
     except GatedRepoError as error:
@@ -52,11 +55,13 @@ def fetch(name: str, tell: Callable[[str], None] = lambda what: None) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise SetupError(f"the hub has no {repository}, or none for you; log in with `hf auth login`") from error
-    except (_HTTPError, OSError) as error:
+    except (_HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the hub's own transport, hf_xet
         raise SetupError(
             f"the hub did not give {repository} ({said(error)}). Where there is a network, run "
             f"`stripedrag fetch {name}` again; files that are whole are not fetched anew"
         ) from error
+    if folder.name != info.sha:
+        raise SetupError(f"{repository} was changed on the hub meanwhile; run `stripedrag fetch {name}` again")
     for file in files:
         tell(f"checking {file.rfilename}")
         _refuse_other(folder / file.rfilename, file, name)
@@ -70,15 +75,12 @@ def _licence(name: str, info: Any) -> str:
     return f"licence {named}" if named else "of a licence that its card does not name"
 
 
-def _refuse_full(repository: str, revision: str, files: list[Any]) -> None:
+def _refuse_full(repository: str, files: list[Any]) -> None:
     """Raises where the disk has no room for those of the files that are not there."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    missing = [
-        f for f in files if not isinstance(try_to_load_from_cache(repository, f.rfilename, revision=revision), str)
-    ]
-    needed = sum(file.size or 0 for file in missing)
     place = Path(HF_HUB_CACHE)
+    blobs = place / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    missing = [file for file in files if not (blobs / (file.lfs.sha256 if file.lfs else file.blob_id)).exists()]
+    needed = sum(file.size or 0 for file in missing)
     while not place.exists():
         place = place.parent
     if needed > (free := shutil.disk_usage(place).free):

@@ -12,14 +12,21 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from stripedrag.errors import CheckpointError
+from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.kernels import ops
 from stripedrag.model.attention import attend
 from stripedrag.model.cache import adopt, hyena_state, new_cache, store_hyena_state
@@ -236,7 +243,7 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         if not_finite := [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]:
             raise CheckpointError(
                 f"the checkpoint {str(pretrained_model_name_or_path)!r} has weights that are infinite or no numbers in "
-                f"{_listed(not_finite)}. Get a whole copy"
+                f"{_listed(not_finite)}. Get a whole copy, or where {model.dtype} is too narrow for it another dtype"
             )
         return (model, info) if wants_info else model
 
@@ -308,7 +315,9 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = x.shape[1]
         if past + length > self.config.max_seqlen:
-            self._over_the_window(past, length)
+            if length > 1:
+                refuse_over_window(self.config, past + length)
+            warnings.warn(f"the reply goes on beyond the window of {self.config.max_seqlen} tokens", stacklevel=2)
         if past and torch.is_grad_enabled() and (self.training or x.requires_grad):
             raise ValueError(
                 f"the cache holds {past} tokens, through which no gradient flows; call under torch.no_grad(), or feed "
@@ -339,16 +348,6 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
                 "Its own tokenizer gives no others"
             ) from error
         return embedded
-
-    def _over_the_window(self, past: int, length: int) -> None:
-        """A prompt over the window is refused before its memory is spent; a reply goes on, and a warning says so."""
-        window = self.config.max_seqlen
-        if length > 1:
-            raise ValueError(
-                f"the prompt has {past + length} tokens and the window {window}; shorten it, or stretch the window "
-                "with load_model(…, window_tokens=…)"
-            )
-        warnings.warn(f"the reply goes on beyond the window of {window} tokens, where it gets worse", stacklevel=2)
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B or 1, 1, L, head width / 2), taken in float32."""
@@ -501,6 +500,15 @@ def refuse_unfit(source: Any, info: Mapping[str, Any]) -> None:
         raise _unfit(source, "lacks", missing)
     if misshapen := [f"{name} {tuple(got)} for {tuple(want)}" for name, got, want in info["mismatched_keys"]]:
         raise _unfit(source, "has misshapen", misshapen)
+
+
+def refuse_over_window(config: PreTrainedConfig, tokens: int) -> None:
+    """Raises `UsageError` for a prompt of so many tokens that a StripedHyena of this configuration does not read."""
+    if isinstance(config, StripedHyenaConfig) and tokens > config.max_seqlen:
+        raise UsageError(
+            f"the prompt has {tokens} tokens and the window {config.max_seqlen}; shorten it, or stretch the window "
+            "with load_model(…, window_tokens=…)"
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:

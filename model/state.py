@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -52,7 +53,8 @@ class StripedHyenaState:
         if why := refuses_blocks(cache):
             raise UsageError(f"the state of this model cannot be taken out: {why}")
         logits = prefill(model, input_ids.to(model.device), cache, progress=progress)
-        return cls(input_ids.cpu(), logits, fingerprint(model), cache, model.config)
+        ids = input_ids.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return cls(ids, logits, fingerprint(model), cache, model.config)
 
     def __len__(self) -> int:
         """The tokens of the prefix, P."""
@@ -75,7 +77,7 @@ class StripedHyenaState:
 
     def copy(self) -> DynamicCache:
         """A cache of one continuation with all of the prefix copied: for a transformer, or a long continuation."""
-        cache = new_cache(self._config)
+        cache = new_cache(self._config, expected_tokens=len(self))
         extend(cache, block(self._cache, 0))
         return cache
 
@@ -113,6 +115,6 @@ class StripedHyenaState:
         if tensors_sha256(tensors) != about.get("sha256"):
             raise CheckpointError(f"{path} is damaged (its tensors have another sha256); read the prefix again")
         ids, logits = tensors.pop("input_ids"), tensors.pop("logits").to(model.device)
-        cache = new_cache(model.config, expected_tokens=ids.shape[1])
+        cache = new_cache(model.config)
         extend(cache, {name: tensor.to(model.device) for name, tensor in tensors.items()})
         return cls(ids, logits, ours, cache, model.config)

@@ -8,17 +8,18 @@ length falls into another step for few of them. Knows nothing of prompts or cach
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from stripedrag.errors import UsageError
 from stripedrag.indexes.documents import Scored
 
 if TYPE_CHECKING:
+    from stripedrag.indexes.documents import Chunk
     from stripedrag.indexes.filters import Where
     from stripedrag.indexes.index import Index
 
 _VOTES = 12  # best chunks that say what a question is about, the nth by 1 / n
-_AGREEMENT = (
-    0.7  # of the votes for one document; below, evidence that is elsewhere would be left out (docs/contexts.md)
-)
-_QUERY_TOKENS = 192  # of a document's beginning, by which its nearest are found: what an embedder reads, less a chunk
+# Of the votes for one document; below, evidence that is elsewhere would be left out (docs/LOG.md).
+_AGREEMENT = 0.7
+_QUERY_CHUNKS = 3  # of a document's beginning, by which its nearest are found, where an embedder reads so many
 _STEP_TOKENS = 256  # budgets differ a little by the question's length, and what is shared must not
 
 
@@ -45,13 +46,16 @@ def beginning(
     best = max(votes, key=lambda doc_id: votes[doc_id])
     if votes[best] < _AGREEMENT * sum(votes.values()):
         return [], 0
-    chunks = index.chunks(best)
+    chunks = _chunks(index, best)
+    if not chunks:
+        return [], 0
     length = max(1, budget // index.chunk_tokens)
     best_chunk = next(scored.chunk for scored in found if scored.chunk.doc_id == best)
     first = next((place for place, chunk in enumerate(chunks) if chunk == best_chunk), 0)  # 0: replaced meanwhile
     start = min(first // length * length, max(0, len(chunks) - length))
     stretch = chunks[start:][: 2 * length]
-    query = "".join(chunk.text for chunk in stretch[: max(1, _QUERY_TOKENS // index.chunk_tokens)])
+    whole = max(1, index.embedder.max_tokens // index.chunk_tokens)
+    query = "".join(chunk.text for chunk in stretch[: min(_QUERY_CHUNKS, whole)])
     near: list[str] = []
     if len(stretch) < 2 * length and query.strip():
         for scored in index.search(query, k=4 * length, where=where, doc_ids=doc_ids):
@@ -60,5 +64,13 @@ def beginning(
     for doc_id in near:
         if len(stretch) >= 2 * length:
             break
-        stretch += index.chunks(doc_id)
+        stretch += _chunks(index, doc_id)
     return [Scored(chunk, 0.0, rank) for rank, chunk in enumerate(stretch, start=1)], budget
+
+
+def _chunks(index: "Index", doc_id: str) -> "list[Chunk]":
+    """The chunks of a document; none where another process took it out after it was found."""
+    try:
+        return index.chunks(doc_id)
+    except UsageError:
+        return []

@@ -84,8 +84,9 @@ class Pipeline:
         Args:
             index: a place, an open one, or what stands in for one (`stripedrag.rag.llama_index.LlamaIndexSearch`).
             model: as `load_model` names it, as `dtype` and `device` are; None is the default.
-            policy, shared: as in `Retriever`. None shares 3/4, so that of several questions about one document those
-                after the first read a quarter of their contexts, and nothing where nothing that was read is kept.
+            policy, shared: as in `Retriever`, so that of several questions about one document those after the first
+                read only a part of their contexts, no less than 2,048 tokens. None shares 3/4, and nothing where
+                nothing that was read is kept.
             window_tokens: a longer window than the model was trained on, see `load_model`.
             cache_bytes: memory for what was read (None: 2 GiB; 0: nothing is kept in it).
             context_files: where it is kept on disk, if it is.

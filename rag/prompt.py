@@ -18,6 +18,8 @@ from stripedrag.rag.prompt_template import PromptTemplate, default_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LONG_TOKENS = 512  # of a passage whose end is worth a block's
+
 
 class ChatFormat:
     """A tokenizer's chat template around messages, and plain text beside it. Safe for several threads.
@@ -155,11 +157,15 @@ class PromptFormat:
         return [*self._head, *(token for span in spans for token in self.encode(self.render(span)))]
 
     def marked_prefix_ids(self, context: Context) -> tuple[list[int], list[int]]:
-        """As `prefix_ids`, and at which places in them other prompts part from this: where what is shared ends, and at
-        the end."""
-        ids = self.prefix_ids(context.spans)
-        shared = len(self._head) + context.shared_tokens
-        return ids, [shared, len(ids)] if context.shared_tokens else [len(ids)]
+        """As `prefix_ids`, and at which places in them other prompts part from this: where what is shared or a long
+        passage ends, whole documents among them, and at the end."""
+        ids, marks = list(self._head), []
+        for span in context.spans:
+            begun = len(ids)
+            ids += self.encode(self.render(span))
+            if len(ids) - begun >= _LONG_TOKENS or len(ids) - len(self._head) == context.shared_tokens:
+                marks.append(len(ids))
+        return ids, [*marks, len(ids)] if marks[-1:] != [len(ids)] else marks
 
     def question_ids(self, question: str) -> list[int]:
         """What comes after the passages."""

@@ -135,7 +135,7 @@ class Retriever:
             ):
                 break
             k *= 2
-        if self.shared:
+        if self.shared and len(questions) == 1:  # several share their context as it is
             context = self._with_beginning(candidates, context, tokenizer, render, where, doc_ids)
         return candidates, context
 

@@ -27,6 +27,7 @@ from stripedrag.eval.bench.report import Report, machine
 from stripedrag.eval.meter import own_bytes
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
 from stripedrag.model.generation import Sampling, decode, prefill
+from stripedrag.model.memory import free_bytes
 from stripedrag.weights import cache_dir
 
 PUBLISHED = Path(__file__).with_name("published_7b.json")
@@ -40,6 +41,8 @@ def run(repeats: int) -> Report:
     folder = cache_dir() / "bench" / "load"
     shutil.rmtree(folder, ignore_errors=True)
     needed, free = sum(_nbytes(tensor) for _, tensor in layout(config)), _free(folder)
+    if needed > (memory := free_bytes(torch.device("cpu"))):
+        raise StoreError(f"the model takes {needed / 1e9:.1f} GB of memory, and {memory / 1e9:.1f} are free")
     if free < 1.05 * needed:
         raise StoreError(f"the checkpoint takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free for {folder}")
     try:
@@ -159,7 +162,10 @@ class _Peak:
 def _loaded(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
     """What `load` gives in a process of its own, and of how many tensors what is used is what was written."""
     command = [sys.executable, "-m", "stripedrag.eval.bench.load", str(folder)]
-    row: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
+    if done.returncode:
+        raise StoreError(f"the process that loads the model ended with {done.returncode}; -9 is for want of memory")
+    row: dict[str, Any] = json.loads(done.stdout)
     used = row.pop("digests")
     wrong = [name for name, digest in used.items() if digests[name] != digest]
     unused = [name for name in digests.keys() - used.keys() if not name.endswith("inv_freq")]

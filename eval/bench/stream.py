@@ -40,7 +40,8 @@ def run(repeats: int, corpus: Path = CORPUS, questions: Path = ASKED) -> Report:
     with cached_index(corpus, CachingEmbedder()) as index:
         kept = Pipeline.open(index)
         plain = Pipeline(index, kept.model, kept.tokenizer, model_name=STRIPED)
-        alone = Pipeline(index, kept.model, kept.tokenizer, model_name=STRIPED, shared=SHARED)
+        alone = Pipeline(index, kept.model, kept.tokenizer, model_name=STRIPED)
+        alone.retriever = kept.retriever  # the same contexts
         rows = [row for _ in range(repeats) for row in _pass(kept, alone, asked)]
         answers = [
             {"shared": row["f1"], "alone": _answer(plain, question)["f1"]}

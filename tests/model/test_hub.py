@@ -135,6 +135,9 @@ def test_what_is_read_of_a_model_is_fetched_once_and_nothing_that_runs(hub, fetc
     folder = json.loads(done.stdout)[NAME]
     assert {path.name for path in Path(folder).iterdir()} == {"config.json", "model.safetensors"}
     assert "0.0 GB, licence apache-2.0" in done.stderr
+    look = "from stripedrag.model.loading import model_folder; print(model_folder('some-body/small-hyena'))"
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == folder
     assert set(hub.served) == {"config.json", "model.safetensors"}
     hub.served.clear()
     assert fetch().returncode == 0 and hub.served == []

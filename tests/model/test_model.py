@@ -162,6 +162,19 @@ def test_autocast_trains_and_leaves_the_operator_in_fp32(model, golden, dtype):
     assert (out.logits - exact).abs().mean() < 0.03
 
 
+def test_segments_are_read_under_autocast(model, golden):
+    def last():
+        cache = new_cache(model.config)
+        for segment in golden.ids[:, :30].split(20, dim=1):
+            logits = model(segment, past_key_values=cache).logits[:, -1]
+        return logits.float()
+
+    with torch.no_grad():
+        expected = last()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(last(), expected, rtol=0, atol=0.3)
+
+
 def test_generate_stops_at_eos(model, golden):
     prompt = golden.ids[:1, :20]
     free = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -61,6 +61,24 @@ def test_a_state_of_another_model_is_refused_by_name(sh_tiny, model, golden, tmp
         StripedHyenaState.load(path, model)
 
 
+def test_what_says_nothing_of_the_numbers_makes_no_other_model(sh_tiny, tmp_path):
+    model = StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path / "model")).eval()
+    StripedHyenaState.read(model, sh_tiny.ids[:1, ::2]).save(tmp_path / "state.safetensors")
+    model.save_pretrained(tmp_path / "again")
+    model.config.use_cache, model.config.pad_token_id = False, 0
+    again = StripedHyenaForCausalLM.from_pretrained(tmp_path / "again").eval()
+    for same in (model, again):
+        assert torch.equal(StripedHyenaState.load(tmp_path / "state.safetensors", same).input_ids, sh_tiny.ids[:1, ::2])
+
+
+def test_a_state_keeps_its_ids_when_the_callers_change(sh_tiny, tmp_path):
+    model = StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path / "model")).eval()
+    ids = sh_tiny.ids[:1].clone()
+    state = StripedHyenaState.read(model, ids)
+    ids.zero_()
+    assert torch.equal(state.input_ids, sh_tiny.ids[:1])
+
+
 def test_a_damaged_file_is_refused_by_name(sh_tiny, tmp_path):
     model = StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path / "model")).eval()
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"

@@ -88,6 +88,21 @@ def test_a_pipeline_reads_what_is_shared_once(index, tiny_model, tokenizer):
         assert answer.text == plain.ask(question, 2048, answer_tokens=4).text
 
 
+def test_several_questions_share_their_context_and_no_beginning(index):
+    plain, shared = Retriever(index), Retriever(index, shared=0.5, own_tokens=0)
+    assert shared.retrieve(OXYGEN[0], budget_tokens=900).shared_tokens
+    assert shared.retrieve(OXYGEN, budget_tokens=900) == plain.retrieve(OXYGEN, budget_tokens=900)
+
+
+def test_a_document_that_is_gone_before_it_is_read_is_not_shared(index, monkeypatch):
+    def gone(doc_id):
+        raise UsageError(f"no document {doc_id}")
+
+    shared = Retriever(index, shared=0.5, own_tokens=0)
+    monkeypatch.setattr(index, "chunks", gone)
+    assert shared.retrieve(OXYGEN[0], budget_tokens=900).shared_tokens == 0
+
+
 def test_a_question_about_several_documents_shares_nothing(tmp_path):
     with Index.create(tmp_path / "index") as index:
         index.add(

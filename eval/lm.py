@@ -43,9 +43,9 @@ class WindowOverflow(DoesNotFitError):  # noqa: N818
 class HarnessLM(TemplateLM):
     """A causal language model for `lm_eval.simple_evaluate(model=…)`, and for our own runs by way of `respond_all`.
 
-    `window_tokens` None sets no limit. Every method raises `WindowOverflow` for a request that does not fit and
-    `UsageError` for one that no greedy decoder can answer; a text of `loglikelihood_rolling` always fits, since it is
-    read window by window.
+    `window_tokens` None sets no limit but a StripedHyena's own. Every method raises `WindowOverflow` for a request
+    that does not fit and `UsageError` for one that no greedy decoder can answer; a text of `loglikelihood_rolling`
+    always fits, since it is read window by window.
     """
 
     def __init__(

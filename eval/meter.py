@@ -73,9 +73,11 @@ def peak_resident_bytes() -> int:
     return _proc_bytes(_STATUS, "VmHWM")
 
 
-def own_bytes() -> int:
-    """The process's private resident bytes, those of mapped files left out."""
-    return _proc_bytes(_STATUS, "RssAnon")
+def resident_bytes() -> dict[str, int]:
+    """Bytes of this process in memory: its "own", and those of "mapped" files, which the system may drop; {} where
+    nothing tells."""
+    kinds = {"own": "RssAnon", "mapped": "RssFile"}
+    return {kind: _proc_bytes(_STATUS, field) for kind, field in kinds.items()} if _STATUS.exists() else {}
 
 
 @contextmanager

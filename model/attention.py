@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
     in_parts = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not torch.is_grad_enabled()
     if mask is None and past and in_parts:  # not under autocast, which mixes dtypes; log-sum-exps have no gradient
-        # Half to nine tenths of the time with a mask, which would be of L · (P + L) elements.
+        # A mask would be of L · (P + L) elements, made and read in every layer.
         before, before_lse = read(q, k[:, :, :past], v[:, :, :past])
         among, among_lse = read(q, k[:, :, past:], v[:, :, past:], is_causal=True)
         return merge(before, before_lse, among, among_lse)

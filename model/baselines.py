@@ -119,7 +119,6 @@ def snapshot(name: str) -> Path:
     Raises `SetupError` where they are not all there.
     """
     repository = hub_id(name)
-    name = next((known for known, baseline in BASELINES.items() if baseline.hub_id == repository), name)
     config = _cached(repository, "config.json")
     if config is None or not _has_weights(repository):
         raise SetupError(f"the hub's cache has no whole copy of {repository}. Fetch it with `stripedrag fetch {name}`.")

@@ -118,7 +118,7 @@ def model_folder(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     Raises `SetupError` where they are not on this machine.
     """
     source = _source(name_or_path)
-    return Path(source) if Path(source).is_dir() else snapshot(str(source))
+    return Path(source) if Path(source).is_dir() else snapshot(str(name_or_path))
 
 
 def _refuse_damaged(folder: Path) -> None:

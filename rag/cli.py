@@ -123,7 +123,10 @@ def setup(as_json: Json = False) -> None:
 @app.command()
 def fetch(
     model: Annotated[
-        str, typer.Argument(help="A name of `stripedrag doctor`, or a hub id.", metavar="MODEL", show_default=False)
+        str,
+        typer.Argument(
+            help="A baseline's name (those of model/README.md), or a hub id.", metavar="MODEL", show_default=False
+        ),
     ],
     as_json: Json = False,
 ) -> None:

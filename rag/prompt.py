@@ -165,7 +165,7 @@ class PromptFormat:
             ids += self.encode(self.render(span))
             if len(ids) - begun >= _LONG_TOKENS or len(ids) - len(self._head) == context.shared_tokens:
                 marks.append(len(ids))
-        return ids, [*marks, len(ids)] if marks[-1:] != [len(ids)] else marks
+        return ids, sorted({*marks, len(ids)})
 
     def question_ids(self, question: str) -> list[int]:
         """What comes after the passages."""

@@ -124,10 +124,17 @@ class Retriever:
             raise UsageError("there is no question to retrieve for; give at least one")
         # Twice what would fill the budget with full chunks, and again twice that while everything still fits.
         k = max_chunks or 8 - 2 * (-budget_tokens // self.index.chunk_tokens)
+        options: dict[str, Any] = {"tokenizer": tokenizer, "render": render}
+        first: Context | None = None
+        there: set[tuple[str, int]] = set()
         while True:
             found = [self.index.search(one, k=k, where=where, doc_ids=doc_ids) for one in questions]
             candidates = _of_all(found)
-            context = self.fill(candidates, budget_tokens=budget_tokens, tokenizer=tokenizer, render=render)
+            if first is None and self.shared and len(questions) == 1:  # several share their context as it is
+                first, there = self._beginning(candidates, budget_tokens, where, doc_ids, **options)
+            # Also those that the beginning holds: a model answers best from what stands near the question.
+            left = budget_tokens - (first.tokens if first else 0)
+            context = self.fill(candidates, budget_tokens=left, **options)
             if (
                 max_chunks
                 or all(len(some) < k for some in found)
@@ -135,37 +142,28 @@ class Retriever:
             ):
                 break
             k *= 2
-        if self.shared and len(questions) == 1:  # several share their context as it is
-            context = self._with_beginning(candidates, context, tokenizer, render, where, doc_ids)
+        if first and first.spans:
+            dropped = tuple(one for one in context.dropped if (one.doc_id, one.start) not in there)
+            spans, tokens = first.spans + context.spans, first.tokens + context.tokens
+            context = Context(spans, dropped, tokens, budget_tokens, self.policy, shared_tokens=first.tokens)
         return candidates, context
 
-    def _with_beginning(
+    def _beginning(
         self,
         candidates: "Sequence[Scored]",
-        alone: Context,
-        tokenizer: Tokenizer | None,
-        render: Callable[[Span], str] | None,
+        budget_tokens: int,
         where: "Where | None",
         doc_ids: Iterable[str] | None,
-    ) -> Context:
-        """What is shared, and the best candidates in the rest of the budget of `alone`: also those that the beginning
-        holds, since a model answers best from what stands near the question."""
-        budget = alone.budget_tokens
-        most = min(int(self.shared * budget), budget - self.own_tokens)
+        **options: Any,
+    ) -> tuple[Context, set[tuple[str, int]]]:
+        """What is shared of a budget, and which chunks that is, by document and place."""
+        most = min(int(self.shared * budget_tokens), budget_tokens - self.own_tokens)
         chunks, room = beginning(
             cast("Index", self.index), candidates, budget_tokens=most, where=where, doc_ids=doc_ids
         )
-        if not chunks:
-            return alone
-        options: dict[str, Any] = {"tokenizer": tokenizer or self.index.tokenizer, "render": render}
-        titles = self.index.titles({scored.chunk.doc_id for scored in (*chunks, *candidates)})
-        first = fill(chunks, titles, budget_tokens=room, policy="rank", keep_repeats=True, **options)
-        rest = fill(candidates, titles, budget_tokens=budget - first.tokens, policy=self.policy, **options)
+        first = Retriever(self.index).fill(chunks, budget_tokens=room, keep_repeats=True, **options)
         over = {dropped.rank for dropped in first.dropped}
-        there = {(scored.chunk.doc_id, scored.chunk.start) for scored in chunks if scored.rank not in over}
-        dropped = tuple(one for one in rest.dropped if (one.doc_id, one.start) not in there)
-        tokens = first.tokens + rest.tokens
-        return Context(first.spans + rest.spans, dropped, tokens, budget, self.policy, shared_tokens=first.tokens)
+        return first, {(scored.chunk.doc_id, scored.chunk.start) for scored in chunks if scored.rank not in over}
 
     def fill(
         self,

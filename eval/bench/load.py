@@ -4,7 +4,6 @@ whether all of it is used, what it takes, and how fast the model then reads and 
 15.3 GB on the disk while it runs, and as much memory. `published_7b.json` is the config.json of StripedHyena-Nous-7B.
 """
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -24,9 +23,10 @@ from torch import Generator, Tensor
 
 from stripedrag.errors import StoreError
 from stripedrag.eval.bench.report import Report, machine
-from stripedrag.eval.meter import own_bytes
+from stripedrag.eval.meter import resident_bytes
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
 from stripedrag.model.generation import Sampling, decode, prefill
+from stripedrag.model.identity import tensors_sha256
 from stripedrag.model.memory import free_bytes
 from stripedrag.weights import cache_dir
 
@@ -87,7 +87,7 @@ def write(folder: Path, config: dict[str, Any], *, shard_bytes: int = SHARD_BYTE
         tensors = {name: _filled(name, empty[name], random) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
-        digests |= {name: _sha256(tensor) for name, tensor in tensors.items()}
+        digests |= {name: tensors_sha256({name: tensor}) for name, tensor in tensors.items()}
     index = {"metadata": {"total_size": sum(map(_nbytes, empty.values()))}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return digests
@@ -135,7 +135,7 @@ def load(folder: Path) -> dict[str, Any]:
         "finite": bool(logits.isfinite().all()),
         "prefill_tokens_per_s": PROMPT_TOKENS / (read - start),
         "decode_tokens_per_s": (len(made) - 1) / (end - read),
-        "digests": {name: _sha256(tensor.detach()) for name, tensor in model.named_parameters()},
+        "digests": {name: tensors_sha256({name: tensor.detach()}) for name, tensor in model.named_parameters()},
     }
 
 
@@ -143,7 +143,7 @@ class _Peak:
     """The most private memory, beyond what there was before, that this process has in the block."""
 
     def __enter__(self) -> "_Peak":
-        self._before = self._most = own_bytes()
+        self._before = self._most = _own_bytes()
         self._ended = Event()
         self._watch = Thread(target=self._look, daemon=True)
         self._watch.start()
@@ -152,11 +152,11 @@ class _Peak:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._watch.join()
-        self.bytes = max(self._most, own_bytes()) - self._before
+        self.bytes = max(self._most, _own_bytes()) - self._before
 
     def _look(self) -> None:
         while not self._ended.wait(0.01):
-            self._most = max(self._most, own_bytes())
+            self._most = max(self._most, _own_bytes())
 
 
 def _loaded(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
@@ -172,12 +172,12 @@ def _loaded(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
     return row | {"tensors_used": len(used), "wrong": wrong, "unused": sorted(unused)}
 
 
+def _own_bytes() -> int:
+    return resident_bytes().get("own", 0)
+
+
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _free(folder: Path) -> int:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from stripedrag.eval.bench.recall import CORPUS, QUESTIONS, CachingEmbedder, cached_index
 from stripedrag.eval.bench.report import Report, machine, plot, quantiles_ms, seconds_of
 from stripedrag.eval.data_formats import CorpusQuestion
+from stripedrag.eval.meter import resident_bytes
 from stripedrag.indexes.documents import Document
 from stripedrag.indexes.embedding import MiniLMEmbedder
 from stripedrag.indexes.index import Index
@@ -111,7 +112,7 @@ def _documents(texts: Sequence[str], chunks: int) -> Iterator[Document]:
 
 
 def _measure(place: Path, queries: Sequence[str], vectors: "NDArray[np.float32]", repeats: int) -> dict[str, Any]:
-    before = _resident()
+    before = resident_bytes()
     with Index.open(place, embedder=_Asked(dict(zip(queries, vectors, strict=True)))) as index:
         opened = seconds_of(partial(index.search, queries[0], k=K))
         row: dict[str, Any] = {"chunks": len(index), "first_search_s": opened, "bytes": _sizes(place)}
@@ -122,7 +123,7 @@ def _measure(place: Path, queries: Sequence[str], vectors: "NDArray[np.float32]"
             for name, how in options.items()
         }
         row["found"] = {name: len(index.search(queries[0], k=1000, **how)) for name, how in options.items()}
-        row["resident_bytes"] = {kind: after - before[kind] for kind, after in _resident().items()}
+        row["resident_bytes"] = {kind: after - before[kind] for kind, after in resident_bytes().items()}
     return row | {"recall": _recall(place, vectors)}
 
 
@@ -146,17 +147,6 @@ def _recall(place: Path, queries: "NDArray[np.float32]") -> float:
 def _sizes(place: Path) -> dict[str, int]:
     files = {file.name: file.stat().st_size for file in place.iterdir()}
     return {"index": files["index.sqlite"], "vectors": sum(files.values()) - files["index.sqlite"]}
-
-
-def _resident() -> dict[str, int]:
-    """Bytes of this process in memory: its own, and those of mapped files, which the system may drop; {} elsewhere."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return {}
-    kinds = {"RssAnon": "own", "RssFile": "mapped"}
-    pairs = (line.split(":") for line in lines)
-    return {kinds[name]: 1024 * int(value.split()[0]) for name, value in pairs if name in kinds}
 
 
 def _table(figures: dict[str, Any]) -> str:

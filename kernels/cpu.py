@@ -50,6 +50,11 @@ def instruction_set() -> str | None:
     return None if _native is None else str(_native.isa)
 
 
+def has_attention() -> bool:
+    """Whether the native attention serves this processor: one with AVX-512 BF16 (and "v4") that has no AMX."""
+    return _native is not None and bool(_native.has_attention)
+
+
 def hyena_filter(
     z: Tensor, parameters: FilterParameters, state: HyenaState, padding_mask: Tensor | None
 ) -> tuple[Tensor, HyenaState]:
@@ -215,6 +220,30 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     threads, added = torch.get_num_threads(), 0 if bias is None else bias.data_ptr()
     _native.linear(_ELEMENTS[dtype], rows, columns, threads, weight.data_ptr(), added, x.data_ptr(), y.data_ptr())
     return y
+
+
+def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Causal attention in bfloat16 without a gradient, or None where another is asked for, or nothing here has it."""
+    if not (
+        has_attention()
+        and q.dtype is k.dtype is v.dtype is torch.bfloat16
+        and _is_plain(q, k, v)
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and q.numel()
+        and q.shape[3] % 16 == 0
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    batch, heads, length, width = q.shape
+    y = q.new_empty(batch, length, heads, width)
+    sizes = (batch, heads, k.shape[1], length, k.shape[2], width, torch.get_num_threads())
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    addresses = (tensor.data_ptr() for tensor in (q, k, v, y))
+    _native.attention(sizes, strides, width**-0.5, *addresses)
+    return y.transpose(1, 2)
 
 
 def takes_rows(*tensors: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Attention without a mask where none is needed: of new tokens over those before them and over themselves.
 
-Two parts of what a query reads are merged by their log-sum-exp, as blocks of flash attention are (Dao et al. 2022,
-2205.14135). B rows, Hkv key/value heads, G query heads for each, L new tokens after P others, D the head width.
+By the native kernel where it is for them; else in two parts, merged by their log-sum-exp as blocks of flash attention
+are (Dao et al. 2022, 2205.14135). B rows, Hkv key/value heads, G query heads for each, L new tokens after P others, D
+the head width.
 """
 
 import math
@@ -9,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stripedrag.kernels import ops
 
 _SCORES = 2**26  # that live at once, where no kernel gives their log-sum-exp
 
@@ -18,22 +21,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     q is (B, G · Hkv, L, D), k and v are (B, Hkv, P + L, D), `mask` is bool (B or 1, 1, L, P + L).
     """
-    batch, heads, length, width = q.shape
+    if mask is None and (attended := ops.causal_attention(q, k, v)) is not None:
+        return attended
+    batch, heads, length, _ = q.shape
     kv_heads, past = k.shape[1], k.shape[2] - length
     if length == 1:
         # The query heads of one key/value head as rows of one product: at 8,000 keys in bfloat16 on a CPU a
         # quarter of enable_gqa's time (5.2 to 1.2 ms).
-        grouped = q.reshape(batch, kv_heads, -1, width)
+        grouped = q.reshape(batch, kv_heads, -1, q.shape[3])
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
-    in_parts = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not torch.is_grad_enabled()
-    if mask is None and past and in_parts:  # not under autocast, which mixes dtypes; log-sum-exps have no gradient
-        # A mask would be of L · (P + L) elements, made and read in every layer.
-        before, before_lse = read(q, k[:, :, :past], v[:, :, :past])
-        among, among_lse = read(q, k[:, :, past:], v[:, :, past:], is_causal=True)
-        return merge(before, before_lse, among, among_lse)
     if mask is None and past:
+        if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not torch.is_grad_enabled():
+            return in_parts(q, k, v)  # not under autocast, which mixes dtypes; log-sum-exps have no gradient
         mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
+
+
+def in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `attend` without a mask, by torch's flash attention on a CPU over what was before and over the new tokens: a
+    mask would be of L · (P + L) elements, made and read in every layer.
+    """
+    past = k.shape[2] - q.shape[2]
+    among, among_lse = read(q, k[:, :, past:], v[:, :, past:], is_causal=True)
+    if not past:
+        return among
+    return merge(*read(q, k[:, :, :past], v[:, :, :past]), among, among_lse)
 
 
 def read(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> tuple[Tensor, Tensor]:

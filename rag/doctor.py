@@ -15,7 +15,7 @@ def examine() -> dict[str, dict[str, str]]:
     """Findings by section, in words."""
     import torch
 
-    from stripedrag.kernels.cpu import instruction_set
+    from stripedrag.kernels.cpu import has_attention, instruction_set
     from stripedrag.kernels.dispatch import BACKENDS
     from stripedrag.model.baselines import BASELINES, at_hand
     from stripedrag.model.smollm2 import PREPARED, prepared_dir
@@ -26,7 +26,8 @@ def examine() -> dict[str, dict[str, str]]:
         for name, backend in BACKENDS.items()
     }
     if backends["cpu"] == "runs":
-        backends["cpu"] += f" (instruction set {instruction_set()})"
+        attention = "its own" if has_attention() else "torch's"
+        backends["cpu"] += f" (instruction set {instruction_set()}, {attention} attention)"
     places = {}
     for carrier in weights.CARRIERS:
         try:

@@ -1,6 +1,7 @@
 """Benchmarks by name: each is a module with `run(repeats) -> Report`. Run by `stripedrag bench`."""
 
 BENCHES = {
+    "attention": "stripedrag.eval.bench.attention",
     "context": "stripedrag.eval.bench.context",
     "decode": "stripedrag.eval.bench.decode",
     "embed": "stripedrag.eval.bench.embed",

@@ -6,6 +6,10 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(STRIPEDRAG_ATTENTION)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <new>
 #include <string>
@@ -24,6 +28,10 @@ namespace v3 { extern const Kernels kernels; }
 namespace v4 { extern const Kernels kernels; }
 #else
 namespace native { extern const Kernels kernels; }
+#endif
+
+#if defined(STRIPEDRAG_ATTENTION)
+namespace bf16 { extern bool (*const attention)(const Attention&); }
 #endif
 
 namespace {
@@ -64,6 +72,20 @@ const Choice& choose() {
 }
 
 const Choice* chosen = nullptr;
+
+// Causal attention where it is the fastest there is, else null: not with AMX, which torch's own uses.
+bool (*attention_here())(const Attention&) {
+#if defined(STRIPEDRAG_ATTENTION)
+  unsigned a = 0, b, c, d = 0;
+  constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22;
+  const bool has_amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16);
+  const bool has_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
+  if (std::string(chosen->name) == "v4" && has_bf16 && !has_amx) return bf16::attention;
+#endif
+  return nullptr;
+}
+
+bool (*attention)(const Attention&) = nullptr;
 
 template <class P>
 P* at(uintptr_t address) {
@@ -206,6 +228,16 @@ void run_gate_gradient(int element, int64_t numbers, int threads, uintptr_t a, u
   run_kernel(true, [&] { chosen->kernels->gate_gradient(Element(element), f); });
 }
 
+void run_attention(const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k, uintptr_t v,
+                   uintptr_t y) {
+  const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
+  const auto stride = [&](size_t i) { return nb::cast<int64_t>(strides[i]); };
+  const Attention f = {size(0), size(1), size(2), size(3), size(4), size(5), int(size(6)), scale, at<void>(q), at<void>(k), at<void>(v),
+                       {stride(0), stride(1), stride(2)}, {stride(3), stride(4), stride(5)}, {stride(6), stride(7), stride(8)},
+                       at<void>(y)};
+  if (!run_kernel(true, [&] { return attention(f); })) throw std::bad_alloc();
+}
+
 }  // namespace
 }  // namespace stripedrag
 
@@ -213,6 +245,8 @@ NB_MODULE(_native, m) {
   using namespace stripedrag;
   chosen = &choose();
   m.attr("isa") = chosen->name;
+  attention = attention_here();
+  m.attr("has_attention") = attention != nullptr;
   m.def("filter", &run_filter, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "y_batch_stride"_a,
         "y_row_stride"_a, "addresses"_a);
   m.def("gradient", &run_gradient, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "addresses"_a);
@@ -221,6 +255,7 @@ NB_MODULE(_native, m) {
   m.def("linear", &run_linear);
   m.def("norm", &run_norm);
   m.def("norm_gradient", &run_norm_gradient);
+  m.def("attention", &run_attention, "sizes"_a, "strides"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "y"_a);
   m.def("gate", &run_gate);
   m.def("gate_gradient", &run_gate_gradient);
   m.def("checkpoint_numbers", [](int element, const nb::tuple& sizes) {

@@ -114,6 +114,16 @@ struct GateGradient {
   void *da, *db;
 };
 
+// Causal attention of the last L of `keys` tokens, in bfloat16: each reads all up to itself.
+struct Attention {
+  int64_t batch, heads, kv_heads, length, keys, width;  // B, G · Hkv, Hkv, L, P + L, D, which is a multiple of 16
+  int threads;
+  double scale;                                       // of the scores
+  const void *q, *k, *v;                              // (B, heads, tokens, D), channels contiguous
+  int64_t q_strides[3], k_strides[3], v_strides[3];   // of their first three axes, in numbers
+  void* y;                                            // (B, L, heads, D)
+};
+
 // One instruction set's kernels. Those that return a bool return false where scratch memory could not be had.
 struct Kernels {
   bool (*filter)(Element, const Filter&);

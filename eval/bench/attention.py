@@ -1,0 +1,92 @@
+"""Causal attention of new tokens over a context, as the model asks for it, against torch's two ways of it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
+from stripedrag.kernels import cpu
+from stripedrag.model.attention import attend, in_parts
+
+DTYPE = torch.bfloat16
+SHAPES = {"default model": (9, 3, 64), "published 7B": (32, 8, 128)}  # heads, heads of keys, head width
+LENGTHS = ((1, 8192), (32, 8192), (256, 8192), (2048, 6144), (2048, 0), (8192, 0))  # new tokens, after how many
+
+
+def run(repeats: int) -> Report:
+    """Milliseconds of the model's attention and of torch's, in parts and whole, and operations a second."""
+    rows = [_attention(name, *lengths, repeats) for name in SHAPES for lengths in LENGTHS]
+    figures = {
+        "bench": "attention",
+        "machine": machine(),
+        "native": cpu.has_attention(),
+        "repeats": repeats,
+        "rows": rows,
+    }
+    return Report(figures, _table(figures), lambda path: _plot(figures, path))
+
+
+def _attention(name: str, new: int, past: int, repeats: int) -> dict[str, Any]:
+    heads, kv_heads, width = SHAPES[name]
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, tokens, count, width, dtype=DTYPE).transpose(1, 2)
+        for tokens, count in ((new, heads), (past + new, kv_heads), (past + new, kv_heads))
+    )
+    mask = torch.ones(new, past + new, dtype=torch.bool).tril(past) if past and new > 1 else None
+
+    def sdpa() -> Tensor:
+        if new == 1:  # the heads that share keys as rows of one product, faster than enable_gqa
+            return F.scaled_dot_product_attention(q.reshape(1, kv_heads, -1, width), k, v).reshape(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+    calls = max(1, 2**28 // (heads * new * (past + new) * width))  # of what is over in microseconds
+    with torch.inference_mode():
+        seconds = interleaved(
+            repeats,
+            ours=lambda: [attend(q, k, v) for _ in range(calls)],
+            in_parts=lambda: [in_parts(q, k, v) for _ in range(calls)],
+            sdpa=lambda: [sdpa() for _ in range(calls)],
+        )
+    middle = medians(seconds)
+    operations = 4 * heads * width * (new * past + new * (new + 1) / 2)
+    return {
+        "shape": name,
+        "new": new,
+        "past": past,
+        "calls": calls,
+        **{f"{side}_ms": 1e3 * middle[side] / calls for side in seconds},
+        "torch_over_ours": min(middle["in_parts"], middle["sdpa"]) / middle["ours"],
+        "flop_per_s": operations * calls / middle["ours"],
+        "seconds": seconds,
+    }
+
+
+def _table(figures: dict[str, Any]) -> str:
+    here, limit = figures["machine"], figures["machine"]["matmul_flop_per_s"]
+    lines = [
+        f"{here['processor']}, {here['threads']} threads, bfloat16, torch {here['torch']}, {here['commit']}; "
+        f"{'native' if figures['native'] else 'no native attention here: torch'}",
+        f"multiplies {limit / 1e9:.0f} GFLOP/s, reads {here['read_bytes_per_s'] / 1e9:.0f} GB/s",
+        "",
+        f"{'':15}{'new':>6}{'after':>7}{'ours ms':>10}{'in parts':>10}{'sdpa':>9}{'ratio':>7}"
+        f"{'GFLOP/s':>9}{'of product':>12}",
+    ]
+    lines += [
+        f"{row['shape']:15}{row['new']:>6}{row['past']:>7}{row['ours_ms']:>10.2f}{row['in_parts_ms']:>10.2f}"
+        f"{row['sdpa_ms']:>9.2f}{row['torch_over_ours']:>7.2f}{row['flop_per_s'] / 1e9:>9.0f}"
+        f"{row['flop_per_s'] / limit:>12.0%}"
+        for row in figures["rows"]
+    ]
+    lines += ["", f"Medians of {figures['repeats']}, interleaved. ratio: the better of torch's two ways over ours."]
+    return "\n".join(lines)
+
+
+def _plot(figures: dict[str, Any], path: Path) -> None:
+    series: dict[str, list[tuple[str, float]]] = {}
+    for row in figures["rows"]:
+        series.setdefault(row["shape"], []).append((f"{row['new']} after {row['past']}", row["torch_over_ours"]))
+    plot(path, series, "torch's attention over ours", "tokens", "times as long", bars=False)

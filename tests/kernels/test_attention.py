@@ -1,0 +1,118 @@
+"""The native attention is attention, to a rounding, whatever the threads and wherever a prompt is split."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stripedrag.kernels import cpu, ops
+
+native = pytest.mark.skipif(not cpu.has_attention(), reason="no AVX-512 BF16, or AMX")
+
+
+def _made(heads=6, kv_heads=2, new=70, past=300, width=64, batch=1, seed=0):
+    torch.manual_seed(seed)
+    k, v = torch.randn(2, batch, kv_heads, past + new, width).bfloat16()
+    return 2 * torch.randn(batch, heads, new, width).bfloat16(), k, v
+
+
+def _exact(q, k, v):
+    past = k.shape[2] - q.shape[2]
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past)
+    return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=True)
+
+
+def _read(q, k, v):
+    with torch.no_grad():
+        attended = ops.causal_attention(q, k, v)
+    assert attended is not None
+    return attended
+
+
+@native
+@given(
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    new=st.integers(1, 330),
+    past=st.integers(0, 600),
+    width=st.sampled_from([16, 48, 64, 80, 128, 144]),
+    batch=st.integers(1, 2),
+    threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_it_is_attention_for_any_threads_and_split(kv_heads, groups, new, past, width, batch, threads, data):
+    q, k, v = _made(groups * kv_heads, kv_heads, new, past, width, batch)
+    whole = _read(q, k, v)
+    assert (whole - _exact(q, k, v)).abs().max() <= 8e-3 * max(1.0, v.abs().max().item())
+    cut = data.draw(st.integers(0, new - 1), "cut")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = [_read(q[:, :, :cut], k[:, :, : past + cut], v[:, :, : past + cut])] if cut else []
+        parts = torch.cat([*first, _read(q[:, :, cut:], k, v)], 2)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(parts, whole)
+
+
+@native
+def test_strides_are_the_callers():
+    q, k, v = _made(batch=2)
+    room = torch.full(
+        (2, 2, 2, 400, 64), torch.nan, dtype=torch.bfloat16
+    )  # as a cache's buffers, longer than what is in them
+    room[0, :, :, :370], room[1, :, :, :370] = k, v
+    rows = torch.stack([q, q], 2).permute(0, 3, 1, 2, 4)[:, :, :, 0].transpose(1, 2)
+    assert not rows.is_contiguous()
+    assert torch.equal(_read(rows, *room[:, :, :, :370]), _read(q, k, v))
+
+
+@native
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e4])
+def test_scores_of_any_size(size):
+    q, k, v = _made(new=20, past=500)
+    k = (k * size).bfloat16()
+    torch.testing.assert_close(_read(q, k, v), _exact(q, k, v).bfloat16(), rtol=0, atol=4e-2)
+
+
+@native
+def test_what_is_no_number_stays_so_where_it_is_seen():
+    q, k, v = _made(new=20, past=0)
+    k[0, 0, 7, 3] = torch.nan
+    nan = _read(q, k, v).isnan()
+    assert nan[0, :3, 7:].all() and not nan[0, :3, :7].any() and not nan[0, 3:].any()
+
+
+def test_what_no_kernel_is_for_is_left_to_torch():
+    q, k, v = _made()
+    with torch.no_grad():
+        assert ops.causal_attention(q.float(), k.float(), v.float()) is None
+        assert ops.causal_attention(q[..., :20], k[..., :20], v[..., :20]) is None
+        assert ops.causal_attention(q.transpose(2, 3), k.new_zeros(1, 2, 64, 70), v.new_zeros(1, 2, 64, 70)) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ops.causal_attention(q, k, v) is None
+    assert ops.causal_attention(q.requires_grad_(), k, v) is None
+    environment = os.environ | {"STRIPEDRAG_ISA": "v2"}
+    program = "from stripedrag.kernels import cpu; print(cpu.instruction_set(), cpu.has_attention())"
+    told = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    assert told.split() in (["v2", "False"], ["native", "False"], ["None", "False"])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 6, 5, 64), (1, 4, 9, 64), (1, 4, 9, 64)),
+        ((1, 6, 5, 64), (1, 2, 4, 64), (1, 2, 4, 64)),
+        ((1, 6, 5, 64), (1, 2, 9, 64), (1, 2, 8, 64)),
+        ((1, 6, 5, 64), (2, 2, 9, 64), (2, 2, 9, 64)),
+        ((1, 6, 5, 64), (1, 2, 9, 32), (1, 2, 9, 32)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes):
+    with pytest.raises(ValueError, match=r"q has shape \(1, 6, 5, 64\)"):
+        ops.causal_attention(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes))

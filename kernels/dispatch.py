@@ -44,13 +44,17 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
 }
 
 
-@cache
 def select(name: str | None, device: torch.device, taps: int = 3, modes: int = 1) -> Backend:
     """The backend of that name, or with None the first automatic one that runs on `device` with such a filter.
 
     Where one that is made for this kind of device cannot run and another serves in its place, a warning says so, once.
     Raises `BackendError` naming the choices and, for each that cannot run here, its reason.
     """
+    choose = _choose if torch.compiler.is_compiling() else _chosen  # a compiler looks through a cache, and warns of it
+    return choose(name, device, taps, modes)
+
+
+def _choose(name: str | None, device: torch.device, taps: int, modes: int) -> Backend:
     if name is not None and name not in BACKENDS:
         near = get_close_matches(name, BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -61,12 +65,15 @@ def select(name: str | None, device: torch.device, taps: int = 3, modes: int = 1
         reason = backend.refuses(device, taps, modes)
         if reason is None:
             if passed_over:
-                warnings.warn(f"the {passed_over}. The {backend.name} backend serves, more slowly.", stacklevel=3)
+                warnings.warn(f"the {passed_over}. The {backend.name} backend serves, more slowly.", stacklevel=4)
             return backend
         if backend.device_type == device.type:
             passed_over = f"{backend.name} kernels cannot be used: {reason}"
     reasons = "; ".join(f"{b.name} refused: {b.refuses(device, taps, modes)}" for b in candidates)
     raise BackendError(f"no kernel backend runs on {device}: {reasons}. On this machine: {_available(device)}.")
+
+
+_chosen = cache(_choose)
 
 
 def _available(device: torch.device) -> str:

@@ -1,5 +1,5 @@
 """The public door of the kernels: the whole Hyena operator between the two Linear layers of a block, and what blocks
-need beside it: a linear layer on one row, causal attention, RMSNorm, SwiGLU.
+need beside it: a linear layer on one row, attention (`attention.py`), RMSNorm, SwiGLU.
 
 B batch, L length, H channels, G filter groups, N modes, K taps. Inputs are checked here, once for every backend.
 The operator's equations stand in `reference.py`.
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stripedrag.kernels import cpu
+from stripedrag.kernels.attention import attend
 from stripedrag.kernels.dispatch import select
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
 
-__all__ = ["HyenaState", "causal_attention", "hyena_filter", "hyena_step", "linear", "rms_norm", "swiglu", "writes_out"]
+__all__ = ["HyenaState", "attend", "hyena_filter", "hyena_step", "linear", "rms_norm", "swiglu", "writes_out"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -133,26 +134,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     y = cpu.linear_at_once(x, weight, bias)
     return F.linear(x, weight, bias) if y is None else y
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """What the last L of P + L tokens read, each up to itself, in softmax attention with scores over sqrt(D): q is
-    (B, G · Hkv, L, D), k and v are (B, Hkv, P + L, D), and what comes back is like q, a view of (B, L, G · Hkv, D).
-
-    None where no kernel is for it: there is one for bfloat16 without a gradient, D a multiple of 16, on processors
-    with AVX-512 BF16 and without AMX. Sums are float32; the numbers are the same for any number of threads, and
-    wherever a prompt is split.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    batch, heads, length, width = q.shape
-    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (batch, width) or heads % k.shape[1] or k.shape[2] < length:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}; they are (B, G · Hkv, L, D) and "
-            "twice (B, Hkv, P + L, D)"
-        )
-    return cpu.attention_at_once(q, k, v)
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:

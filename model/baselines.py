@@ -13,12 +13,14 @@ showed them; none of these models was run here.
 - Qwen3: "32,768 natively" (cards), though config says 40,960. It thinks before it answers, unless the template closes
   the thought by enable_thinking=False.
 - StripedHyena-7B: "trained on sequences of up to 32k" (cards). The Nous card gives a prompt format, its tokenizer no
-  template; the one here writes that format.
+  template; the one here writes that format. Its training code wrote another, which is the variant "training".
+- Evo-1: DNA, a byte a token; 8,192 and 131,072 (config). Of both the revision 1.1_fix: the first weights had "a wrong
+  permutation of some projections" (cards; loaded so by github.com/evo-design/evo).
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ _INSTRUCTION = (
     "{% elif message.role == 'assistant' %}{{ message.content + '\n\n' }}"
     "{% else %}{{ raise_exception('this format has user and assistant only') }}{% endif %}{% endfor %}"
 )
+_TRAINING_INSTRUCTION = _INSTRUCTION.replace("{{ bos_token }}", "").replace("\n\n", "\n")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -40,7 +43,8 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 class Baseline:
     """A published model: where it is, how far it reads, and how its chat template is to be called.
 
-    `licence` is the hub's name for it. `template_options` are keyword arguments of `apply_chat_template`.
+    `licence` is the hub's name for it, `revision` one that is not its newest. `template_options` are keyword arguments
+    of `apply_chat_template`, and so are those of each of the `variants`, which a model is asked for by NAME:VARIANT.
     """
 
     hub_id: str
@@ -48,6 +52,8 @@ class Baseline:
     licence: str
     note: str
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    revision: str | None = None
 
 
 def _qwen3(size: str) -> Baseline:
@@ -63,8 +69,15 @@ def _lfm2(size: str) -> Baseline:
 BASELINES: dict[str, Baseline] = {
     "stripedhyena-hessian-7b": Baseline("togethercomputer/StripedHyena-Hessian-7B", 32768, "apache-2.0", "base"),
     "stripedhyena-nous-7b": Baseline(
-        "togethercomputer/StripedHyena-Nous-7B", 32768, "apache-2.0", "chat", {"chat_template": _INSTRUCTION}
+        "togethercomputer/StripedHyena-Nous-7B",
+        32768,
+        "apache-2.0",
+        "chat",
+        {"chat_template": _INSTRUCTION},
+        variants={"training": {"chat_template": _TRAINING_INSTRUCTION}},
     ),
+    "evo-1-8k": Baseline("togethercomputer/evo-1-8k-base", 8192, "apache-2.0", "DNA, base", revision="1.1_fix"),
+    "evo-1-131k": Baseline("togethercomputer/evo-1-131k-base", 131_072, "apache-2.0", "DNA, base", revision="1.1_fix"),
     "llama-2-7b": Baseline("meta-llama/Llama-2-7b-hf", 4096, "llama2", "base, gated on the hub"),
     "llama-2-7b-chat": Baseline("meta-llama/Llama-2-7b-chat-hf", 4096, "llama2", "chat, gated on the hub"),
     "yi-6b": Baseline("01-ai/Yi-6B", 4096, "apache-2.0", "base"),
@@ -81,15 +94,36 @@ BASELINES: dict[str, Baseline] = {
 _BY_HUB_ID = {baseline.hub_id: baseline for baseline in BASELINES.values()}
 
 
+def find(name: str) -> Baseline | None:
+    """The baseline of a name or hub id, with or without ":VARIANT", whose template options it then has; else None.
+
+    Raises `UsageError` for a variant that it has not.
+    """
+    plain, _, variant = name.partition(":")
+    found = BASELINES.get(plain) or _BY_HUB_ID.get(plain)
+    if not found or not variant:
+        return found
+    if variant not in found.variants:
+        raise UsageError(f"{plain} has no variant {variant!r}; it has {', '.join(found.variants) or 'none'}")
+    return replace(found, template_options=found.variants[variant])
+
+
 def hub_id(name: str) -> str:
     """Where a baseline is on the hub; any other name is taken for a hub id already."""
-    return BASELINES[name].hub_id if name in BASELINES else name
+    found = find(name)
+    return found.hub_id if found else name
+
+
+def revision(name: str) -> str | None:
+    """Which revision of a baseline is read; None is the newest."""
+    found = find(name)
+    return found.revision if found else None
 
 
 def template_options(name: str) -> Mapping[str, Any]:
     """Keyword arguments for the chat template of a baseline, by its name or hub id; none for any other model."""
-    baseline = _BY_HUB_ID.get(hub_id(name))
-    return baseline.template_options if baseline else {}
+    found = find(name)
+    return found.template_options if found else {}
 
 
 def window_tokens(model: "PreTrainedModel", name: str) -> int:
@@ -98,7 +132,7 @@ def window_tokens(model: "PreTrainedModel", name: str) -> int:
     if getattr(model, "has_stretched_window", False):
         return int(model.config.max_position_embeddings)
     allowed = int(model.config.max_position_embeddings)
-    baseline = _BY_HUB_ID.get(hub_id(name))
+    baseline = find(name)
     return min(allowed, baseline.window_tokens) if baseline else allowed
 
 
@@ -118,29 +152,29 @@ def snapshot(name: str) -> Path:
 
     Raises `SetupError` where they are not all there.
     """
-    repository = hub_id(name)
-    config = _cached(repository, "config.json")
-    if config is None or not _has_weights(repository):
+    repository, wanted = hub_id(name), revision(name)
+    config = _cached(repository, "config.json", wanted)
+    if config is None or not _has_weights(repository, wanted):
         raise SetupError(f"the hub's cache has no whole copy of {repository}. Fetch it with `stripedrag fetch {name}`.")
     return config.parent
 
 
-def _has_weights(repository: str) -> bool:
+def _has_weights(repository: str, revision: str | None) -> bool:
     for name in _WEIGHTS:
-        if _cached(repository, name):
+        if _cached(repository, name, revision):
             return True
-        if index := _cached(repository, f"{name}.index.json"):
+        if index := _cached(repository, f"{name}.index.json", revision):
             shards = set(json.loads(index.read_text())["weight_map"].values())
-            return all(_cached(repository, shard) for shard in shards)
+            return all(_cached(repository, shard, revision) for shard in shards)
     return False
 
 
-def _cached(repository: str, file: str) -> Path | None:
+def _cached(repository: str, file: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        path = try_to_load_from_cache(repository, file)
+        path = try_to_load_from_cache(repository, file, revision=revision)
     except HFValidationError:  # no hub id at all: a path, say
         return None
     return Path(path) if isinstance(path, str) else None

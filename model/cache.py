@@ -14,11 +14,13 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from stripedrag.kernels.ops import HyenaState
 
+_ANSWER_TOKENS = 256  # that there is room for after a prompt, before its buffers have to grow
 LEAST_BLOCK_TOKENS = 256  # of a block, but for the last: a state is worth the keys and values of some 30 tokens
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values (B, Hkv, L, head width) in buffers that grow by half: a token costs its own bytes, amortised.
+    """Keys and values (B, Hkv, L, head width) in buffers for what is expected, which then grow by half: a token costs
+    its own bytes, amortised.
 
     `DynamicLayer` concatenates, which copies all keys and values for every token. `keys` and `values` are views of
     what is filled; tensors that are put in their place (beam search does) become the buffers.
@@ -29,7 +31,7 @@ class GrowingLayer(DynamicLayer):
     _values: Tensor | None
     _filled: int  # of the keys, and in turn of the values: whoever replaces them does it one by one
     _filled_values: int
-    expected_tokens = 0  # that the first buffers have room for, and for half as many more
+    expected_tokens = 0  # that the next buffers have room for, and for a short answer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and shape from the first states."""
@@ -46,7 +48,8 @@ class GrowingLayer(DynamicLayer):
             raise ValueError(f"the cache holds {self._keys.shape[0]} rows, and {key_states.shape[0]} are to be added")
         filled, length = self._filled, self._filled + key_states.shape[-2]
         if length > self._keys.shape[-2]:
-            room = max(length, filled + filled // 2, self.expected_tokens + self.expected_tokens // 2)
+            is_expected = length <= self.expected_tokens
+            room = self.expected_tokens + _ANSWER_TOKENS if is_expected else max(length, filled + filled // 2)
             grown = _grown(self._keys[:, :, :filled], room), _grown(self._values[:, :, :filled], room)
             self._keys, self._values = grown
         self._keys[:, :, filled:length] = key_states
@@ -94,10 +97,15 @@ def new_cache(config: PreTrainedConfig, *, expected_tokens: int = 0) -> DynamicC
     """An empty cache for a model of this configuration, which does not have to grow for so many tokens."""
     cache = DynamicCache(config=config)
     adopt(cache)
+    expect(cache, expected_tokens)
+    return cache
+
+
+def expect(cache: DynamicCache, tokens: int) -> None:
+    """Tell a cache how many tokens it will hold: buffers without room for them are next made just so large."""
     for layer in cache.layers:
         if isinstance(layer, GrowingLayer):
-            layer.expected_tokens = expected_tokens
-    return cache
+            layer.expected_tokens = max(layer.expected_tokens, tokens)
 
 
 def adopt(cache: DynamicCache) -> None:

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from stripedrag.errors import UsageError
+from stripedrag.model.cache import expect
 from stripedrag.model.modeling import refuse_over_window
 from stripedrag.model.shared import fork, join
 
@@ -55,6 +56,7 @@ def prefill(
     """
     begun, length = cache.get_seq_length(), input_ids.shape[1]
     refuse_over_window(model.config, begun + length)
+    expect(cache, begun + length)
     for number, segment in enumerate(input_ids.split(SEGMENT_TOKENS, dim=1), start=1):
         logits = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         if progress:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from huggingface_hub.file_download import repo_folder_name
 
 from stripedrag.errors import SetupError, UsageError, said
-from stripedrag.model.baselines import BASELINES, hub_id
+from stripedrag.model.baselines import BASELINES, find, hub_id, revision
 from stripedrag.model.smollm2 import PREPARED
 
 # of the client that the hub's library uses: httpx, or what came after it
@@ -37,16 +37,16 @@ def fetch(name: str, tell: Callable[[str], None] = lambda what: None) -> Path:
     """
     if name in PREPARED:
         raise UsageError(f"{name} does not come from the hub; `stripedrag setup` prepares it")
-    repository = hub_id(name)
+    repository, wanted = hub_id(name), revision(name)
     try:
-        info = HfApi().model_info(repository, files_metadata=True)
+        info = HfApi().model_info(repository, revision=wanted, files_metadata=True)
         files = [file for file in info.siblings or () if any(fnmatch(file.rfilename, kind) for kind in _READ)]
         if not any(file.rfilename.endswith(".safetensors") for file in files):
             raise SetupError(f"{repository} has no safetensors, and pickled weights are not read; have it converted")
         _refuse_full(repository, files)
         tell(f"fetching {repository}, {sum(file.size or 0 for file in files) / 1e9:.1f} GB, {_licence(name, info)}")
         names = [file.rfilename for file in files]
-        folder = Path(snapshot_download(repository, allow_patterns=names))
+        folder = Path(snapshot_download(repository, revision=wanted, allow_patterns=names))
     except HFValidationError as error:
         raise UsageError(f"no model {name!r}: it is not one of {', '.join(BASELINES)}, and no hub id") from error
     except GatedRepoError as error:
@@ -69,8 +69,8 @@ def fetch(name: str, tell: Callable[[str], None] = lambda what: None) -> Path:
 
 
 def _licence(name: str, info: Any) -> str:
-    if name in BASELINES:
-        return f"licence {BASELINES[name].licence}"
+    if baseline := find(name):
+        return f"licence {baseline.licence}"
     named = getattr(info.card_data, "license", None)
     return f"licence {named}" if named else "of a licence that its card does not name"
 

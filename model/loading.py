@@ -15,11 +15,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 
 from stripedrag.errors import CheckpointError, SetupError, StripedragError, UsageError, said
 from stripedrag.hardware import fast_dtype
-from stripedrag.model.baselines import BASELINES, hub_id, snapshot
+from stripedrag.model.baselines import BASELINES, find, hub_id, revision, snapshot
+from stripedrag.model.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import refuse_unfit
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
@@ -57,20 +60,20 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or fast_dtype(device)
     source = _source(name_or_path)
-    is_folder = Path(source).is_dir()
+    is_folder, pinned = Path(source).is_dir(), {"revision": revision(str(name_or_path)) or "main"}
     if is_folder and not (Path(source) / "config.json").is_file():
         raise UsageError(f"{source} has no config.json, so it is not a model folder")
     try:
         if window_tokens is not None and window_tokens < 1:
             raise UsageError(f"window_tokens is {window_tokens}; a window has at least 1")
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **pinned)
         if is_folder:
             _refuse_damaged(Path(source))
         stretched = window_tokens is not None and _stretch(config, window_tokens, str(name_or_path))
         # a StripedHyena refuses what does not fit by itself; of others transformers leaves it random
         unfit = {} if isinstance(config, StripedHyenaConfig) else {"ignore_mismatched_sizes": True}
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, **unfit
+            source, config=config, dtype=dtype, output_loading_info=True, **pinned, **unfit
         )
         refuse_unfit(source, info)
         model = model.to(device).eval()
@@ -81,7 +84,7 @@ def load_model(
         name = str(name_or_path)
         if is_folder:
             raise UsageError(f"the model folder {source} cannot be read: {_first_line(error)}") from error
-        if name in BASELINES:
+        if find(name):
             raise SetupError(
                 f"the baseline {name!r} is {source} on the hub, which did not give it ({_first_line(error)}). "
                 f"Fetch it with `stripedrag fetch {name}`, or give a folder."
@@ -90,17 +93,27 @@ def load_model(
             f"no model {name!r}: it is not one of {', '.join([*PREPARED, *BASELINES])}, not a folder, and the hub did "
             f"not give it ({_first_line(error)})"
         ) from error
-    return model, load_tokenizer(name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
+    if isinstance(config, StripedHyenaConfig):
+        _name_ends(model, tokenizer)
+    return model, tokenizer
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, named as for `load_model`, without its weights.
+    """The tokenizer of a model, named as for `load_model`, without its weights. No code of a model is run: Evo's
+    StripedHyenas, whose tokenizer is code, read bytes.
 
     Raises `SetupError` for a prepared model that is not on this machine yet, `UsageError` for one without a fast
     tokenizer.
     """
+    source, wanted = _source(name_or_path), revision(str(name_or_path)) or "main"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_source(name_or_path))
+        if _has_tokenizer(source, wanted):
+            # By the file as it is. AutoTokenizer makes Llama's and Mistral's anew: it drops spaces that begin a text.
+            return PreTrainedTokenizerFast.from_pretrained(source, revision=wanted)
+        if _reads_bytes(AutoConfig.from_pretrained(source, revision=wanted)):
+            return byte_tokenizer()
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=wanted, trust_remote_code=False)
     except StripedragError:
         raise
     except _DAMAGES as error:
@@ -166,7 +179,28 @@ def _source(name_or_path: str | os.PathLike[str]) -> Any:
     name = str(name_or_path)
     if name in PREPARED:
         return prepared_dir(name)
-    return hub_id(name) if name in BASELINES else name_or_path
+    return hub_id(name) if find(name) else name_or_path
+
+
+def _has_tokenizer(source: Any, revision: str) -> bool:
+    """Whether a folder, or the hub, has a fast tokenizer's file."""
+    return (
+        cached_file(source, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        is not None
+    )
+
+
+def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `generate` end where the tokenizer's texts do: the published configs of StripedHyenas do not name all ids."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if _reads_bytes(model.config):
+            setattr(model.config, name, getattr(tokenizer, name))
+        if getattr(model.generation_config, name, None) is None:
+            setattr(model.generation_config, name, getattr(model.config, name))
+
+
+def _reads_bytes(config: PreTrainedConfig) -> bool:
+    return isinstance(config, StripedHyenaConfig) and config.vocab_size == BYTE_VOCABULARY
 
 
 # what transformers raises of a damaged folder

@@ -1,7 +1,7 @@
 """How many tokens a model can read in the memory that is free, and what they take.
 
-An estimate from above, for what grows with the tokens: keys and values in buffers that grow by half, and what a context
-cache keeps of them. Activations do not grow: a prompt is read in segments.
+An estimate from above, for what grows with the tokens: keys and values in buffers that a long answer makes grow by
+half, and what a context cache keeps of them. Activations do not grow: a prompt is read in segments.
 """
 
 from pathlib import Path

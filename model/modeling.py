@@ -28,7 +28,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.kernels import ops
-from stripedrag.model.attention import attend
 from stripedrag.model.cache import adopt, hyena_state, new_cache, store_hyena_state
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.shared import SharedLayer
@@ -161,7 +160,7 @@ class Attention(nn.Module):
             return shared
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        attended = attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1)
+        attended = ops.attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1)
         projected: Tensor = self.out_proj(attended)
         return projected
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from stripedrag.model.attention import merge, read, read_where
+from stripedrag.kernels.attention import merge, read, read_where
 
 
 class SharedLayer(DynamicLayer):

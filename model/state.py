@@ -49,7 +49,7 @@ class StripedHyenaState:
         """
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
             raise UsageError(f"input_ids has shape {tuple(input_ids.shape)}; a prefix is (1, P), P of at least 1")
-        cache = new_cache(model.config, expected_tokens=input_ids.shape[1])
+        cache = new_cache(model.config)
         if why := refuses_blocks(cache):
             raise UsageError(f"the state of this model cannot be taken out: {why}")
         logits = prefill(model, input_ids.to(model.device), cache, progress=progress)

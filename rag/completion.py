@@ -62,17 +62,18 @@ class Completion(Completed):
         stop: Sequence[str] = (),
         contexts: ContextCache | None = None,
         marks: Sequence[int] = (),
+        own_from: int | None = None,
         is_reply: bool = False,
         refusal: "Refusal | None" = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """What `contexts`, which is of this model, knows of the prompt's beginning is not read again, and it keeps that
-        beginning up to the last of `marks`. The text of a reply is what comes after the space that it may begin with.
-        `progress` hears how many of how many tokens of the prompt are read.
+        beginning up to the last of `marks`, as `ContextCache.read` does. The text of a reply is what comes after the
+        space that it may begin with. `progress` hears how many of how many tokens of the prompt are read.
         """
         super().__init__(len(prompt_ids))
-        self._contexts, self._marks, self._is_reply, self._progress = contexts, marks, is_reply, progress
-        self._refusal = refusal
+        self._contexts, self._marks, self._own_from, self._progress = contexts, marks, own_from, progress
+        self._is_reply, self._refusal = is_reply, refusal
         self._model, self._tokenizer, self._prompt_ids = model, tokenizer, list(prompt_ids)
         self._max_new_tokens, self._sampling, self._stop = max_new_tokens, sampling or Sampling(), tuple(stop)
         self.pieces = self._run()
@@ -87,7 +88,9 @@ class Completion(Completed):
             ids = torch.tensor([self._prompt_ids], device=self._model.device)
             logits = prefill(self._model, ids, cache, progress=self._progress)
         else:
-            reading = self._contexts.read(self._prompt_ids, self._marks, progress=self._progress)
+            reading = self._contexts.read(
+                self._prompt_ids, self._marks, own_from=self._own_from, progress=self._progress
+            )
             logits, cache, self.reused_tokens = reading
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)

@@ -22,6 +22,7 @@ from stripedrag.rag.context_files import ContextFiles
 
 MEMORY_BYTES = 2 * 2**30
 BLOCK_TOKENS = 1024  # at most: what is read again where two prompts part is less than a block
+_OWN_BLOCK_TOKENS = 8192  # at most, of what is a prompt's own: a block's end costs half a hundredth of a prompt's time
 _SCHEMA = 1  # of what a block holds, part of every name
 
 
@@ -88,16 +89,22 @@ class ContextCache:
         return sum(tokens for _, tokens in self._way(ids, in_memory=in_memory))
 
     def read(
-        self, ids: Sequence[int], marks: Sequence[int] = (), *, progress: Callable[[int, int], None] | None = None
+        self,
+        ids: Sequence[int],
+        marks: Sequence[int] = (),
+        *,
+        own_from: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Reading:
         """Read a prompt from its longest known beginning on, and keep its beginning up to the last of `marks`.
 
-        `marks` are places, in rising order, where other prompts may part from this one. An interruption loses no block
-        that was whole. `progress` hears how many of how many tokens are read.
+        `marks` are places, in rising order, where other prompts may part from this one; before `own_from` (None: the
+        end) they may part anywhere. An interruption loses no block that was whole. `progress` hears how many of how
+        many tokens are read.
         """
         within = len(ids) - 1  # the last token is read for its logits
         marks = [mark for mark in marks if mark <= within]
-        cache, known, at = self._begin(ids[:within], marks, progress, len(ids))
+        cache, known, at = self._begin(ids[:within], marks, progress, len(ids), own_from)
         return Reading(prefill(self._model, self._tensor(ids[at:]), cache, progress=progress), cache, known)
 
     def read_beginning(
@@ -113,14 +120,19 @@ class ContextCache:
         return cache, known
 
     def _begin(
-        self, ids: Sequence[int], marks: Sequence[int], progress: Callable[[int, int], None] | None, whole: int
+        self,
+        ids: Sequence[int],
+        marks: Sequence[int],
+        progress: Callable[[int, int], None] | None,
+        whole: int,
+        own_from: int | None = None,
     ) -> tuple[DynamicCache, int, int]:
         """A cache of the beginning of `ids`, how much of it was known, and where it ends: at the last mark, or further
         where more was known, and before it where nothing can be kept.
         """
         self._turn += 1
         parent, known, way = self._root, 0, self._way(ids)
-        cache = new_cache(self._model.config, expected_tokens=sum(tokens for _, tokens in way))
+        cache = new_cache(self._model.config, expected_tokens=whole)
         for name, tokens in way:
             tensors = self._recall(parent, name, tokens)
             if tensors is None:  # a file that went away or is damaged
@@ -128,13 +140,12 @@ class ContextCache:
             extend(cache, tensors)
             parent, known = name, known + tokens
         at = known
-        for end in _cuts(known, marks) if self.keeps else ():
-            prefill(self._model, self._tensor(ids[at:end]), cache)
+        heard = None if progress is None else lambda read, _: progress(read, whole)
+        for end in _cuts(known, marks, len(ids) if own_from is None else own_from) if self.keeps else ():
+            prefill(self._model, self._tensor(ids[at:end]), cache, progress=heard)
             name = _name(parent, ids[at:end])
             self._keep(parent, name, end - at, block(cache, at))
             parent, at = name, end
-            if progress:
-                progress(at, whole)
         return cache, known, at
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
@@ -207,13 +218,13 @@ class ContextCache:
         return gone
 
 
-def _cuts(at: int, marks: Sequence[int]) -> Iterator[int]:
-    """Where blocks end, from `at` on: at the marks that are far enough from the mark before, so far apart that no block
-    is longer than `BLOCK_TOKENS`, and at the last mark.
+def _cuts(at: int, marks: Sequence[int], own_from: int) -> Iterator[int]:
+    """Where blocks end, from `at` on: at the marks that are far enough from the mark before, so close that no block is
+    too long, and at the last mark.
     """
     for mark in marks:
-        while (left := mark - at) > BLOCK_TOKENS:
-            at += BLOCK_TOKENS if left - BLOCK_TOKENS >= LEAST_BLOCK_TOKENS else left // 2
+        while (left := mark - at) > (most := BLOCK_TOKENS if at < own_from else _OWN_BLOCK_TOKENS):
+            at += most if left - most >= LEAST_BLOCK_TOKENS else left // 2
             yield at
         if mark - at >= LEAST_BLOCK_TOKENS or (mark == marks[-1] and mark > at):
             at = mark

@@ -368,7 +368,9 @@ class Pipeline:
         if context is None:
             limit = limits.of(CONTEXT_TOKENS if context_tokens is None else context_tokens)
             context = self._retrieved(questions, limit, limit.for_passages(overhead, answer_tokens), narrow)
-            return _Reading(context, context.tokens, limit, *self.prompt.marked_prefix_ids(context))
+            ids, marks = self.prompt.marked_prefix_ids(context)
+            own_from = len(ids) - context.tokens + context.shared_tokens if self.retriever.shared else None
+            return _Reading(context, context.tokens, limit, ids, marks, own_from)
         if narrow:
             raise UsageError(f"{next(iter(narrow))} narrows what is retrieved, and the context is given; leave one out")
         for question in questions:
@@ -426,13 +428,16 @@ class Pipeline:
 
 
 class _Reading(NamedTuple):
-    """What a prompt begins with, and how many tokens prompt and answer may have. `marks` are where others part."""
+    """What a prompt begins with, and how many tokens prompt and answer may have. `marks` are where others part, before
+    `own_from` they may anywhere.
+    """
 
     context: Context
     passage_tokens: int
     limit: Limit
     ids: Sequence[int]
     marks: Sequence[int]
+    own_from: int | None = None
 
 
 class AnswerStream:
@@ -477,6 +482,7 @@ class AnswerStream:
             prompt_ids,
             contexts=pipeline.contexts,
             marks=reading.marks,
+            own_from=reading.own_from,
             is_reply=True,
             refusal=pipeline.refusal,
             **decoding,

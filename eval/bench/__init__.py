@@ -9,6 +9,7 @@ BENCHES = {
     "generate": "stripedrag.eval.bench.generate",
     "layer": "stripedrag.eval.bench.layer",
     "load": "stripedrag.eval.bench.load",
+    "memory": "stripedrag.eval.bench.memory",
     "recall": "stripedrag.eval.bench.recall",
     "rows": "stripedrag.eval.bench.rows",
     "scale": "stripedrag.eval.bench.scale",

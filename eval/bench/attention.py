@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
 from stripedrag.kernels import cpu
-from stripedrag.model.attention import attend, in_parts
+from stripedrag.kernels.attention import attend, in_parts
 
 DTYPE = torch.bfloat16
 SHAPES = {"default model": (9, 3, 64), "published 7B": (32, 8, 128)}  # heads, heads of keys, head width

@@ -2,8 +2,8 @@
 //
 // Blocks of keys are read one after another with a running maximum and sum (Dao et al. 2022, 2205.14135). Each block is
 // laid out once for all the queries of a task, which are those of every head that shares the keys, position by position.
-// Both products are of pairs of bfloat16 with sums in float32. What a query gets depends on its keys alone, in
-// one order: the same bits for any number of threads, and wherever a prompt is split.
+// Both products are of pairs of bfloat16 with sums in float32. What a query gets of finite numbers depends on its keys
+// alone, in one order: the same bits for any number of threads, and wherever a prompt is split.
 #include <immintrin.h>
 
 #include "block.h"
@@ -51,43 +51,68 @@ STRIPEDRAG_INLINE Floats power_of_two(Floats x) {
   return _mm512_scalef_ps(y, whole);
 }
 
-// A task's memory; all of it begins on a line.
+// A task's memory, one allocation after the other, each on a line: the last ends at `end`.
 struct Room {
-  uint32_t *queries, *keys, *values, *shares;  // (rows, D / 2), panels of (D / 2, 64), (128, D) in columns of 64, (kRows, 128)
-  float *scores, *sums, *highest, *total, *keep;  // (kRows, kKeys), (rows, D), (rows) twice, (kRows)
-  static int64_t lines(int64_t numbers) { return divide_up(numbers, 16) * 16; }
-  static int64_t numbers(int64_t rows, int64_t width) {
-    return lines(rows * width / 2) + kKeys * width + kRows * kKeys / 2 + kRows * kKeys + lines(rows * width) + 2 * lines(rows) + lines(kRows);
-  }
-  Room(float* at, int64_t rows, int64_t width) {
-    const auto take = [&](int64_t numbers) { float* begin = at; return at += lines(numbers), begin; };
-    queries = reinterpret_cast<uint32_t*>(take(rows * width / 2));
-    keys = reinterpret_cast<uint32_t*>(take(kKeys * width / 2));
-    values = reinterpret_cast<uint32_t*>(take(kKeys * width / 2));
-    shares = reinterpret_cast<uint32_t*>(take(kRows * kKeys / 2));
-    scores = take(kRows * kKeys);
+  float *sums, *scores, *highest, *total, *keep, *end;  // (rows, D), (kRows, kKeys), (rows), (rows), (kRows)
+  uint32_t *queries, *keys, *values, *shares;  // (rows, D / 2), panels of (D / 2, 64), columns of (128, 64), (kRows, 128)
+  Room(float* at, int64_t rows, int64_t width) : end(at) {
+    const auto take = [this](int64_t count) {
+      float* begin = end;
+      end += divide_up(count, 16) * 16;
+      return begin;
+    };
+    const auto take_pairs = [&](int64_t count) { return reinterpret_cast<uint32_t*>(take(count)); };
     sums = take(rows * width);
+    scores = take(kRows * kKeys);
     highest = take(rows);
     total = take(rows);
     keep = take(kRows);
+    queries = take_pairs(rows * width / 2);
+    keys = take_pairs(kKeys * width / 2);
+    values = take_pairs(kKeys * width / 2);
+    shares = take_pairs(kRows * kKeys / 2);
   }
 };
+
+// Rows of 16 pairs become columns.
+STRIPEDRAG_INLINE void transpose(__m512i (&rows)[16]) {
+  __m512i twos[16], fours[16];  // of rows side by side, in each quarter of a vector
+  for (int i = 0; i < 16; i += 2) {
+    twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int half = 0; half < 2; half++) {
+      fours[i + 2 * half] = _mm512_unpacklo_epi64(twos[i + half], twos[i + 2 + half]);
+      fours[i + 2 * half + 1] = _mm512_unpackhi_epi64(twos[i + half], twos[i + 2 + half]);
+    }
+  constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters
+  for (int i = 0; i < 4; i++) {
+    const __m512i even[2] = {_mm512_shuffle_i32x4(fours[i], fours[4 + i], kEven),
+                             _mm512_shuffle_i32x4(fours[8 + i], fours[12 + i], kEven)};
+    const __m512i odd[2] = {_mm512_shuffle_i32x4(fours[i], fours[4 + i], kOdd),
+                            _mm512_shuffle_i32x4(fours[8 + i], fours[12 + i], kOdd)};
+    rows[i] = _mm512_shuffle_i32x4(even[0], even[1], kEven);
+    rows[4 + i] = _mm512_shuffle_i32x4(odd[0], odd[1], kEven);
+    rows[8 + i] = _mm512_shuffle_i32x4(even[0], even[1], kOdd);
+    rows[12 + i] = _mm512_shuffle_i32x4(odd[0], odd[1], kOdd);
+  }
+}
 
 // Panels of 64 keys, in each a pair of channels after another; keys that are not there are zeros.
 void lay_out_keys(const uint16_t* k, int64_t stride, int64_t keys, int64_t pairs, uint32_t* to) {
   for (int64_t first = 0; first < divide_up(keys, kPanel) * kPanel; first += 16) {
-    const __mmask16 there = __mmask16(first + 16 <= keys ? 0xffff : first < keys ? (1u << (keys - first)) - 1 : 0);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(lane)), high = _mm512_add_epi64(low, _mm512_set1_epi64(8));
-    const __m512i bytes = _mm512_set1_epi64(2 * stride);
-    const __m512i at[2] = {_mm512_mullo_epi64(low, bytes), _mm512_mullo_epi64(high, bytes)};
     uint32_t* panel = to + first / kPanel * pairs * kPanel + first % kPanel;
-    for (int64_t p = 0; p < pairs; p++)
-      for (int half = 0; half < 2; half++) {
-        const __mmask8 mask = __mmask8(there >> (8 * half));
-        const __m256i column = _mm512_mask_i64gather_epi32(_mm256_setzero_si256(), mask, at[half], k + first * stride + 2 * p, 1);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(panel + p * kPanel + 8 * half), column);
+    for (int64_t pair = 0; pair < pairs; pair += 16) {
+      const int64_t some = smaller(16, pairs - pair);
+      __m512i rows[16];
+      for (int i = 0; i < 16; i++) {
+        const __mmask16 there = __mmask16(first + i < keys ? (1u << some) - 1 : 0);
+        rows[i] = _mm512_maskz_loadu_epi32(there, k + (first + i) * stride + 2 * pair);
       }
+      transpose(rows);
+      for (int64_t i = 0; i < some; i++) _mm512_store_si512(panel + (pair + i) * kPanel, rows[i]);
+    }
   }
 }
 
@@ -111,16 +136,17 @@ STRIPEDRAG_INLINE void weigh(const float* scores, int64_t seen, int64_t width, f
   const auto mask = [&](int64_t key) {
     return __mmask16(key + 16 <= seen ? 0xffff : key < seen ? (1u << (seen - key)) - 1 : 0);
   };
-  Floats most = _mm512_set1_ps(*highest);
-  for (int64_t key = 0; key < seen; key += 16) most = _mm512_mask_max_ps(most, mask(key), most, _mm512_load_ps(scores + key));
-  const float now = _mm512_reduce_max_ps(most);
-  const Floats by = _mm512_set1_ps(scale), less = _mm512_set1_ps(-now * scale);
+  Floats lanes = _mm512_set1_ps(*highest);
+  for (int64_t key = 0; key < seen; key += 16)
+    lanes = _mm512_mask_max_ps(lanes, mask(key), lanes, _mm512_load_ps(scores + key));
+  const float now = _mm512_reduce_max_ps(lanes);
+  const Floats most = _mm512_set1_ps(now), by = _mm512_set1_ps(scale);
   Floats sum = _mm512_setzero_ps();
   for (int64_t key = 0; key < width; key += 32) {
     Floats share[2];
     for (int half = 0; half < 2; half++) {
       const Floats score = _mm512_load_ps(scores + key + 16 * half);
-      share[half] = _mm512_maskz_mov_ps(mask(key + 16 * half), power_of_two(_mm512_fmadd_ps(score, by, less)));
+      share[half] = _mm512_maskz_mov_ps(mask(key + 16 * half), power_of_two(_mm512_mul_ps(_mm512_sub_ps(score, most), by)));
       sum = _mm512_add_ps(sum, share[half]);
     }
     _mm512_store_si512(shares + key / 2, (__m512i)_mm512_cvtne2ps_pbh(share[1], share[0]));
@@ -130,15 +156,8 @@ STRIPEDRAG_INLINE void weigh(const float* scores, int64_t seen, int64_t width, f
   *highest = now;
 }
 
-// sums = keep · sums + shares · values, of kGroup rows.
-template <int N>
-STRIPEDRAG_INLINE void add_values(const uint32_t* shares, const uint32_t* values, int64_t pairs, float* sums, int64_t width,
-                                  const float* keep) {
-  multiply<N, true>(shares, kKeys / 2, values, pairs, sums, width, keep);
-}
-
 // What the positions [begin, end) of the heads that share one head of keys read.
-void read(const Attention& f, int64_t batch, int64_t kv_head, int64_t begin, int64_t end, const Room& room) {
+void attend(const Attention& f, int64_t batch, int64_t kv_head, int64_t begin, int64_t end, const Room& room) {
   const int64_t heads = f.heads / f.kv_heads, past = f.keys - f.length, pairs = f.width / 2;
   const int64_t rows = (end - begin) * heads, padded = divide_up(rows, kGroup) * kGroup;
   const float scale = float(f.scale * 1.4426950408889634);  // of base 2
@@ -147,9 +166,10 @@ void read(const Attention& f, int64_t batch, int64_t kv_head, int64_t begin, int
 
   const auto* q = static_cast<const uint16_t*>(f.q) + batch * f.q_strides[0];
   for (int64_t row = 0; row < padded; row++) {
-    if (row < rows) memcpy(room.queries + row * pairs, q + query(row) * f.q_strides[1] + position(row) * f.q_strides[2], size_t(f.width) * 2);
+    const auto* from = q + query(row) * f.q_strides[1] + position(row) * f.q_strides[2];
+    if (row < rows) memcpy(room.queries + row * pairs, from, size_t(f.width) * 2);
     else memset(room.queries + row * pairs, 0, size_t(f.width) * 2);
-    room.highest[row] = -__builtin_inff(), room.total[row] = 0;
+    room.highest[row] = -__FLT_MAX__, room.total[row] = 0;  // so that a score of -inf weighs nothing
   }
   memset(room.sums, 0, size_t(padded * f.width) * sizeof(float));
 
@@ -178,10 +198,10 @@ void read(const Attention& f, int64_t batch, int64_t kv_head, int64_t begin, int
           float* sums = room.sums + (row + i) * f.width + column;
           const int64_t pairs_seen = panels * kPanel / 2;
           switch (smaller(64, f.width - column) / 16) {
-            case 1: add_values<1>(shares, values, pairs_seen, sums, f.width, room.keep + i); break;
-            case 2: add_values<2>(shares, values, pairs_seen, sums, f.width, room.keep + i); break;
-            case 3: add_values<3>(shares, values, pairs_seen, sums, f.width, room.keep + i); break;
-            default: add_values<4>(shares, values, pairs_seen, sums, f.width, room.keep + i);
+            case 1: multiply<1, true>(shares, kKeys / 2, values, pairs_seen, sums, f.width, room.keep + i); break;
+            case 2: multiply<2, true>(shares, kKeys / 2, values, pairs_seen, sums, f.width, room.keep + i); break;
+            case 3: multiply<3, true>(shares, kKeys / 2, values, pairs_seen, sums, f.width, room.keep + i); break;
+            default: multiply<4, true>(shares, kKeys / 2, values, pairs_seen, sums, f.width, room.keep + i);
           }
         }
     }
@@ -203,14 +223,14 @@ bool run(const Attention& f) {
   int64_t positions = larger(1, kTaskNumbers / (heads * f.width));
   positions = smaller(positions, larger(divide_up(kRows, heads), divide_up(f.length * sequences, 4 * f.threads)));
   const int64_t tasks = divide_up(f.length, positions), rows = divide_up(smaller(positions, f.length) * heads, kGroup) * kGroup;
-  const int64_t room = Room::numbers(rows, f.width);
-  Scratch<float> scratch(room * f.threads);
+  const int64_t numbers = Room(nullptr, rows, f.width).end - static_cast<float*>(nullptr);
+  Scratch<float> scratch(numbers * f.threads);
   if (!scratch.has_memory()) return false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(f.threads) if (f.threads > 1)
   for (int64_t task = 0; task < tasks * sequences; task++) {
     const int64_t begin = (tasks - 1 - task / sequences) * positions, sequence = task % sequences;  // the longest first
-    read(f, sequence / f.kv_heads, sequence % f.kv_heads, begin, smaller(begin + positions, f.length),
-         Room(scratch.begin() + room * thread_index(), rows, f.width));
+    attend(f, sequence / f.kv_heads, sequence % f.kv_heads, begin, smaller(begin + positions, f.length),
+         Room(scratch.begin() + numbers * thread_index(), rows, f.width));
   }
   return true;
 }

@@ -73,7 +73,7 @@ const Choice& choose() {
 
 const Choice* chosen = nullptr;
 
-// Causal attention where it is the fastest there is, else null: not with AMX, which torch's own uses.
+// Causal attention where the processor has it, else null. With AMX, which torch's own uses, it is not tried.
 bool (*attention_here())(const Attention&) {
 #if defined(STRIPEDRAG_ATTENTION)
   unsigned a = 0, b, c, d = 0;
@@ -232,7 +232,8 @@ void run_attention(const nb::tuple& sizes, const nb::tuple& strides, double scal
                    uintptr_t y) {
   const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
   const auto stride = [&](size_t i) { return nb::cast<int64_t>(strides[i]); };
-  const Attention f = {size(0), size(1), size(2), size(3), size(4), size(5), int(size(6)), scale, at<void>(q), at<void>(k), at<void>(v),
+  const Attention f = {size(0), size(1), size(2), size(3), size(4), size(5), int(size(6)), scale,
+                       at<void>(q), at<void>(k), at<void>(v),
                        {stride(0), stride(1), stride(2)}, {stride(3), stride(4), stride(5)}, {stride(6), stride(7), stride(8)},
                        at<void>(y)};
   if (!run_kernel(true, [&] { return attention(f); })) throw std::bad_alloc();
@@ -255,7 +256,8 @@ NB_MODULE(_native, m) {
   m.def("linear", &run_linear);
   m.def("norm", &run_norm);
   m.def("norm_gradient", &run_norm_gradient);
-  m.def("attention", &run_attention, "sizes"_a, "strides"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "y"_a);
+  if (attention != nullptr)
+    m.def("attention", &run_attention, "sizes"_a, "strides"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "y"_a);
   m.def("gate", &run_gate);
   m.def("gate_gradient", &run_gate_gradient);
   m.def("checkpoint_numbers", [](int element, const nb::tuple& sizes) {

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: rivals that compute the same, sides in turn, files that are whole."""
 
 import json
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from stripedrag.eval.places import holds, touches
 from stripedrag.eval.schema import Stretch
 from stripedrag.indexes import Document, Index
 from stripedrag.kernels import ops
-from stripedrag.model.smollm2 import STRIPED, prepared_dir
+from stripedrag.model.smollm2 import BASELINE, STRIPED, prepared_dir
 from stripedrag.rag import Pipeline
 from stripedrag.rag.context_cache import ContextCache
 from tiny_striped import tiny_striped
@@ -320,3 +321,40 @@ def test_the_published_layout_is_written_with_every_tensor_and_loaded_to_the_bit
     assert (row["tensors_used"], row["wrong"], row["unused"], row["finite"]) == (355 - 16, [], [], True)
     name = "backbone.blocks.0.projections.weight"
     assert load._loaded(tmp_path / "tiny", digests | {name: "0", "more": "1"})["wrong"] == [name]
+
+
+def test_the_sides_of_attention_compute_the_same(monkeypatch):
+    from stripedrag.eval.bench import attention
+
+    monkeypatch.setattr(attention, "SHAPES", {"small": (6, 2, 32)})
+    monkeypatch.setattr(attention, "LENGTHS", ((1, 40), (7, 40), (20, 0)))
+    made = {}
+
+    def keep(repeats, **sides):
+        for name, run in sides.items():
+            made.setdefault(name, []).append(run()[0])
+        return {name: [1.0] for name in sides}
+
+    monkeypatch.setattr(attention, "interleaved", keep)
+    here = {"processor": "p", "threads": 1, "torch": "t", "commit": "c", "matmul_flop_per_s": 1, "read_bytes_per_s": 1}
+    monkeypatch.setattr(attention, "machine", lambda: here)
+    report = attention.run(1)
+    assert [(row["new"], row["past"]) for row in report.figures["rows"]] == [(1, 40), (7, 40), (20, 0)]
+    assert report.table.count("small") == 3
+    for ours, *others in zip(*made.values(), strict=True):
+        for other in others:
+            torch.testing.assert_close(ours, other, atol=2e-2, rtol=0)
+
+
+@pytest.mark.weights
+def test_the_memory_of_reading_is_the_caches_by_the_formula_and_little_else():
+    from stripedrag.eval.bench import memory
+
+    rows = {name: memory.read(name, 600) for name in (STRIPED, BASELINE)}
+    for row in rows.values():
+        assert row["cache_bytes"] == row["formula_bytes"] <= row["peak_bytes"] <= row["cache_bytes"] + 2**28
+    assert rows[STRIPED]["token_bytes"] == rows[BASELINE]["token_bytes"] / 2
+    assert rows[BASELINE]["state_bytes"] == 0 < rows[STRIPED]["state_bytes"] < 2**20
+    named = [row | {"model": name} for name, row in rows.items()]
+    figures = {"machine": defaultdict(str), "segment": 2048, "rows": named}
+    assert memory._table(figures).count(STRIPED) == 2

@@ -29,8 +29,8 @@ def _exact(q, k, v):
 
 def _read(q, k, v):
     with torch.no_grad():
-        attended = ops.causal_attention(q, k, v)
-    assert attended is not None
+        attended = cpu.attention_at_once(q, k, v)
+        assert attended is not None and torch.equal(attended.nan_to_num(), ops.attend(q, k, v).nan_to_num())
     return attended
 
 
@@ -40,7 +40,7 @@ def _read(q, k, v):
     groups=st.integers(1, 4),
     new=st.integers(1, 330),
     past=st.integers(0, 600),
-    width=st.sampled_from([16, 48, 64, 80, 128, 144]),
+    width=st.sampled_from([16, 32, 48, 64, 80, 96, 128, 144]),
     batch=st.integers(1, 2),
     threads=st.integers(1, 3),
     data=st.data(),
@@ -73,10 +73,18 @@ def test_strides_are_the_callers():
 
 
 @native
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e4])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e4, 1e12, 1e20])
 def test_scores_of_any_size(size):
     q, k, v = _made(new=20, past=500)
     k = (k * size).bfloat16()
+    torch.testing.assert_close(_read(q, k, v), _exact(q, k, v).bfloat16(), rtol=0, atol=4e-2)
+
+
+@native
+def test_a_score_of_minus_infinity_weighs_nothing():
+    q, k, v = _made(heads=1, kv_heads=1, new=20, past=300)
+    q, k = q.abs(), k.abs()
+    k[:, :, :280] = -torch.inf  # the whole of the first block, and some
     torch.testing.assert_close(_read(q, k, v), _exact(q, k, v).bfloat16(), rtol=0, atol=4e-2)
 
 
@@ -88,15 +96,35 @@ def test_what_is_no_number_stays_so_where_it_is_seen():
     assert nan[0, :3, 7:].all() and not nan[0, :3, :7].any() and not nan[0, 3:].any()
 
 
+@native
+def test_keys_that_several_rows_share_and_odd_strides():
+    q, k, v = _made(heads=4, kv_heads=1, new=9, past=30, width=32, batch=3)
+    one = torch.empty(1 + 39 * 33 + 32, dtype=torch.bfloat16)[1:]
+    shared = one.as_strided((3, 4, 39, 32), (0, 0, 33, 1))  # every batch and head the same, 33 numbers a token
+    one.as_strided((39, 32), (33, 1)).copy_(k[0, 0])
+    expected = _read(q, shared.contiguous(), v.expand(-1, 4, -1, -1).contiguous())
+    assert torch.equal(_read(q, shared, v.expand(-1, 4, -1, -1)), expected)
+    with torch.inference_mode():
+        assert torch.equal(ops.attend(q, shared, v.expand(-1, 4, -1, -1)), expected)
+
+
+@native
+def test_a_compiler_is_given_torchs_attention():
+    q, k, v = _made(new=9, past=30)
+    with torch.no_grad():
+        compiled = torch.compile(ops.attend, fullgraph=True, backend="eager")(q, k, v)
+    torch.testing.assert_close(compiled, _read(q, k, v), rtol=0, atol=4e-2)
+
+
 def test_what_no_kernel_is_for_is_left_to_torch():
     q, k, v = _made()
     with torch.no_grad():
-        assert ops.causal_attention(q.float(), k.float(), v.float()) is None
-        assert ops.causal_attention(q[..., :20], k[..., :20], v[..., :20]) is None
-        assert ops.causal_attention(q.transpose(2, 3), k.new_zeros(1, 2, 64, 70), v.new_zeros(1, 2, 64, 70)) is None
+        assert cpu.attention_at_once(q.float(), k.float(), v.float()) is None
+        assert cpu.attention_at_once(q[..., :20], k[..., :20], v[..., :20]) is None
+        assert cpu.attention_at_once(q.mT.contiguous().mT, k, v) is None
         with torch.autocast("cpu", torch.bfloat16):
-            assert ops.causal_attention(q, k, v) is None
-    assert ops.causal_attention(q.requires_grad_(), k, v) is None
+            assert cpu.attention_at_once(q, k, v) is None
+    assert cpu.attention_at_once(q.requires_grad_(), k, v) is None
     environment = os.environ | {"STRIPEDRAG_ISA": "v2"}
     program = "from stripedrag.kernels import cpu; print(cpu.instruction_set(), cpu.has_attention())"
     told = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
@@ -111,8 +139,10 @@ def test_what_no_kernel_is_for_is_left_to_torch():
         ((1, 6, 5, 64), (1, 2, 9, 64), (1, 2, 8, 64)),
         ((1, 6, 5, 64), (2, 2, 9, 64), (2, 2, 9, 64)),
         ((1, 6, 5, 64), (1, 2, 9, 32), (1, 2, 9, 32)),
+        ((1, 6, 5, 64), (1, 0, 9, 64), (1, 0, 9, 64)),
+        ((1, 6, 5, 64), (2, 9, 64), (2, 9, 64)),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(shapes):
     with pytest.raises(ValueError, match=r"q has shape \(1, 6, 5, 64\)"):
-        ops.causal_attention(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes))
+        ops.attend(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes))

@@ -312,7 +312,7 @@ def test_the_operator_compiles_without_a_graph_break(compiler):
 
 
 def test_filters_beyond_its_limits_go_to_the_torch_backend_with_a_warning():
-    dispatch.select.cache_clear()
+    dispatch._chosen.cache_clear()
     inputs = make(20, modes=17)
     with pytest.warns(
         UserWarning, match=r"takes up to 8 taps and 16 modes; this filter has 3 and 17\. The torch backend"
@@ -327,13 +327,13 @@ def test_filters_beyond_its_limits_go_to_the_torch_backend_with_a_warning():
 def test_without_the_extension_the_torch_backend_serves_and_says_so_once(monkeypatch, recwarn):
     monkeypatch.setattr(cpu, "_native", None)
     monkeypatch.setattr(cpu, "_MISSING", "its extension is not there", raising=False)
-    dispatch.select.cache_clear()
+    dispatch._chosen.cache_clear()
     inputs = make(20)
     for _ in range(2):
         _, state = ops.hyena_filter(**inputs)
         with torch.no_grad():
             ops.hyena_step(inputs["z"][:, 0], **{n: inputs[n] for n in (*PARAMETERS, "heads")}, state=state)
-    dispatch.select.cache_clear()
+    dispatch._chosen.cache_clear()
     told = [str(w.message) for w in recwarn]
     assert told == [
         "the cpu kernels cannot be used: its extension is not there. The torch backend serves, more slowly."

@@ -1,16 +1,22 @@
 """Baselines by name: what is known of them, where they are, and what is said when they are not."""
 
 import json
+import lzma
 
 import pytest
+import torch
 from huggingface_hub import constants
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stripedrag.errors import SetupError, UsageError
 from stripedrag.model.baselines import BASELINES, at_hand, hub_id, snapshot, template_options, window_tokens
+from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.generation import stop_ids
 from stripedrag.model.loading import load_model, load_tokenizer, model_folder
+from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
+from stripedrag.rag.prompt import ChatFormat
 
 
 @pytest.fixture
@@ -94,6 +100,121 @@ def test_folders_are_at_hand_and_what_is_no_hub_id_is_not(cache, tmp_path):
 def test_prepared_models_are_at_hand(cache):
     assert at_hand(STRIPED)
     assert model_folder() == prepared_dir(STRIPED)
+
+
+def test_a_variant_is_the_same_model_with_another_template():
+    plain, training = template_options("stripedhyena-nous-7b"), template_options("stripedhyena-nous-7b:training")
+    assert hub_id("stripedhyena-nous-7b:training") == hub_id("stripedhyena-nous-7b")
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    said = [
+        load_tokenizer(STRIPED).apply_chat_template(messages, tokenize=False, **options)
+        for options in (plain, training)
+    ]
+    bos = load_tokenizer(STRIPED).bos_token
+    assert said[0] == f"{bos}### Instruction:\nWhy?\n\n### Response:\nSo.\n\n"
+    assert said[1] == "### Instruction:\nWhy?\n### Response:\nSo.\n"
+    for name in ("stripedhyena-nous-7b:other", "yi-6b:training"):
+        with pytest.raises(UsageError, match=r"has no variant .*; it has (training|none)"):
+            load_model(name)
+
+
+def test_a_pinned_revision_is_what_is_at_hand(cache):
+    copy = put(cache, "togethercomputer/evo-1-8k-base", config__json="{}", model__safetensors="")
+    assert not at_hand("evo-1-8k")
+    (cache / "models--togethercomputer--evo-1-8k-base" / "refs" / "1.1_fix").write_text("0a1b")
+    assert snapshot("evo-1-8k") == copy
+
+
+@pytest.fixture
+def mistral(golden_dir, tmp_path):
+    """A folder with the tokenizer of the published 7B as its files give it, and what SentencePiece makes of texts."""
+    told = json.loads(lzma.decompress((golden_dir / "mistral_v1.json.xz").read_bytes()))
+    vocabulary = {piece: place for place, (piece, _) in enumerate(told["pieces"])}
+    scores = dict(told["pieces"])
+    merges = [
+        (-scores[piece], vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
+        for piece in list(vocabulary)[259:]  # after three control tokens and the bytes
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    model = models.BPE(
+        vocabulary, [merge[3:] for merge in sorted(merges)], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
+    named = settings | {"tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    return tmp_path, told["ids"]
+
+
+def test_the_published_7bs_read_text_as_sentencepiece_does(mistral, golden_dir):
+    folder, expected = mistral
+    published = json.loads((golden_dir / "hf_nous_7b_config.json").read_text())
+    sizes = {"hidden_size": 32, "num_filters": 32, "num_attention_heads": 4, "inner_mlp_size": 48, "num_layers": 2}
+    layers = {"attn_layer_idxs": [1], "hyena_layer_idxs": [0, 32]}  # one that is not there, as published
+    torch.manual_seed(0)
+    StripedHyenaForCausalLM(StripedHyenaConfig(**published | sizes | layers)).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(published | sizes | layers))
+    (folder / "generation_config.json").unlink()
+    model, tokenizer = load_model(folder, dtype=torch.float32)
+    chat = ChatFormat(tokenizer, template_options("stripedhyena-nous-7b"))
+    assert len(tokenizer) == 32000 and len(expected) == 9
+    for text, ids in expected.items():
+        assert chat.plain_ids(text) == ids
+        assert "<s>" in text or tokenizer(text).input_ids == [1, *ids]
+        assert tokenizer.decode(ids) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, None)
+    assert stop_ids(model) == {2}
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
+    asked = "### Instruction:\nWhy is the sky blue?\n\n### Response:\n"
+    assert chat.chat_ids([("user", "Why is the sky blue?")]) == [1, *expected[asked]]
+    trained = ChatFormat(tokenizer, template_options("stripedhyena-nous-7b:training"))
+    assert trained.chat_ids([("user", "Why?")]) == chat.plain_ids("### Instruction:\nWhy?\n### Response:\n")
+
+
+@pytest.fixture
+def evo(tmp_path):
+    """A model with the files of Evo's repositories, tiny: code in the place of a tokenizer, and no ids of its ends."""
+    config = StripedHyenaConfig(
+        vocab_size=512, hidden_size=32, num_layers=2, attn_layer_idxs=[1], num_attention_heads=2, state_size=8,
+        tie_embeddings=True, mlp_activation="gelu", use_flash_rmsnorm=False, inner_mlp_size=48,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    StripedHyenaForCausalLM(config).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        saved.pop(key, None)
+    code = {"AutoTokenizer": ["togethercomputer/evo-1-131k-base--tokenizer.ByteTokenizer", None]}
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"auto_map": code}))
+    (tmp_path / "generation_config.json").write_text('{"_from_model_config": true}')
+    (tmp_path / "tokenizer.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / "special_tokens_map.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"unk_token_id": 0, "eos_token_id": 0, "byte_level": true}')
+    return tmp_path
+
+
+def test_evo_reads_bytes_and_ends_with_byte_0(evo):
+    model, tokenizer = load_model(evo, dtype=torch.float32)
+    text = "ACGT é\u0100\u0101 \n\t😀"
+    assert tokenizer(text).input_ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer("A\x00C").input_ids == [65, 0, 67]
+    assert tokenizer.decode([65, 0, 67, 1], skip_special_tokens=True) == "AC"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (None, 0, 1)
+    assert stop_ids(model) == {0}
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (0, 1)
+    with torch.no_grad():
+        model.backbone.embedding_layer.weight[0] = 1e3 * model.backbone.embedding_layer.weight[65].abs()
+    batch = tokenizer(["ACGT", "A"], padding=True, padding_side="left", return_tensors="pt")
+    assert batch.input_ids.tolist() == [[65, 67, 71, 84], [1, 1, 1, 65]]
+    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
 
 
 def test_a_prepared_model_that_is_missing_is_not_at_hand(cache, tmp_path, monkeypatch):

@@ -76,6 +76,16 @@ def test_a_prompt_goes_on_from_the_last_mark_that_both_have(model):
     assert known == 40 and cache.get_seq_length() == 40
 
 
+def test_what_is_a_prompts_own_is_one_block_from_mark_to_mark(model):
+    contexts, prompt, heard = ContextCache(model), ids(120), []
+    contexts.read(prompt, [40, 90, 110], own_from=40, progress=lambda read, whole: heard.append((read, whole)))
+    assert heard == [(16, 120), (32, 120), (40, 120), (90, 120), (110, 120), (120, 120)]
+    assert [contexts.known_tokens(prompt[:n]) for n in (39, 89, 109, 119)] == [32, 40, 90, 110]
+    reading = contexts.read([*prompt[:100], *ids(9, 1)], [40, 90, 100], own_from=40)
+    assert reading.reused_tokens == 90
+    assert torch.allclose(reading.logits, alone(model, [*prompt[:100], *ids(9, 1)]), atol=1e-5)
+
+
 def test_a_cache_belongs_to_whom_it_was_given(model):
     contexts, prompt = ContextCache(model), ids(30)
     one, other = contexts.read(prompt, [20]), contexts.read(prompt, [20])

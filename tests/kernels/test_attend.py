@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stripedrag.model.attention import attend
+from stripedrag.kernels.attention import attend, in_parts
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
@@ -21,3 +21,6 @@ def test_new_tokens_read_what_came_before_and_themselves_causally(dtype, toleran
     expected = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)
     for given in (None, mask[None, None]):
         torch.testing.assert_close(attend(q, k, v, given), expected.to(dtype), rtol=0, atol=tolerance)
+    with torch.no_grad():
+        for read in (attend, in_parts):
+            torch.testing.assert_close(read(q, k, v), expected.to(dtype), rtol=0, atol=tolerance)

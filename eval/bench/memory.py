@@ -1,0 +1,154 @@
+"""Memory of reading a prompt, against its length: the default model and a slice of the published 7B, each beside a
+Llama of its widths in the same loop with transformers' own DynamicCache. Every reading has a process of its own.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from stripedrag.errors import StoreError
+from stripedrag.eval.bench.load import PUBLISHED
+from stripedrag.eval.bench.report import Report, machine, plot
+from stripedrag.eval.meter import Meter
+from stripedrag.model.cache import cache_bytes, new_cache
+from stripedrag.model.config import StripedHyenaConfig
+from stripedrag.model.generation import SEGMENT_TOKENS, prefill
+from stripedrag.model.loading import load_model
+from stripedrag.model.memory import state_bytes, token_bytes
+from stripedrag.model.modeling import StripedHyenaForCausalLM
+from stripedrag.model.smollm2 import BASELINE, STRIPED
+
+LENGTHS = (2048, 8192, 32_768, 131_072)
+SLICE, LLAMA_SLICE = "7B, 2 layers", "Llama of its widths"
+OURS = {STRIPED: BASELINE, SLICE: LLAMA_SLICE}  # and their rivals
+RIVALS_UP_TO = 32_768  # at 131,072 attention alone would take a rival more than an hour
+DTYPE = torch.bfloat16
+_HOURS = 6 * 3600.0  # that a reading may take
+
+
+def run(repeats: int) -> Report:
+    """Peak bytes beyond the weights, what of them the cache holds, and seconds, for each model and length."""
+    asked = [
+        (name, length)
+        for length in LENGTHS
+        for pair in OURS.items()
+        for name in pair
+        if name in OURS or length <= RIVALS_UP_TO
+    ]
+    rows = [
+        _in_a_process(name, length)
+        for _ in range(repeats)
+        for name, length in track(asked, "reading", console=Console(stderr=True))
+    ]
+    figures = {"bench": "memory", "machine": machine(), "repeats": repeats, "segment": SEGMENT_TOKENS, "rows": rows}
+    return Report(figures, _table(figures), lambda path: _plot(figures, path))
+
+
+def read(name: str, length: int) -> dict[str, Any]:
+    """What reading a prompt of so many tokens takes in this process."""
+    model = _model(name)
+    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ours = isinstance(model, StripedHyenaForCausalLM)
+
+    def empty() -> DynamicCache:
+        return new_cache(model.config) if ours else DynamicCache(config=model.config)
+
+    prefill(model, ids[:, :64], empty())  # the weights come into memory
+    cache, meter = empty(), Meter(trim=True)
+    with meter.running(_HOURS):
+        prefill(model, ids, cache)
+    if meter.peak_bytes is None:
+        raise StoreError("this system does not tell how much memory a process took (no /proc/self/clear_refs)")
+    return {
+        "model": name,
+        "length": length,
+        "weight_bytes": sum(tensor.nbytes for tensor in model.parameters()),
+        "peak_bytes": meter.peak_bytes,
+        "cache_bytes": cache_bytes(cache),
+        "formula_bytes": length * token_bytes(model) + state_bytes(model),
+        "token_bytes": token_bytes(model),
+        "state_bytes": state_bytes(model),
+        "seconds": meter.total_s,
+    }
+
+
+def _model(name: str) -> PreTrainedModel:
+    if name in (STRIPED, BASELINE):
+        return load_model(name, device="cpu", dtype=DTYPE, window_tokens=max(LENGTHS))[0]
+    published = json.loads(PUBLISHED.read_text())
+    published |= {"num_layers": 2, "attn_layer_idxs": [1], "hyena_layer_idxs": [0], "max_seqlen": max(LENGTHS)}
+    config = StripedHyenaConfig(**published)
+    torch.manual_seed(0)
+    if name == SLICE:
+        return StripedHyenaForCausalLM(config).to(DTYPE).eval()
+    llama = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        max_position_embeddings=config.max_seqlen,
+    )
+    return LlamaForCausalLM(llama).to(DTYPE).eval()
+
+
+def _in_a_process(name: str, length: int) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", "stripedrag.eval.bench.memory", name, str(length)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
+    if done.returncode:
+        raise StoreError(
+            f"the process that reads {length} tokens ended with {done.returncode}; -9 is for want of memory"
+        )
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def _table(figures: dict[str, Any]) -> str:
+    here = figures["machine"]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in figures["rows"]:
+        groups.setdefault((row["model"], row["length"]), []).append(row)
+    lines = [
+        f"{here['processor']}, {here['threads']} threads, bfloat16, torch {here['torch']}, {here['commit']}",
+        f"prompts in segments of {figures['segment']:,} tokens; MB beyond the weights",
+        "",
+        f"{'':24}{'weights':>9}{'tokens':>9}{'peak':>8}{'cache':>8}{'by formula':>12}{'else':>7}{'seconds':>9}",
+    ]
+    for (name, length), rows in sorted(groups.items(), key=lambda group: _order(*group[0])):
+        peak, seconds = (median(row[key] for row in rows) for key in ("peak_bytes", "seconds"))
+        row = rows[0]
+        lines.append(
+            f"{name:24}{row['weight_bytes'] / 1e6:>9.0f}{length:>9}{peak / 1e6:>8.0f}{row['cache_bytes'] / 1e6:>8.0f}"
+            f"{row['formula_bytes'] / 1e6:>12.0f}{(peak - row['cache_bytes']) / 1e6:>7.0f}{seconds:>9.1f}"
+        )
+    lines += ["", "by formula: bytes a token in the attention layers, and of the Hyena states, which do not grow:"]
+    firsts = {row["model"]: row for row in figures["rows"]}
+    lines += [
+        f"  {name:24}{firsts[name]['token_bytes']:>9,} a token{firsts[name]['state_bytes']:>12,} of states"
+        for name in sorted(firsts, key=lambda name: _order(name, 0))
+    ]
+    return "\n".join(lines)
+
+
+def _order(name: str, length: int) -> tuple[int, int]:
+    return [each for pair in OURS.items() for each in pair].index(name), length
+
+
+def _plot(figures: dict[str, Any], path: Path) -> None:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in sorted(figures["rows"], key=lambda row: _order(row["model"], row["length"])):
+        series.setdefault(row["model"], []).append((row["length"], row["peak_bytes"] / 1e9))
+    plot(path, series, "memory of reading a prompt", "tokens", "GB beyond the weights", log_x=True)
+
+
+if __name__ == "__main__":
+    print(json.dumps(read(sys.argv[1], int(sys.argv[2]))))

@@ -83,9 +83,13 @@ class ModelSpec(Record):
     @field_validator("baseline")
     @classmethod
     def _known(cls, baseline: str | None) -> str | None:
-        from stripedrag.model.baselines import BASELINES
+        from stripedrag.model.baselines import BASELINES, find
 
-        if baseline is not None and baseline not in BASELINES:
+        try:
+            known = baseline is None or find(baseline)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        if not known:
             raise ValueError(f"no baseline {baseline!r}; there is {', '.join(BASELINES)}")
         return baseline
 

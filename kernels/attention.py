@@ -55,6 +55,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
 
 
+def attend_shared(
+    q: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, seen: Tensor
+) -> Tensor:
+    """What L tokens of each of B rows read of what all rows share and of their own, merged (for shared prefixes
+    Juravsky et al. 2024, 2402.05099): (B, G · Hkv, L, D) like q.
+
+    `keys` and `values` are (1, Hkv, P, D), `own_keys` and `own_values` (B, Hkv, C, D), of which a token of a row reads
+    those where `seen` (B, L, C) is True. Without a gradient.
+    """
+    rows, heads, length, width = q.shape
+    kv_heads = keys.shape[1]
+    # All queries of all rows as rows of one product with the shared keys.
+    grouped = q.reshape(rows, kv_heads, -1, width)
+    flat = grouped.transpose(0, 1).reshape(1, kv_heads, -1, width)
+    shared, shared_lse = read(flat, keys, values)
+    shared = shared.view(kv_heads, rows, -1, width).transpose(0, 1)
+    shared_lse = shared_lse.view(kv_heads, rows, -1).transpose(0, 1)
+    own, own_lse = read_where(grouped, own_keys, own_values, seen.repeat(1, heads // kv_heads, 1)[:, None])
+    return merge(shared, shared_lse, own, own_lse).reshape(rows, heads, length, width)
+
+
 def in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `attend` without a mask, by torch's flash attention on a CPU over what was before and over the new tokens: a
     mask would be of L · (P + L) elements, made and read in every layer.

@@ -13,11 +13,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stripedrag.kernels import cpu
-from stripedrag.kernels.attention import attend
+from stripedrag.kernels.attention import attend, attend_shared
 from stripedrag.kernels.dispatch import select
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
 
-__all__ = ["HyenaState", "attend", "hyena_filter", "hyena_step", "linear", "rms_norm", "swiglu", "writes_out"]
+__all__ = [
+    "HyenaState",
+    "attend",
+    "attend_shared",
+    "hyena_filter",
+    "hyena_step",
+    "linear",
+    "rms_norm",
+    "swiglu",
+    "writes_out",
+]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

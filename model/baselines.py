@@ -99,9 +99,9 @@ def find(name: str) -> Baseline | None:
 
     Raises `UsageError` for a variant that it has not.
     """
-    plain, _, variant = name.partition(":")
+    plain, colon, variant = name.partition(":")
     found = BASELINES.get(plain) or _BY_HUB_ID.get(plain)
-    if not found or not variant:
+    if not found or not colon:
         return found
     if variant not in found.variants:
         raise UsageError(f"{plain} has no variant {variant!r}; it has {', '.join(found.variants) or 'none'}")
@@ -155,7 +155,8 @@ def snapshot(name: str) -> Path:
     repository, wanted = hub_id(name), revision(name)
     config = _cached(repository, "config.json", wanted)
     if config is None or not _has_weights(repository, wanted):
-        raise SetupError(f"the hub's cache has no whole copy of {repository}. Fetch it with `stripedrag fetch {name}`.")
+        copy = f"{repository} at {wanted}" if wanted else repository
+        raise SetupError(f"the hub's cache has no whole copy of {copy}. Fetch it with `stripedrag fetch {name}`.")
     return config.parent
 
 

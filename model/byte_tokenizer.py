@@ -1,5 +1,7 @@
 """The tokenizer of Evo's StripedHyenas: a token a byte of UTF-8, as one of transformers' fast tokenizers."""
 
+from typing import Any
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -7,19 +9,20 @@ BYTE_VOCABULARY = 512  # of the published models: 256 bytes, and rows that nothi
 _EOS, _PAD = "\x00", "\x01"  # the bytes 0 and 1, which no text has
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Ids are bytes; the end of a text is 0 and padding 1, which are control tokens, and there is no beginning."""
-    vocabulary = {name: byte for byte, name in enumerate(_byte_names())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=_EOS))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=AddedToken(_EOS, special=True),
-        pad_token=AddedToken(_PAD, special=True),
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+class ByteTokenizer(PreTrainedTokenizerFast):
+    """Ids are bytes; the end of a text is 0 and padding 1, which are control tokens, and there is no beginning. Where a
+    text is to hold no control token, both bytes are 0.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        vocabulary = {name: byte for byte, name in enumerate(_byte_names())}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=_EOS))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        own = {"tokenizer_object": tokenizer, "padding_side": "left", "clean_up_tokenization_spaces": False}
+        ends = {"eos_token": AddedToken(_EOS, special=True), "pad_token": AddedToken(_PAD, special=True)}
+        inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+        super().__init__(**own | ends | inputs | settings)
 
 
 def _byte_names() -> list[str]:

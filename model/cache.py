@@ -19,8 +19,8 @@ LEAST_BLOCK_TOKENS = 256  # of a block, but for the last: a state is worth the k
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values (B, Hkv, L, head width) in buffers for what is expected, which then grow by half: a token costs
-    its own bytes, amortised.
+    """Keys and values (B, Hkv, L, head width) in buffers that are first made for what is expected, and then grow by
+    half: a token costs its own bytes, amortised.
 
     `DynamicLayer` concatenates, which copies all keys and values for every token. `keys` and `values` are views of
     what is filled; tensors that are put in their place (beam search does) become the buffers.
@@ -49,7 +49,7 @@ class GrowingLayer(DynamicLayer):
         filled, length = self._filled, self._filled + key_states.shape[-2]
         if length > self._keys.shape[-2]:
             is_expected = length <= self.expected_tokens
-            room = self.expected_tokens + _ANSWER_TOKENS if is_expected else max(length, filled + filled // 2)
+            room = max(self.expected_tokens + _ANSWER_TOKENS if is_expected else length, filled + filled // 2)
             grown = _grown(self._keys[:, :, :filled], room), _grown(self._values[:, :, :filled], room)
             self._keys, self._values = grown
         self._keys[:, :, filled:length] = key_states

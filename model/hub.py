@@ -44,7 +44,8 @@ def fetch(name: str, tell: Callable[[str], None] = lambda what: None) -> Path:
         if not any(file.rfilename.endswith(".safetensors") for file in files):
             raise SetupError(f"{repository} has no safetensors, and pickled weights are not read; have it converted")
         _refuse_full(repository, files)
-        tell(f"fetching {repository}, {sum(file.size or 0 for file in files) / 1e9:.1f} GB, {_licence(name, info)}")
+        size, place = sum(file.size or 0 for file in files), f"{repository} at {wanted}" if wanted else repository
+        tell(f"fetching {place}, {size / 1e9:.1f} GB, {_licence(name, info)}")
         names = [file.rfilename for file in files]
         folder = Path(snapshot_download(repository, revision=wanted, allow_patterns=names))
     except HFValidationError as error:

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from stripedrag.errors import CheckpointError, SetupError, StripedragError, UsageError, said
 from stripedrag.hardware import fast_dtype
 from stripedrag.model.baselines import BASELINES, find, hub_id, revision, snapshot
-from stripedrag.model.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
+from stripedrag.model.byte_tokenizer import BYTE_VOCABULARY, ByteTokenizer
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import refuse_unfit
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
@@ -108,12 +108,14 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> PreT
     """
     source, wanted = _source(name_or_path), revision(str(name_or_path)) or "main"
     try:
-        if _has_tokenizer(source, wanted):
-            # By the file as it is. AutoTokenizer makes Llama's and Mistral's anew: it drops spaces that begin a text.
-            return PreTrainedTokenizerFast.from_pretrained(source, revision=wanted)
-        if _reads_bytes(AutoConfig.from_pretrained(source, revision=wanted)):
-            return byte_tokenizer()
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=wanted, trust_remote_code=False)
+        has_file, has_settings = (_has(source, name, wanted) for name in ("tokenizer.json", "tokenizer_config.json"))
+        if not has_file and _reads_bytes(AutoConfig.from_pretrained(source, revision=wanted)):
+            return ByteTokenizer()
+        # By the file as it is. AutoTokenizer makes Llama's and Mistral's anew: it drops spaces that begin a text.
+        kind = PreTrainedTokenizerFast if has_file and has_settings else AutoTokenizer
+        tokenizer = kind.from_pretrained(source, revision=wanted, trust_remote_code=False)
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"  # as what generates needs it
     except StripedragError:
         raise
     except _DAMAGES as error:
@@ -182,18 +184,15 @@ def _source(name_or_path: str | os.PathLike[str]) -> Any:
     return hub_id(name) if find(name) else name_or_path
 
 
-def _has_tokenizer(source: Any, revision: str) -> bool:
-    """Whether a folder, or the hub, has a fast tokenizer's file."""
-    return (
-        cached_file(source, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-        is not None
-    )
+def _has(source: Any, name: str, revision: str) -> bool:
+    """Whether a folder, or the hub, has a file."""
+    return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let `generate` end where the tokenizer's texts do: the published configs of StripedHyenas do not name all ids."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if _reads_bytes(model.config):
+        if isinstance(tokenizer, ByteTokenizer):
             setattr(model.config, name, getattr(tokenizer, name))
         if getattr(model.generation_config, name, None) is None:
             setattr(model.generation_config, name, getattr(model.config, name))

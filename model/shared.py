@@ -1,8 +1,7 @@
 """Several continuations of one beginning, decoded as a batch: what they share is kept once and read once a step.
 
-A row's attention is over the keys that all rows share and over its own, merged (for shared prefixes Juravsky et al.
-2024, 2402.05099). A Hyena layer's state has no length, so each row has a copy. B rows, Hkv key/value heads, G query
-heads for each.
+A row's attention is over the keys that all rows share and over its own (`ops.attend_shared`). A Hyena layer's state
+has no length, so each row has a copy. B rows, Hkv key/value heads, G query heads for each.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from stripedrag.kernels.attention import merge, read, read_where
+from stripedrag.kernels import ops
 
 
 class SharedLayer(DynamicLayer):
@@ -37,25 +36,14 @@ class SharedLayer(DynamicLayer):
         """Take in keys and values (B, Hkv, L, head width) of L new tokens in each row, and give what their queries q
         (B, G · Hkv, L, head width) read, causally: (B, G · Hkv, L, head width).
         """
-        rows, heads, length, width = q.shape
-        kv_heads = k.shape[1]
+        length = q.shape[2]
         places = self.lengths[:, None] + torch.arange(length, device=q.device)
         self.own_keys = _with(self.own_keys, k, places)
         self.own_values = _with(self.own_values, v, places)
         self.lengths = self.lengths + length
 
-        # All queries of all rows as rows of one product with the shared keys.
-        grouped = q.reshape(rows, kv_heads, -1, width)
-        flat = grouped.transpose(0, 1).reshape(1, kv_heads, -1, width)
-        shared, shared_lse = read(flat, self.keys, self.values)
-        shared = shared.view(kv_heads, rows, -1, width).transpose(0, 1)
-        shared_lse = shared_lse.view(kv_heads, rows, -1).transpose(0, 1)
-
         seen = torch.arange(self.own_keys.shape[-2], device=q.device) <= places[:, :, None]
-        seen = seen.repeat(1, heads // kv_heads, 1)[:, None]  # (B, 1, G · L, C)
-        own, own_lse = read_where(grouped, self.own_keys, self.own_values, seen)
-
-        return merge(shared, shared_lse, own, own_lse).reshape(rows, heads, length, width)
+        return ops.attend_shared(q, self.keys, self.values, self.own_keys, self.own_values, seen)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order."""

@@ -18,11 +18,13 @@ from transformers import DynamicCache, PreTrainedModel
 from stripedrag.model.cache import LEAST_BLOCK_TOKENS, block, extend, new_cache, refuses_blocks
 from stripedrag.model.generation import prefill
 from stripedrag.model.identity import fingerprint
+from stripedrag.model.memory import state_bytes, token_bytes
 from stripedrag.rag.context_files import ContextFiles
 
 MEMORY_BYTES = 2 * 2**30
 BLOCK_TOKENS = 1024  # at most: what is read again where two prompts part is less than a block
 _OWN_BLOCK_TOKENS = 8192  # at most, of what is a prompt's own: a block's end costs half a hundredth of a prompt's time
+_OWN_SHARE = 8  # of the memory such a block takes no more than one part in so many
 _SCHEMA = 1  # of what a block holds, part of every name
 
 
@@ -141,12 +143,17 @@ class ContextCache:
             parent, known = name, known + tokens
         at = known
         heard = None if progress is None else lambda read, _: progress(read, whole)
-        for end in _cuts(known, marks, len(ids) if own_from is None else own_from) if self.keeps else ():
+        for end in _cuts(known, marks, own_from, self._own_block_tokens()) if self.keeps else ():
             prefill(self._model, self._tensor(ids[at:end]), cache, progress=heard)
             name = _name(parent, ids[at:end])
+            self._make_room((end - at) * token_bytes(self._model) + state_bytes(self._model))  # before it is copied
             self._keep(parent, name, end - at, block(cache, at))
             parent, at = name, end
         return cache, known, at
+
+    def _own_block_tokens(self) -> int:
+        fitting = self.memory_bytes // (_OWN_SHARE * max(1, token_bytes(self._model)))
+        return max(BLOCK_TOKENS, min(_OWN_BLOCK_TOKENS, fitting))
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], device=self._model.device)
@@ -192,11 +199,14 @@ class ContextCache:
         new = _Block(parent, tokens, tensors, self._turn)
         if parent not in (self._root, *self._blocks) and not self.files:
             return  # nothing leads to it
-        for old in self._forgettable(new.nbytes):
-            del self._children[self._blocks.pop(old).parent][old]
+        self._make_room(new.nbytes)
         if self.held_bytes + new.nbytes <= self.memory_bytes:
             self._blocks[name] = new
             self._children.setdefault(parent, {})[name] = tokens
+
+    def _make_room(self, needed_bytes: int) -> None:
+        for old in self._forgettable(needed_bytes):
+            del self._children[self._blocks.pop(old).parent][old]
 
     def _forgettable(self, needed_bytes: int) -> list[str]:
         """The blocks that are given up for one of so many bytes, ends before what leads to them; none where all that
@@ -218,12 +228,12 @@ class ContextCache:
         return gone
 
 
-def _cuts(at: int, marks: Sequence[int], own_from: int) -> Iterator[int]:
+def _cuts(at: int, marks: Sequence[int], own_from: int | None, own_tokens: int) -> Iterator[int]:
     """Where blocks end, from `at` on: at the marks that are far enough from the mark before, so close that no block is
-    too long, and at the last mark.
+    too long (from `own_from` on `own_tokens`), and at the last mark.
     """
     for mark in marks:
-        while (left := mark - at) > (most := BLOCK_TOKENS if at < own_from else _OWN_BLOCK_TOKENS):
+        while (left := mark - at) > (most := BLOCK_TOKENS if own_from is None or at < own_from else own_tokens):
             at += most if left - most >= LEAST_BLOCK_TOKENS else left // 2
             yield at
         if mark - at >= LEAST_BLOCK_TOKENS or (mark == marks[-1] and mark > at):

@@ -126,14 +126,15 @@ def _table(figures: dict[str, Any]) -> str:
         f"{figures['context_tokens']} tokens, of which up to {figures['shared']:.2f} are shared",
         "",
         f"prompt tokens that were read before    {reused:>8.1%}",
-        f"to the first token, mean               {kept:>8.2f} s",
+        f"to the first token, mean               {kept:>8.2f} s  {alone / kept:>6.2f}x",
         f"  of every {EVERY}th question              {same:>8.2f} s",
-        f"  of the same with nothing kept        {alone:>8.2f} s  {alone / same:>6.1f}x",
+        f"  of the same with nothing kept        {alone:>8.2f} s  {alone / same:>6.2f}x",
         f"evidence in the context                {recall['shared']:>8.1%}",
         f"  in contexts that share nothing       {recall['alone']:>8.1%}",
         f"F1 of {len(figures['answers_f1'])} answers                    {f1['shared']:>8.3f}",
         f"  from contexts that share nothing     {f1['alone']:>8.3f}",
         "",
-        f"Means of {figures['repeats']} passes; a question with nothing kept comes right after the same one kept.",
+        f"Means of {figures['repeats']} passes; a question with nothing kept comes right after the same one kept. All",
+        f"contexts are as long, so every {EVERY}th with nothing kept stands for all.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The native attention is attention, to a rounding, whatever the threads and wherever a prompt is split."""
+"""Attention is attention: the native one to a rounding, for any threads and wherever a prompt is split; in parts."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stripedrag.kernels import cpu, ops
+from stripedrag.kernels.attention import attend, in_parts
 
 native = pytest.mark.skipif(not cpu.has_attention(), reason="no AVX-512 BF16, or AMX")
 
@@ -114,6 +115,25 @@ def test_a_compiler_is_given_torchs_attention():
     with torch.no_grad():
         compiled = torch.compile(ops.attend, fullgraph=True, backend="eager")(q, k, v)
     torch.testing.assert_close(compiled, _read(q, k, v), rtol=0, atol=4e-2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("past", [0, 1, 700])
+@pytest.mark.parametrize("new", [1, 2, 65])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_new_tokens_read_what_came_before_and_themselves_causally(dtype, tolerance, past, new, kv_heads):
+    torch.manual_seed(0)
+    room = torch.randn(2, 2, kv_heads, past + new + 9, 16, dtype=dtype)  # as in a buffer: heads are not contiguous
+    k, v = room[:, :, :, : past + new]
+    q = torch.randn(2, new, 6, 16, dtype=dtype).transpose(1, 2)
+    mask = torch.ones(new, past + new, dtype=torch.bool).tril(past)
+    wide = (t.double() for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)
+    for seen in (None, mask[None, None]):
+        torch.testing.assert_close(attend(q, k, v, seen), expected.to(dtype), rtol=0, atol=tolerance)
+    with torch.no_grad():
+        for read in (attend, in_parts):
+            torch.testing.assert_close(read(q, k, v), expected.to(dtype), rtol=0, atol=tolerance)
 
 
 def test_what_no_kernel_is_for_is_left_to_torch():

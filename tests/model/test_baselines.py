@@ -113,7 +113,7 @@ def test_a_variant_is_the_same_model_with_another_template():
     bos = load_tokenizer(STRIPED).bos_token
     assert said[0] == f"{bos}### Instruction:\nWhy?\n\n### Response:\nSo.\n\n"
     assert said[1] == "### Instruction:\nWhy?\n### Response:\nSo.\n"
-    for name in ("stripedhyena-nous-7b:other", "yi-6b:training"):
+    for name in ("stripedhyena-nous-7b:other", "yi-6b:training", "yi-6b:"):
         with pytest.raises(UsageError, match=r"has no variant .*; it has (training|none)"):
             load_model(name)
 
@@ -171,6 +171,7 @@ def test_the_published_7bs_read_text_as_sentencepiece_does(mistral, golden_dir):
         assert "<s>" in text or tokenizer(text).input_ids == [1, *ids]
         assert tokenizer.decode(ids) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, None)
+    assert tokenizer.padding_side == "left"
     assert stop_ids(model) == {2}
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
     asked = "### Instruction:\nWhy is the sky blue?\n\n### Response:\n"
@@ -212,7 +213,7 @@ def test_evo_reads_bytes_and_ends_with_byte_0(evo):
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (0, 1)
     with torch.no_grad():
         model.backbone.embedding_layer.weight[0] = 1e3 * model.backbone.embedding_layer.weight[65].abs()
-    batch = tokenizer(["ACGT", "A"], padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(["ACGT", "A"], padding=True, return_tensors="pt")
     assert batch.input_ids.tolist() == [[65, 67, 71, 84], [1, 1, 1, 65]]
     assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
 

@@ -192,7 +192,10 @@ def test_doctor_reports_one_object():
         (("ask", "nowhere", "why?"), "nowhere"),
         (("retrieve", "nowhere", "why?"), "nowhere"),
         (("index", "nowhere", "--to", "x"), "No such file or directory"),
-        (("bench", "nothing"), "no bench 'nothing'; there is attention, context, decode, embed, filter, generate, layer"),
+        (
+            ("bench", "nothing"),
+            "no bench 'nothing'; there is attention, context, decode, embed, filter, generate, layer, load, memory",
+        ),
         (("bench", "generate", "--repeats", "0"), "repeats is 0; it is at least 1"),
         (("index", sys.executable, "--to", f"{__file__}/x"), "cannot read"),
         (("index", __file__, "--to", "x", "--chunk-tokens", "300"), "chunk_tokens is 300; a passage has 254"),

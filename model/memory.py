@@ -16,7 +16,7 @@ from stripedrag.model.cache import LEAST_BLOCK_TOKENS, new_cache
 from stripedrag.model.generation import SEGMENT_TOKENS
 from stripedrag.model.modeling import StripedHyenaForCausalLM
 
-_GROWTH = 1.5  # `GrowingLayer`, of which one is there twice while it grows
+_GROWTH = 1.5  # `GrowingLayer`; that the one which grows is there twice for a moment is not counted
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (  # limit, use, statistics and their name for pages of files, which are given up when needed
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),

@@ -89,4 +89,4 @@ def _plot(figures: dict[str, Any], path: Path) -> None:
     series: dict[str, list[tuple[str, float]]] = {}
     for row in figures["rows"]:
         series.setdefault(row["shape"], []).append((f"{row['new']} after {row['past']}", row["torch_over_ours"]))
-    plot(path, series, "torch's attention over ours", "tokens", "times as long", bars=False)
+    plot(path, series, "torch's attention over ours", "tokens", "times as long")

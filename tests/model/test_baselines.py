@@ -211,11 +211,10 @@ def test_evo_reads_bytes_and_ends_with_byte_0(evo):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (None, 0, 1)
     assert stop_ids(model) == {0}
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (0, 1)
-    with torch.no_grad():
-        model.backbone.embedding_layer.weight[0] = 1e3 * model.backbone.embedding_layer.weight[65].abs()
     batch = tokenizer(["ACGT", "A"], padding=True, return_tensors="pt")
     assert batch.input_ids.tolist() == [[65, 67, 71, 84], [1, 1, 1, 65]]
-    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
+    ended = model.generate(**batch, max_new_tokens=3, do_sample=False, prefix_allowed_tokens_fn=lambda row, ids: [0])
+    assert ended[:, 4:].tolist() == [[0], [0]]
 
 
 def test_a_prepared_model_that_is_missing_is_not_at_hand(cache, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stripedrag.indexes.filters import Where
     from stripedrag.indexes.index import Index
 
-OWN_TOKENS = 2048  # that a question keeps of a budget beside what it shares with others
+OWN_TOKENS = 1536  # that a question keeps of a budget beside what it shares with others
 
 _One = TypeVar("_One")
 

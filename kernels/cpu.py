@@ -6,7 +6,7 @@ extension directly: at a decode step's few microseconds of work, the dispatcher 
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch  # before the extension: both use OpenMP, and the first to load decides which library serves the process
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
+
+if TYPE_CHECKING:
+    from stripedrag.kernels.quantized import QuantizedWeight
 
 try:
     _native: Any = importlib.import_module("stripedrag.kernels._native")
@@ -220,6 +223,53 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     threads, added = torch.get_num_threads(), 0 if bias is None else bias.data_ptr()
     _native.linear(_ELEMENTS[dtype], rows, columns, threads, weight.data_ptr(), added, x.data_ptr(), y.data_ptr())
     return y
+
+
+def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tensor | None) -> Tensor | None:
+    """`quantized.linear` for a few rows in float32 or bfloat16, or None where that is not what is asked for. A row's
+    bits do not depend on the others.
+    """
+    weight, columns = quantized.weight, quantized.columns
+    if (
+        not _reads(quantized)
+        or not 0 < x.numel() <= _native.max_batch * columns
+        or x.dtype not in _ROW_DTYPES
+        or torch.is_grad_enabled()
+        or not (_is_ordinary(x) and x.is_cpu and x.is_contiguous())
+        or torch.is_autocast_enabled("cpu")
+        or not (bias is None or (_is_ordinary(bias) and bias.dtype is x.dtype and bias.is_cpu and bias.is_contiguous()))
+    ):
+        return None
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    addresses = 0 if bias is None else bias.data_ptr(), x.data_ptr(), y.data_ptr()
+    _native.quantized_linear(*_quantized_arguments(quantized, x.dtype), x.numel() // columns, *addresses)
+    return y
+
+
+def dequantize_at_once(quantized: "QuantizedWeight", dtype: torch.dtype) -> Tensor | None:
+    """`quantized.dequantize` to float32 or bfloat16, or None where that is not what is asked for."""
+    if dtype not in _ROW_DTYPES or not _reads(quantized):
+        return None
+    w = quantized.weight.new_empty(len(quantized.weight), quantized.columns, dtype=dtype)
+    _native.dequantize(*_quantized_arguments(quantized, dtype), w.data_ptr())
+    return w
+
+
+def _reads(quantized: "QuantizedWeight") -> bool:
+    weight, scale, offset, _ = quantized
+    dtypes = (weight.dtype, scale.dtype, None if offset is None else offset.dtype)
+    return (
+        _native is not None
+        and not _is_watched()
+        and dtypes in ((torch.int8, torch.float32, None), (torch.int16, torch.bfloat16, torch.bfloat16))
+        and all(t is None or (_is_ordinary(t) and t.is_cpu and t.is_contiguous()) for t in quantized[:3])
+    )
+
+
+def _quantized_arguments(quantized: "QuantizedWeight", dtype: torch.dtype) -> tuple[int, ...]:
+    weight, scale, offset, columns = quantized
+    sizes = quantized.bits, len(weight), columns, torch.get_num_threads()
+    return (_ELEMENTS[dtype], *sizes, weight.data_ptr(), scale.data_ptr(), 0 if offset is None else offset.data_ptr())
 
 
 def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

@@ -1,6 +1,7 @@
 """One way to any model: a prepared name, a baseline's name, a folder, or a hub id."""
 
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from stripedrag.errors import CheckpointError, SetupError, StripedragError, UsageError, said
+from stripedrag.errors import CheckpointError, SetupError, StoreError, StripedragError, UsageError, said
 from stripedrag.hardware import fast_dtype
 from stripedrag.model.baselines import BASELINES, find, hub_id, revision, snapshot
 from stripedrag.model.byte_tokenizer import BYTE_VOCABULARY, ByteTokenizer
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import refuse_unfit
+from stripedrag.model.quantization import QUANTIZATIONS, Quantization, QuantizationConfig
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
 
 DEFAULT_MODEL = STRIPED
@@ -37,6 +39,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     window_tokens: int | None = None,
+    quantize: Quantization | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, and its tokenizer.
 
@@ -48,13 +51,17 @@ def load_model(
         device: None takes a CUDA device where there is one, else the CPU.
         window_tokens: a longer window than the model was trained on, which it then reads by YaRN (Peng et al. 2023),
             with a warning; a shorter one changes nothing.
+        quantize: "int8" or "int4" makes the weights of linear layers small while they are read, one tensor after the
+            other; `dtype` is then that of the rest and of the arithmetic. `save_pretrained` writes what it made.
 
     Raises:
         SetupError: a prepared model that is not on this machine yet, or a baseline that the hub did not give.
         CheckpointError: tensors and a config that do not belong together, or are damaged.
-        UsageError: a dtype that weights cannot have; no such model, one without a tokenizer, or one whose positions
-            cannot be stretched.
+        UsageError: a dtype that weights cannot have; no such model, one without a tokenizer, one whose positions
+            cannot be stretched, or one that is quantized already where it is asked for.
     """
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise UsageError(f"quantize is {quantize!r}; weights can be {' or '.join(QUANTIZATIONS)}")
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype is {dtype}; weights are torch.float32, torch.bfloat16, torch.float16 or torch.float64")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,9 +78,13 @@ def load_model(
             _refuse_damaged(Path(source))
         stretched = window_tokens is not None and _stretch(config, window_tokens, str(name_or_path))
         # a StripedHyena refuses what does not fit by itself; of others transformers leaves it random
-        unfit = {} if isinstance(config, StripedHyenaConfig) else {"ignore_mismatched_sizes": True}
+        options: dict[str, Any] = {} if isinstance(config, StripedHyenaConfig) else {"ignore_mismatched_sizes": True}
+        if quantize is not None:
+            if getattr(config, "quantization_config", None) is not None:
+                raise UsageError(f"the weights of {name_or_path} are quantized already; load it without {quantize}")
+            options["quantization_config"] = QuantizationConfig(QUANTIZATIONS[quantize])
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, **pinned, **unfit
+            source, config=config, dtype=dtype, output_loading_info=True, **pinned, **options
         )
         refuse_unfit(source, info)
         model = model.to(device).eval()
@@ -125,6 +136,30 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> PreT
             f"the tokenizer of {str(name_or_path)!r} has no tokenizer.json; only such fast ones stream text"
         )
     return tokenizer
+
+
+def save_quantized(name_or_path: str | os.PathLike[str], to: str | os.PathLike[str], quantize: Quantization) -> int:
+    """Write a model with small weights and its tokenizer as the new folder `to`, whole or not at all; the bytes of its
+    weights.
+
+    Raises `UsageError` where something is at `to`, `StoreError` where nothing can be written there, and what
+    `load_model` raises.
+    """
+    target = Path(to)
+    if target.exists():
+        raise UsageError(f"{target} is there already; name a folder that is not")
+    model, tokenizer = load_model(name_or_path, device="cpu", quantize=quantize)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            folder = Path(scratch) / target.name
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            folder.rename(target)
+    except OSError as error:
+        message = f"could not write {target}: {error.strerror}. Free space there or name another folder."
+        raise StoreError(message) from error
+    return sum(tensor.nbytes for tensor in model.parameters())
 
 
 def model_folder(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:

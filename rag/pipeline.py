@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stripedrag.model.generation import Sampling
+    from stripedrag.model.quantization import Quantization
     from stripedrag.rag.completion import Completed
     from stripedrag.rag.context_cache import ContextCache
     from stripedrag.rag.context_files import ContextFiles
@@ -74,6 +75,7 @@ class Pipeline:
         dtype: "torch.dtype | None" = None,
         device: "str | torch.device | None" = None,
         window_tokens: int | None = None,
+        quantize: "Quantization | None" = None,
         cache_bytes: int | None = None,
         context_files: "ContextFiles | None" = None,
         prompt: PromptTemplate | str | Path | None = None,
@@ -85,9 +87,10 @@ class Pipeline:
             index: a place, an open one, or what stands in for one (`stripedrag.rag.llama_index.LlamaIndexSearch`).
             model: as `load_model` names it, as `dtype` and `device` are; None is the default.
             policy, shared: as in `Retriever`, so that of several questions about one document those after the first
-                read only a part of their contexts, no less than 2,048 tokens. None shares 3/4, and nothing where
+                read only a part of their contexts, no less than 1,536 tokens. None shares 4/5, and nothing where
                 nothing that was read is kept.
             window_tokens: a longer window than the model was trained on, see `load_model`.
+            quantize: "int8" or "int4" for weights that are smaller and read sooner, see `load_model`.
             cache_bytes: memory for what was read (None: 2 GiB; 0: nothing is kept in it).
             context_files: where it is kept on disk, if it is.
             prompt: a template or its file, in the place of `rag/prompt.toml`.
@@ -108,7 +111,9 @@ class Pipeline:
         with ExitStack() as unless_well:
             opened = unless_well.enter_context(Index.open(index)) if isinstance(index, str | Path) else index
             name = DEFAULT_MODEL if model is None else model
-            loaded, tokenizer = load_model(name, dtype=dtype, device=device, window_tokens=window_tokens)
+            loaded, tokenizer = load_model(
+                name, dtype=dtype, device=device, window_tokens=window_tokens, quantize=quantize
+            )
             contexts = ContextCache(loaded, memory_bytes=cache_bytes, files=context_files)
             pipeline = cls(
                 opened,

@@ -10,6 +10,7 @@ BENCHES = {
     "layer": "stripedrag.eval.bench.layer",
     "load": "stripedrag.eval.bench.load",
     "memory": "stripedrag.eval.bench.memory",
+    "quantize": "stripedrag.eval.bench.quantize",
     "recall": "stripedrag.eval.bench.recall",
     "rows": "stripedrag.eval.bench.rows",
     "scale": "stripedrag.eval.bench.scale",

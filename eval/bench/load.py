@@ -1,5 +1,6 @@
-"""A whole checkpoint of random weights in the published 7B's layout, written, and loaded in a process of its own:
-whether all of it is used, what it takes, and how fast the model then reads and writes.
+"""A whole checkpoint of random weights in the published 7B's layout, written, and loaded in a process of its own, as it
+is and with weights of 8 and of 4 bits: whether all of it is used, what it takes, and how fast the model then reads and
+writes.
 
 15.3 GB on the disk while it runs, and as much memory. `published_7b.json` is the config.json of StripedHyena-Nous-7B.
 """
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from threading import Event, Thread
@@ -28,15 +29,19 @@ from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_ca
 from stripedrag.model.generation import Sampling, decode, prefill
 from stripedrag.model.identity import tensors_sha256
 from stripedrag.model.memory import free_bytes
+from stripedrag.model.quantization import QUANTIZATIONS, Quantization, QuantizationConfig, QuantizedLinear
 from stripedrag.weights import cache_dir
 
 PUBLISHED = Path(__file__).with_name("published_7b.json")
 SHARD_BYTES = 5 * 10**9
 PROMPT_TOKENS, ANSWER_TOKENS = 512, 16
+KINDS: tuple[Quantization | None, ...] = (None, "int8", "int4")
 
 
 def run(repeats: int) -> Report:
-    """Seconds and peak private memory of loading, in as many processes, and tokens/s of a prompt and of a reply."""
+    """Seconds and peak private memory of loading, in as many processes of each kind, and of a prompt and a reply, with
+    their tokens/s.
+    """
     config = json.loads(PUBLISHED.read_text())
     folder = cache_dir() / "bench" / "load"
     shutil.rmtree(folder, ignore_errors=True)
@@ -47,7 +52,8 @@ def run(repeats: int) -> Report:
         raise StoreError(f"the checkpoint takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free for {folder}")
     try:
         digests = write(folder, config)
-        rows = [_loaded(folder, digests) for _ in range(repeats)]
+        asked = [quantize for _ in range(repeats) for quantize in KINDS]
+        rows = [_loaded(folder, digests, kind) for kind in track(asked, "loading", console=Console(stderr=True))]
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,27 +121,38 @@ def _filled(name: str, empty: Tensor, random: Generator) -> Tensor:
     return tensor.mul_(0.02)
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """What loading takes in this process, the sha256 of each tensor that is used, and how fast the model is."""
+def load(folder: Path, quantize: Quantization | None) -> dict[str, Any]:
+    """What loading takes in this process, the sha256 of each tensor that is used as it is, and the model's speed."""
+    kind = {} if quantize is None else {"quantization_config": QuantizationConfig(QUANTIZATIONS[quantize])}
     with _Peak() as peak:
         start = time.perf_counter()
-        model = StripedHyenaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        model = StripedHyenaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kind).eval()
         seconds = time.perf_counter() - start
     ids = torch.arange(PROMPT_TOKENS)[None] % model.config.vocab_size
     cache = new_cache(model.config)
-    start = time.perf_counter()
-    logits = prefill(model, ids, cache)
-    read = time.perf_counter()
-    made = list(decode(model, logits, cache, max_new_tokens=ANSWER_TOKENS + 1, stop_ids=(), sampling=Sampling()))
-    end = time.perf_counter()
+    with _Peak() as peak_in_use:
+        start = time.perf_counter()
+        logits = prefill(model, ids, cache)
+        read = time.perf_counter()
+        made = list(decode(model, logits, cache, max_new_tokens=ANSWER_TOKENS + 1, stop_ids=(), sampling=Sampling()))
+        end = time.perf_counter()
+    small = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    parts = {f"{name}.{part}" for name in small for part in ("weight", "scale", "offset")}
     return {
+        "quantize": quantize,
+        "quantized": [f"{name}.weight" for name in small],
         "load_s": seconds,
         "weight_bytes": sum(tensor.nbytes for tensor in model.parameters()),
         "peak_own_bytes": peak.bytes,
+        "peak_own_bytes_in_use": peak.bytes + peak_in_use.bytes,
         "finite": bool(logits.isfinite().all()),
         "prefill_tokens_per_s": PROMPT_TOKENS / (read - start),
         "decode_tokens_per_s": (len(made) - 1) / (end - read),
-        "digests": {name: tensors_sha256({name: tensor.detach()}) for name, tensor in model.named_parameters()},
+        "digests": {
+            name: tensors_sha256({name: tensor.detach()})
+            for name, tensor in model.named_parameters()
+            if name not in parts
+        },
     }
 
 
@@ -159,17 +176,20 @@ class _Peak:
             self._most = max(self._most, _own_bytes())
 
 
-def _loaded(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
-    """What `load` gives in a process of its own, and of how many tensors what is used is what was written."""
-    command = [sys.executable, "-m", "stripedrag.eval.bench.load", str(folder)]
+def _loaded(folder: Path, digests: dict[str, str], quantize: Quantization | None = None) -> dict[str, Any]:
+    """What `load` gives in a process of its own, and of how many tensors what is used is what was written, or was made
+    small.
+    """
+    command = [sys.executable, "-m", "stripedrag.eval.bench.load", str(folder), quantize or ""]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
     if done.returncode:
         raise StoreError(f"the process that loads the model ended with {done.returncode}; -9 is for want of memory")
     row: dict[str, Any] = json.loads(done.stdout)
-    used = row.pop("digests")
+    used, quantized = row.pop("digests"), row.pop("quantized")
     wrong = [name for name, digest in used.items() if digests[name] != digest]
-    unused = [name for name in digests.keys() - used.keys() if not name.endswith("inv_freq")]
-    return row | {"tensors_used": len(used), "wrong": wrong, "unused": sorted(unused)}
+    unused = [name for name in digests.keys() - used.keys() - {*quantized} if not name.endswith("inv_freq")]
+    counts = {"tensors_used": len(used) + len(quantized), "quantized": len(quantized)}
+    return row | counts | {"wrong": wrong, "unused": sorted(unused)}
 
 
 def _own_bytes() -> int:
@@ -187,29 +207,35 @@ def _free(folder: Path) -> int:
 
 def _table(figures: dict[str, Any]) -> str:
     here, rows = figures["machine"], figures["rows"]
-    row = {
-        key: median(one[key] for one in rows)
-        for key in ("load_s", "weight_bytes", "peak_own_bytes", "prefill_tokens_per_s", "decode_tokens_per_s")
-    }
     right = all(not one["wrong"] and not one["unused"] and one["finite"] for one in rows)
+    groups = {kind: [one for one in rows if one["quantize"] == kind] for kind in KINDS}
+
+    def line(label: str, value: Callable[[dict[str, Any]], float], form: str) -> str:
+        return f"{label:38}" + "".join(f"{median(map(value, group)):>10{form}}" for group in groups.values())
+
     return "\n".join(
         [
             f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, {here['commit']}",
-            f"random weights in the layout of StripedHyena-Nous-7B, {figures['file_bytes'] / 1e9:.2f} GB of files",
+            f"random weights in the layout of StripedHyena-Nous-7B, {figures['file_bytes'] / 1e9:.2f} GB of files with "
+            f"{figures['tensors']} tensors",
             "",
-            f"tensors in the files                  {figures['tensors']:>8}",
-            f"  read to the bit and in use          {rows[0]['tensors_used']:>8}"
-            f"  {'all but inv_freq' if right else 'WRONG'}",
-            f"loaded in                             {row['load_s']:>8.1f} s",
-            f"peak of private memory, of weights    {row['peak_own_bytes'] / row['weight_bytes']:>8.3f}",
-            f"a prompt of {PROMPT_TOKENS}                       {row['prefill_tokens_per_s']:>8.1f} tokens/s",
-            f"a reply of {ANSWER_TOKENS}                         {row['decode_tokens_per_s']:>8.2f} tokens/s"
-            f"  (limit by reading the weights {here['read_bytes_per_s'] / row['weight_bytes']:.2f})",
+            f"{'':38}" + "".join(f"{kind or 'bfloat16':>10}" for kind in groups),
+            line("tensors in use", lambda row: row["tensors_used"], ".0f")
+            + ("  all but inv_freq, to the bit where not quantized" if right else "  WRONG"),
+            line("  quantized", lambda row: row["quantized"], ".0f"),
+            line("weights, GB", lambda row: row["weight_bytes"] / 1e9, ".2f"),
+            line("loaded in, s", lambda row: row["load_s"], ".1f"),
+            line("peak of private memory, of weights", lambda row: row["peak_own_bytes"] / row["weight_bytes"], ".3f"),
+            line("  prompt and reply included, GB", lambda row: row["peak_own_bytes_in_use"] / 1e9, ".2f"),
+            line(f"a prompt of {PROMPT_TOKENS}, tokens/s", lambda row: row["prefill_tokens_per_s"], ".1f"),
+            line(f"a reply of {ANSWER_TOKENS}, tokens/s", lambda row: row["decode_tokens_per_s"], ".2f"),
+            line("  limit by reading the weights", lambda row: here["read_bytes_per_s"] / row["weight_bytes"], ".2f"),
             "",
-            f"Medians of {figures['repeats']} processes. inv_freq is in the files and computed anew.",
+            f"Medians of {figures['repeats']} processes of each. inv_freq is in the files and computed anew.",
         ]
     )
 
 
 if __name__ == "__main__":
-    print(json.dumps(load(Path(sys.argv[1]))))
+    kind: Any = sys.argv[2] or None
+    print(json.dumps(load(Path(sys.argv[1]), kind)))

@@ -2,6 +2,7 @@
 #include "filter.h"
 #include "gradient.h"
 #include "linear.h"
+#include "quantized.h"
 #include "rows.h"
 #include "step.h"
 
@@ -30,6 +31,22 @@ void run_step(Element element, const Step& s) {
 bool run_linear(Element element, const Linear& f) {
   return by_element(element, [&](auto t) { return linear<decltype(t)>(f); });
 }
+template <class T>
+bool quantized_linear(const QuantizedLinear& f) {
+  return f.bits == 8 ? linear_int8<T>(f) : linear_int4<T>(f);
+}
+bool run_quantized_linear(Element element, const QuantizedLinear& f) {
+  return element == Element::bfloat16 ? quantized_linear<bfloat16>(f) : quantized_linear<float>(f);
+}
+template <class T>
+void dequantize(const QuantizedLinear& f) {
+  if (f.bits == 8) return dequantize_int8<T>(f);
+  dequantize_int4<T>(f);
+}
+void run_dequantize(Element element, const QuantizedLinear& f) {
+  if (element == Element::bfloat16) return dequantize<bfloat16>(f);
+  dequantize<float>(f);
+}
 bool run_norm(Element element, const Norm& f) {
   return by_element(element, [&](auto t) { return norm<decltype(t)>(f); });
 }
@@ -57,7 +74,8 @@ int64_t checkpoint_numbers(Element element, const Shape& shape) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {run_filter, run_gradient, run_step,     run_linear,        run_norm, run_norm_gradient,
-                         run_gate,   run_gate_gradient, checkpoint_numbers};
+const Kernels kernels = {run_filter,     run_gradient, run_step,          run_linear, run_quantized_linear,
+                         run_dequantize, run_norm,     run_norm_gradient, run_gate,   run_gate_gradient,
+                         checkpoint_numbers};
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #endif
 
-#if defined(STRIPEDRAG_ATTENTION)
+#if defined(STRIPEDRAG_BF16)
 #include <cpuid.h>
 #endif
 
@@ -30,8 +30,11 @@ namespace v4 { extern const Kernels kernels; }
 namespace native { extern const Kernels kernels; }
 #endif
 
-#if defined(STRIPEDRAG_ATTENTION)
-namespace bf16 { extern bool (*const attention)(const Attention&); }
+#if defined(STRIPEDRAG_BF16)
+namespace bf16 {
+extern bool (*const attention)(const Attention&);
+extern bool (*const linear_int4_bf16)(const QuantizedLinear&);
+}
 #endif
 
 namespace {
@@ -73,19 +76,21 @@ const Choice& choose() {
 
 const Choice* chosen = nullptr;
 
-// Causal attention where the processor has it, else null. With AMX, which torch's own uses, it is not tried.
-bool (*attention_here())(const Attention&) {
-#if defined(STRIPEDRAG_ATTENTION)
+// What only AVX-512 BF16 has, else null. Attention is not tried with AMX, which torch's own uses.
+bool (*attention)(const Attention&) = nullptr;
+bool (*linear_int4_bf16)(const QuantizedLinear&) = nullptr;
+
+void choose_bf16() {
+#if defined(STRIPEDRAG_BF16)
   unsigned a = 0, b, c, d = 0;
   constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22;
   const bool has_amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16);
   const bool has_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
-  if (std::string(chosen->name) == "v4" && has_bf16 && !has_amx) return bf16::attention;
+  if (std::string(chosen->name) != "v4" || !has_bf16) return;
+  linear_int4_bf16 = bf16::linear_int4_bf16;
+  if (!has_amx) attention = bf16::attention;
 #endif
-  return nullptr;
 }
-
-bool (*attention)(const Attention&) = nullptr;
 
 template <class P>
 P* at(uintptr_t address) {
@@ -203,6 +208,28 @@ void run_linear(int element, int64_t rows, int64_t columns, int threads, uintptr
   if (!run_kernel(takes_long, [&] { return chosen->kernels->linear(Element(element), f); })) throw std::bad_alloc();
 }
 
+QuantizedLinear quantized(int bits, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t scale,
+                          uintptr_t offset) {
+  return {bits, 1, rows, columns, threads, at<void>(weight), at<void>(scale), at<void>(offset), nullptr, nullptr, nullptr};
+}
+
+void run_quantized_linear(int element, int bits, int64_t rows, int64_t columns, int threads, uintptr_t weight,
+                          uintptr_t scale, uintptr_t offset, int64_t batch, uintptr_t bias, uintptr_t x, uintptr_t y) {
+  QuantizedLinear f = quantized(bits, rows, columns, threads, weight, scale, offset);
+  f.batch = batch, f.bias = at<void>(bias), f.x = at<void>(x), f.y = at<void>(y);
+  const bool is_bf16 = bits == 4 && Element(element) == Element::bfloat16 && linear_int4_bf16 != nullptr;
+  const bool takes_long = rows * columns > kNumbersUnderTheLock;
+  const auto run = [&] { return is_bf16 ? linear_int4_bf16(f) : chosen->kernels->quantized_linear(Element(element), f); };
+  if (!run_kernel(takes_long, run)) throw std::bad_alloc();
+}
+
+void run_dequantize(int element, int bits, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t scale,
+                    uintptr_t offset, uintptr_t y) {
+  QuantizedLinear f = quantized(bits, rows, columns, threads, weight, scale, offset);
+  f.y = at<void>(y);
+  run_kernel(true, [&] { chosen->kernels->dequantize(Element(element), f); });
+}
+
 void run_norm(int element, int64_t rows, int64_t columns, int threads, double eps, bool scale_is_wide, uintptr_t x,
               uintptr_t scale, uintptr_t y) {
   const Norm f = {rows, columns, threads, eps, scale_is_wide, at<void>(x), at<void>(scale), at<void>(y)};
@@ -246,7 +273,7 @@ NB_MODULE(_native, m) {
   using namespace stripedrag;
   chosen = &choose();
   m.attr("isa") = chosen->name;
-  attention = attention_here();
+  choose_bf16();
   m.attr("has_attention") = attention != nullptr;
   m.def("filter", &run_filter, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "y_batch_stride"_a,
         "y_row_stride"_a, "addresses"_a);
@@ -254,6 +281,9 @@ NB_MODULE(_native, m) {
   m.def("use_huge_pages", &use_huge_pages, "address"_a, "bytes"_a);
   m.def("step", &run_step);
   m.def("linear", &run_linear);
+  m.def("quantized_linear", &run_quantized_linear);
+  m.attr("max_batch") = kMaxBatch;
+  m.def("dequantize", &run_dequantize);
   m.def("norm", &run_norm);
   m.def("norm_gradient", &run_norm_gradient);
   if (attention != nullptr)

@@ -84,6 +84,19 @@ struct Linear {
   void* y;             // (rows)
 };
 
+// The same for up to kMaxBatch rows with weights of few bits (`quantized.h` says how they lie), for x, bias and y in float32
+// or bfloat16; or those weights made wide again, (rows, columns) in y.
+constexpr int64_t kMaxBatch = 8;
+struct QuantizedLinear {
+  int bits;  // 8 or 4
+  int64_t batch, rows, columns;
+  int threads;
+  const void *weight, *scale, *offset;  // without offsets for 8 bits
+  const void* bias;                     // (rows), or null
+  const void* x;                        // (batch, columns)
+  void* y;                              // (batch, rows)
+};
+
 // RMSNorm: y = x / sqrt(mean(x²) + eps) · scale, row by row.
 struct Norm {
   int64_t rows, columns;
@@ -130,6 +143,8 @@ struct Kernels {
   bool (*gradient)(Element, const Gradient&);
   void (*step)(Element, const Step&);
   bool (*linear)(Element, const Linear&);
+  bool (*quantized_linear)(Element, const QuantizedLinear&);
+  void (*dequantize)(Element, const QuantizedLinear&);
   bool (*norm)(Element, const Norm&);
   bool (*norm_gradient)(Element, const NormGradient&);
   void (*gate)(Element, const Gate&);

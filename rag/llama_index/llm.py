@@ -35,6 +35,7 @@ from stripedrag.model.baselines import template_options, window_tokens
 from stripedrag.model.cache import LEAST_BLOCK_TOKENS
 from stripedrag.model.generation import Sampling
 from stripedrag.model.loading import DEFAULT_MODEL, load_model
+from stripedrag.model.quantization import Quantization
 from stripedrag.rag.completion import Completion, refuse_empty
 from stripedrag.rag.context_cache import BLOCK_TOKENS, MEMORY_BYTES, ContextCache
 from stripedrag.rag.prompt import ChatFormat
@@ -63,6 +64,7 @@ class StripedHyena(CustomLLM):
     dtype: str | None = Field(default=None, description="float32, bfloat16 or float16; None: what is fast there.")
     device: str | None = Field(default=None, description="As torch names it; None: a GPU where there is one.")
     window_tokens: int | None = Field(default=None, description="A longer window than trained on, by YaRN.")
+    quantize: Quantization | None = Field(default=None, description="Weights made int8 or int4 while they are read.")
     cache_bytes: int = Field(default=MEMORY_BYTES, ge=0, description="Memory for what was read; 0 keeps nothing.")
     max_tokens: int = Field(default=256, gt=0, description="Tokens kept for the answer.")
     temperature: float = Field(default=0.0, ge=0.0, description="0 is greedy.")
@@ -247,7 +249,11 @@ class _Engine:
 
     def __init__(self, llm: StripedHyena) -> None:
         self.model, self.tokenizer = load_model(
-            llm.model, dtype=_DTYPES.get(llm.dtype or ""), device=llm.device, window_tokens=llm.window_tokens
+            llm.model,
+            dtype=_DTYPES.get(llm.dtype or ""),
+            device=llm.device,
+            window_tokens=llm.window_tokens,
+            quantize=llm.quantize,
         )
         self.format = ChatFormat(self.tokenizer, template_options(llm.model))
         self.window_tokens = window_tokens(self.model, llm.model)

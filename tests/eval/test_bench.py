@@ -321,6 +321,10 @@ def test_the_published_layout_is_written_with_every_tensor_and_loaded_to_the_bit
     assert (row["tensors_used"], row["wrong"], row["unused"], row["finite"]) == (355 - 16, [], [], True)
     name = "backbone.blocks.0.projections.weight"
     assert load._loaded(tmp_path / "tiny", digests | {name: "0", "more": "1"})["wrong"] == [name]
+    small = load._loaded(tmp_path / "tiny", digests, "int8")
+    assert (small["tensors_used"], small["wrong"], small["unused"], small["finite"]) == (355 - 16, [], [], True)
+    assert small["quantized"] == 32 * 5 + 1
+    assert small["weight_bytes"] < row["weight_bytes"]
 
 
 def test_the_sides_of_attention_compute_the_same(monkeypatch):

@@ -98,6 +98,31 @@ bool run_linear(int64_t rows, int64_t columns) {
 }
 
 template <class T>
+bool run_quantized(int bits, int64_t batch, int64_t rows, int64_t columns) {
+  const int64_t blocks = (columns + 127) / 128, bytes = bits == 8 ? rows * columns : rows * blocks * 64;
+  const auto weight = std::make_unique<uint8_t[]>(size_t(bytes));
+  for (int64_t i = 0; i < bytes; i++) weight[i] = uint8_t(random_bits());
+  const auto scale = numbers<float>(rows);
+  const auto scales = numbers<bfloat16>(rows * blocks * 4), offsets = numbers<bfloat16>(rows * blocks * 4);
+  const auto bias = numbers<T>(rows), x = numbers<T>(batch * columns), y = numbers<T>(batch * rows), w = numbers<T>(rows * columns);
+  const void* scale_of = bits == 8 ? (const void*)scale.get() : scales.get();
+  QuantizedLinear f = {bits, batch, rows, columns, 2, weight.get(), scale_of, offsets.get(), bias.get(), x.get(), y.get()};
+  if (!kernels.quantized_linear(element_of<T>, f)) return false;
+  f.y = w.get();
+  kernels.dequantize(element_of<T>, f);
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t r = 0; r < rows; r++) {
+      double sum = STRIPEDRAG_ISA::widen(bias[r]), size = 1;
+      for (int64_t i = 0; i < columns; i++) {
+        const double product = double(STRIPEDRAG_ISA::widen(w[r * columns + i])) * STRIPEDRAG_ISA::widen(x[b * columns + i]);
+        sum += product, size += std::abs(product);
+      }
+      if (!(std::abs(sum - STRIPEDRAG_ISA::widen(y[b * rows + r])) <= 1e-2 * size)) return false;
+    }
+  return true;
+}
+
+template <class T>
 bool run_rows(int64_t rows, int64_t columns) {
   using W = STRIPEDRAG_ISA::Work<T>;
   const int64_t count = rows * columns;
@@ -149,6 +174,9 @@ int main() {
     }
   for (const int64_t columns : {1, 31, 33, 576})
     if (!run_linear<float>(37, columns) || !run_linear<bfloat16>(300, columns)) return 1;
+  for (const int64_t columns : {1, 31, 33, 576, 4700})  // the last is long: rows of the weight go by fours
+    for (const int bits : {8, 4})
+      if (!run_quantized<float>(bits, 1, 7, columns) || !run_quantized<bfloat16>(bits, 3, 9, columns)) return 1;
   for (const int64_t columns : {1, 31, 33, 576})
     if (!run_rows<float>(70, columns) || !run_rows<bfloat16>(5, columns) || !run_rows<double>(3, columns)) return 1;
   return 0;

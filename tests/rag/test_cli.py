@@ -31,7 +31,8 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", ["setup", "index", "delete", "compact", "verify", "ask", "warm", "retrieve", "doctor", "bench"]
+    "command",
+    ["setup", "index", "delete", "compact", "verify", "quantize", "ask", "warm", "retrieve", "doctor", "bench"],
 )
 def test_every_command_has_help(command):
     result = called(command, "--help")
@@ -89,6 +90,27 @@ def test_index_then_ask_then_retrieve(tmp_path, articles, tiny_folder):
     assert refused.returncode == 0, refused.stderr
     assert refused.stdout.startswith("not in the documents\n\n  (by the model: the passages below lack the answer")
     assert "[1]" not in refused.stdout
+
+    small = tmp_path / "small"
+    made = called("quantize", tiny_folder, "--to", small, "--as", "int4", "--json")
+    assert made.returncode == 0, made.stderr
+    assert (
+        0 <= sum(file.stat().st_size for file in small.glob("*.safetensors")) - json.loads(made.stdout)["bytes"] < 2e4
+    )
+    assert json.loads((small / "config.json").read_text())["quantization_config"]["bits"] == 4
+    ask = "ask", index, "What is the capital of Poland?", "--answer-tokens", 8, "--json"
+    texts = [
+        json.loads(called(*ask, *options).stdout)["text"]
+        for options in (("--model", small), ("--model", tiny_folder, "--quantize", "int4"))
+    ]
+    assert texts[0] == texts[1]
+    for wrong, message in (
+        (("quantize", tiny_folder, "--to", small), "is there already; name a folder that is not"),
+        ((*ask, "--model", small, "--quantize", "int8"), "are quantized already; load it without int8"),
+        ((*ask, "--model", tiny_folder, "--quantize", "int2"), "quantize is 'int2'; weights can be int8 or int4"),
+    ):
+        refused = called(*wrong)
+        assert refused.returncode == 2 and message in refused.stderr
 
     result = called("retrieve", index, "capital of Poland", "--budget-tokens", 100, "--json")
     context = json.loads(result.stdout)
@@ -194,7 +216,8 @@ def test_doctor_reports_one_object():
         (("index", "nowhere", "--to", "x"), "No such file or directory"),
         (
             ("bench", "nothing"),
-            "no bench 'nothing'; there is attention, context, decode, embed, filter, generate, layer, load, memory",
+            "no bench 'nothing'; there is attention, context, decode, embed, filter, generate, layer, load, memory, "
+            "quantize",
         ),
         (("bench", "generate", "--repeats", "0"), "repeats is 0; it is at least 1"),
         (("index", sys.executable, "--to", f"{__file__}/x"), "cannot read"),

@@ -1,0 +1,151 @@
+"""Models whose linear layers have weights of 8 or 4 bits, by transformers' own way of quantizing while it loads.
+
+A checkpoint's tensors are read one by one, and each becomes small before the next is read; so a model needs the memory
+of what it becomes. What is no linear layer, as embeddings, norms and the filters' poles and residues, stays as it is.
+"""
+
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from stripedrag.errors import UsageError
+from stripedrag.kernels import quantized
+from stripedrag.kernels.quantized import QuantizedWeight
+
+METHOD = "stripedrag"
+Quantization = Literal["int8", "int4"]
+QUANTIZATIONS: dict[str, int] = {"int8": 8, "int4": 4}
+
+
+@register_quantization_config(METHOD)
+class QuantizationConfig(QuantizationConfigMixin):
+    """What config.json says of weights with `bits` 8 or 4. Raises `UsageError` for others."""
+
+    def __init__(self, bits: int = 8, **kwargs: Any) -> None:
+        del kwargs  # what transformers writes beside it
+        if bits not in quantized.BITS:
+            raise UsageError(f"bits is {bits!r}; weights are quantized to 8 or 4")
+        self.quant_method, self.bits = METHOD, bits
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is a `QuantizedWeight`; only its bias has the model's dtype."""
+
+    weight: nn.Parameter
+    scale: nn.Parameter
+    offset: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.set_weight(quantized.empty(out_features, in_features, bits))
+
+    def set_weight(self, weight: QuantizedWeight) -> None:
+        """Take the tensors of another weight of the same shape."""
+        self.register_parameter("offset", None)
+        for name, tensor in _tensors(weight).items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, out) for x (…, in)."""
+        return quantized.linear(x, QuantizedWeight(self.weight, self.scale, self.offset, self.in_features), self.bias)
+
+    def extra_repr(self) -> str:
+        """What torch prints of it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move the parameters, but cast none except the bias."""
+        kept = self.weight, self.scale, self.offset
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            is_kept = any(tensor is one for one in kept) and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if is_kept else moved
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+@register_quantizer(METHOD)
+class Quantizer(HfQuantizer):
+    """Puts `QuantizedLinear` in the place of every linear layer, for any model of transformers."""
+
+    quantization_config: QuantizationConfig
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor of the checkpoint is the weight of such a layer."""
+        del kwargs
+        module, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What makes a weight small."""
+        return _Quantize(self.quantization_config.bits)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtypes of a checkpoint that is quantized already are those of its modules."""
+        del converter, param
+        return dtype
+
+    def is_serializable(self) -> bool:
+        """It can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Its weights are not trained."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` takes it."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        del kwargs
+        tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not tied:
+                model.set_submodule(name, self._empty(module))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """A tied output becomes a small copy: the embedding is read a row at a time, the output whole."""
+        del kwargs
+        output = model.get_output_embeddings()
+        if isinstance(output, nn.Linear):
+            small = self._empty(output)
+            small.set_weight(quantized.quantize(output.weight, self.quantization_config.bits))
+            model.set_output_embeddings(small)
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = {}
+        return model
+
+    def _empty(self, module: nn.Linear) -> QuantizedLinear:
+        with torch.device("meta"):
+            bits, bias = self.quantization_config.bits, module.bias is not None
+            return QuantizedLinear(module.in_features, module.out_features, bits, bias)
+
+
+class _Quantize(ConversionOps):
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
+        del kwargs
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        module = full_layer_name.removesuffix("weight")
+        return {module + name: tensor for name, tensor in _tensors(quantized.quantize(weight, self.bits)).items()}
+
+
+def _tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    names = ("weight", "scale", "offset")
+    return {name: tensor for name, tensor in zip(names, weight[:3], strict=True) if tensor is not None}

@@ -1,0 +1,150 @@
+"""Models with weights of 8 and 4 bits, through transformers' own loading and saving."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from stripedrag.errors import CheckpointError, UsageError
+from stripedrag.kernels import quantized
+from stripedrag.kernels.quantized import QuantizedWeight, dequantize
+from stripedrag.model import StripedHyenaForCausalLM, modeling
+from stripedrag.model.loading import load_model, save_quantized
+from stripedrag.model.quantization import QuantizationConfig, QuantizedLinear
+from stripedrag.model.smollm2 import STRIPED
+
+BITS = quantized.BITS
+
+
+def load(folder, bits=None, dtype=torch.float32):
+    kind = {} if bits is None else {"quantization_config": QuantizationConfig(bits)}
+    return StripedHyenaForCausalLM.from_pretrained(folder, dtype=dtype, **kind).eval()
+
+
+def stored(module):
+    return QuantizedWeight(module.weight, module.scale, module.offset, module.in_features)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_linear_layers_are_quantized_and_nothing_else(golden, tmp_path, bits):
+    folder = golden.write(tmp_path / golden.name)
+    plain, small = load(folder), load(folder, bits)
+    modules = dict(small.named_modules())
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear):
+            assert isinstance(modules[name], QuantizedLinear)
+            expected = quantized.quantize(module.weight, bits)
+            for got, wanted in zip(stored(modules[name])[:3], expected[:3], strict=True):
+                assert (got is None and wanted is None) or torch.equal(got, wanted)
+            assert module.bias is None or torch.equal(module.bias, modules[name].bias)
+    parameters = dict(small.named_parameters())
+    kept = [name for name, tensor in plain.named_parameters() if tensor.ndim != 2 or "embedding" in name]
+    assert any("poles" in name for name in kept)
+    for name in kept:
+        assert torch.equal(plain.get_parameter(name), parameters[name]), name
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_it_computes_what_its_weights_stand_for(golden, tmp_path, bits):
+    folder = golden.write(tmp_path / golden.name)
+    small, same = load(folder, bits), load(folder)
+    for name, module in small.named_modules():
+        if isinstance(module, QuantizedLinear):
+            same.get_submodule(name).weight = nn.Parameter(dequantize(stored(module), torch.float32))
+    with torch.no_grad():
+        one, other = small(golden.ids).logits, same(golden.ids).logits
+        step, same_step = (m.generate(golden.ids[:1], max_new_tokens=6, do_sample=False) for m in (small, same))
+    assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+    assert torch.equal(step, same_step)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_is_loaded_alike(golden, tmp_path, bits, dtype):
+    small = load(golden.write(tmp_path / "plain"), bits, dtype)
+    small.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=dtype).eval()
+    with torch.no_grad():
+        assert torch.equal(small(golden.ids).logits, again(golden.ids).logits)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["quantization_config"] == {"bits": bits, "quant_method": "stripedrag"}
+    assert sum(p.nbytes for p in again.parameters()) == sum(p.nbytes for p in small.parameters())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_cast_of_the_whole_model_casts_no_stored_number(golden, tmp_path, bits):
+    small = load(golden.write(tmp_path / "plain"), bits)
+    before = {name: stored(m) for name, m in small.named_modules() if isinstance(m, QuantizedLinear)}
+    small.to(torch.bfloat16)
+    assert small.dtype == torch.bfloat16
+    for name, weight in before.items():
+        after = stored(small.get_submodule(name))
+        assert all(a is b or torch.equal(a, b) for a, b in zip(weight[:3], after[:3], strict=True))
+    with torch.no_grad():
+        assert small(golden.ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_transformer_is_quantized_too_also_where_its_output_is_tied(tmp_path, bits):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=70, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    ids = torch.arange(20).unsqueeze(0)
+    kind = QuantizationConfig(bits)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", quantization_config=kind, dtype=torch.float32)
+    assert isinstance(small.lm_head, QuantizedLinear)
+    expected = quantized.quantize(small.model.embed_tokens.weight, bits)
+    assert torch.equal(small.lm_head.weight, expected.weight)
+    small.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(small(ids).logits, again(ids).logits)
+
+
+def test_weights_that_are_no_numbers_are_refused(sh_tiny, tmp_path):
+    for bits in BITS:
+        for bad in (torch.nan, torch.inf):
+            weights = {k: v.clone() for k, v in sh_tiny.weights.items()}
+            weights["blocks.0.mlp.l1.weight"][3, 5] = bad
+            with pytest.raises(
+                CheckpointError, match=r"infinite or no numbers in .*blocks\.0\.mlp\.l1\.(scale|offset)"
+            ):
+                load(sh_tiny.write(tmp_path / f"{bits}{bad}", weights=weights), bits)
+
+
+def test_weights_of_another_library_are_not_looked_at():
+    class Foreign(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError(func)
+
+    plain, foreign = torch.tensor([1.0, torch.nan]), torch.tensor([1.0]).as_subclass(Foreign)
+    assert not modeling._is_finite(plain) and not modeling._is_finite(nn.Parameter(plain))
+    assert modeling._is_finite(foreign)
+
+
+def test_other_bits_are_refused():
+    with pytest.raises(UsageError, match="bits is 3; weights are quantized to 8 or 4"):
+        QuantizationConfig(3)
+    with pytest.raises(UsageError, match="quantize is 'int2'; weights can be int8 or int4"):
+        load_model(STRIPED, quantize="int2")
+
+
+def test_a_model_is_written_small_and_read_as_any_other(tmp_path):
+    size = save_quantized(STRIPED, tmp_path / "small", "int8")
+    model, tokenizer = load_model(tmp_path / "small")
+    whole, _ = load_model(STRIPED, quantize="int8")
+    assert size == sum(p.nbytes for p in model.parameters())
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    with pytest.raises(UsageError, match="is there already; name a folder that is not"):
+        save_quantized(STRIPED, tmp_path / "small", "int8")
+    with pytest.raises(UsageError, match="are quantized already; load it without int4"):
+        load_model(tmp_path / "small", quantize="int4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]

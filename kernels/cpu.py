@@ -229,47 +229,85 @@ def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tens
     """`quantized.linear` for a few rows in float32 or bfloat16, or None where that is not what is asked for. A row's
     bits do not depend on the others.
     """
-    weight, columns = quantized.weight, quantized.columns
+    weight, scale, offset, columns = quantized
+    dtype, numbers = x.dtype, x.numel()
     if (
-        not _reads(quantized)
-        or not 0 < x.numel() <= _native.max_batch * columns
-        or x.dtype not in _ROW_DTYPES
+        _native is None
+        or not 0 < numbers <= _native.max_batch * columns
+        or (dtype is not torch.bfloat16 and dtype is not torch.float32)
+        or type(x) is not Tensor
         or torch.is_grad_enabled()
-        or not (_is_ordinary(x) and x.is_cpu and x.is_contiguous())
+        or not (x.is_cpu and x.is_contiguous())
+        or x.shape[-1:] != (columns,)
         or torch.is_autocast_enabled("cpu")
-        or not (bias is None or (_is_ordinary(bias) and bias.dtype is x.dtype and bias.is_cpu and bias.is_contiguous()))
+        or not _reads(weight, scale, offset, columns)
+        or x.is_neg()
     ):
         return None
-    y = x.new_empty(*x.shape[:-1], len(weight))
-    addresses = 0 if bias is None else bias.data_ptr(), x.data_ptr(), y.data_ptr()
-    _native.quantized_linear(*_quantized_arguments(quantized, x.dtype), x.numel() // columns, *addresses)
+    rows, added = len(weight), 0
+    if bias is not None:
+        if not (_is_ordinary(bias) and bias.dtype is dtype and bias.is_cpu and bias.is_contiguous()):
+            return None
+        if bias.shape != (rows,):
+            return None
+        added = bias.data_ptr()
+    y = x.new_empty(*x.shape[:-1], rows)
+    arguments = _quantized_arguments(dtype, weight, scale, offset, columns)
+    _native.quantized_linear(*arguments, numbers // columns, added, x.data_ptr(), y.data_ptr())
     return y
 
 
 def dequantize_at_once(quantized: "QuantizedWeight", dtype: torch.dtype) -> Tensor | None:
     """`quantized.dequantize` to float32 or bfloat16, or None where that is not what is asked for."""
-    if dtype not in _ROW_DTYPES or not _reads(quantized):
+    if dtype not in _ROW_DTYPES or not _reads(*quantized):
         return None
     w = quantized.weight.new_empty(len(quantized.weight), quantized.columns, dtype=dtype)
-    _native.dequantize(*_quantized_arguments(quantized, dtype), w.data_ptr())
+    _native.dequantize(*_quantized_arguments(dtype, *quantized), w.data_ptr())
     return w
 
 
-def _reads(quantized: "QuantizedWeight") -> bool:
-    weight, scale, offset, _ = quantized
-    dtypes = (weight.dtype, scale.dtype, None if offset is None else offset.dtype)
+def quantize_at_once(weight: Tensor, to: "QuantizedWeight", refits: int) -> bool:
+    """Whether `weight` (out, in), float32 or bfloat16, was written to a weight of 4 bits."""
+    if weight.dtype not in _ROW_DTYPES or to.offset is None or not _reads(*to):
+        return False
+    if not (_is_ordinary(weight) and weight.is_cpu and weight.is_contiguous()):
+        return False
+    sizes = *weight.shape, torch.get_num_threads(), refits
+    addresses = (tensor.data_ptr() for tensor in (weight, *to[:3]) if tensor is not None)
+    _native.quantize(_ELEMENTS[weight.dtype], *sizes, *addresses)
+    return True
+
+
+def _reads(weight: Tensor, scale: Tensor, offset: Tensor | None, columns: int) -> bool:
+    """Whether these are the tensors of a `QuantizedWeight`, as the extension can be given them."""
+    if _native is None or _is_watched():
+        return False
+    rows = len(weight)
+    if offset is None:
+        fits = weight.dtype is torch.int8 and scale.dtype is torch.float32
+        fits = fits and weight.shape == (rows, columns) and scale.shape == (rows,)
+    else:
+        blocks = -(-columns // 128)
+        fits = weight.dtype is torch.int16 and scale.dtype is offset.dtype is torch.bfloat16
+        fits = fits and weight.shape == (rows, blocks, 32) and scale.shape == offset.shape == (rows, 4 * blocks)
+        fits = fits and offset.is_cpu and offset.is_contiguous() and _is_ordinary(offset)
     return (
-        _native is not None
-        and not _is_watched()
-        and dtypes in ((torch.int8, torch.float32, None), (torch.int16, torch.bfloat16, torch.bfloat16))
-        and all(t is None or (_is_ordinary(t) and t.is_cpu and t.is_contiguous()) for t in quantized[:3])
+        fits
+        and weight.is_cpu
+        and scale.is_cpu
+        and weight.is_contiguous()
+        and scale.is_contiguous()
+        and _is_ordinary(weight)
+        and _is_ordinary(scale)
     )
 
 
-def _quantized_arguments(quantized: "QuantizedWeight", dtype: torch.dtype) -> tuple[int, ...]:
-    weight, scale, offset, columns = quantized
-    sizes = quantized.bits, len(weight), columns, torch.get_num_threads()
-    return (_ELEMENTS[dtype], *sizes, weight.data_ptr(), scale.data_ptr(), 0 if offset is None else offset.data_ptr())
+def _quantized_arguments(
+    dtype: torch.dtype, weight: Tensor, scale: Tensor, offset: Tensor | None, columns: int
+) -> tuple[int, ...]:
+    bits, offsets = (8, 0) if offset is None else (4, offset.data_ptr())
+    sizes = len(weight), columns, torch.get_num_threads()
+    return (_ELEMENTS[dtype], bits, *sizes, weight.data_ptr(), scale.data_ptr(), offsets)
 
 
 def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

@@ -67,6 +67,8 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
         raise ValueError(f"the weight is {weight.dtype} of shape {tuple(weight.shape)}; it is (out, in), floating")
     with weight.device:
         made = empty(weight.shape[0], weight.shape[1], bits)
+    if cpu.quantize_at_once(weight, made, _REFITS):
+        return made
     rows = max(1, _QUANTIZED_AT_ONCE // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         some = slice(start, start + rows)
@@ -99,11 +101,11 @@ def linear(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None = None) ->
     Raises:
         ValueError: x of another width.
     """
-    if x.ndim == 0 or x.shape[-1] != quantized.columns:
-        raise ValueError(f"x has shape {tuple(x.shape)}; for this weight it is (…, {quantized.columns})")
     y = cpu.quantized_linear_at_once(x, quantized, bias)
     if y is not None:
         return y
+    if x.ndim == 0 or x.shape[-1] != quantized.columns:
+        raise ValueError(f"x has shape {tuple(x.shape)}; for this weight it is (…, {quantized.columns})")
     rows = quantized.weight.shape[0]
     some = max(1, _TILE_BYTES // (x.element_size() * quantized.columns))
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or some >= rows or not x.is_cpu:
@@ -130,7 +132,7 @@ def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = groups.aminmax(dim=-1, keepdim=True)
     offset, scale = low, (high - low) / _LEVELS
     least = torch.full_like(low, torch.inf)
-    best: tuple[Tensor, ...] = torch.empty_like(groups), scale, offset
+    best: tuple[Tensor, ...] = torch.zeros_like(groups), scale, offset
     for _ in range(_REFITS + 1):
         offset, scale = offset.bfloat16().float(), scale.bfloat16().float()
         q = ((groups - offset) / _divisor(scale)).round_().clamp_(0, _LEVELS)

@@ -44,7 +44,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
         self.set_weight(quantized.empty(out_features, in_features, bits))
 
     def set_weight(self, weight: QuantizedWeight) -> None:
@@ -55,7 +55,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, out) for x (…, in)."""
-        return quantized.linear(x, QuantizedWeight(self.weight, self.scale, self.offset, self.in_features), self.bias)
+        own: Any = self._parameters  # looked up at once: a decode step takes two hundred of these in some milliseconds
+        weight = QuantizedWeight(own["weight"], own["scale"], own["offset"], self.in_features)
+        return quantized.linear(x, weight, own["bias"])
 
     def extra_repr(self) -> str:
         """What torch prints of it."""

@@ -47,6 +47,10 @@ void run_dequantize(Element element, const QuantizedLinear& f) {
   if (element == Element::bfloat16) return dequantize<bfloat16>(f);
   dequantize<float>(f);
 }
+void run_quantize(Element element, const Quantize& f) {
+  if (element == Element::bfloat16) return quantize_int4<bfloat16>(f);
+  quantize_int4<float>(f);
+}
 bool run_norm(Element element, const Norm& f) {
   return by_element(element, [&](auto t) { return norm<decltype(t)>(f); });
 }
@@ -74,8 +78,8 @@ int64_t checkpoint_numbers(Element element, const Shape& shape) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {run_filter,     run_gradient, run_step,          run_linear, run_quantized_linear,
-                         run_dequantize, run_norm,     run_norm_gradient, run_gate,   run_gate_gradient,
-                         checkpoint_numbers};
+const Kernels kernels = {run_filter,     run_gradient, run_step, run_linear,        run_quantized_linear,
+                         run_dequantize, run_quantize, run_norm, run_norm_gradient, run_gate,
+                         run_gate_gradient, checkpoint_numbers};
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -230,6 +230,12 @@ void run_dequantize(int element, int bits, int64_t rows, int64_t columns, int th
   run_kernel(true, [&] { chosen->kernels->dequantize(Element(element), f); });
 }
 
+void run_quantize(int element, int64_t rows, int64_t columns, int threads, int refits, uintptr_t from, uintptr_t weight,
+                  uintptr_t scale, uintptr_t offset) {
+  const Quantize f = {rows, columns, threads, refits, at<void>(from), at<void>(weight), at<void>(scale), at<void>(offset)};
+  run_kernel(true, [&] { chosen->kernels->quantize(Element(element), f); });
+}
+
 void run_norm(int element, int64_t rows, int64_t columns, int threads, double eps, bool scale_is_wide, uintptr_t x,
               uintptr_t scale, uintptr_t y) {
   const Norm f = {rows, columns, threads, eps, scale_is_wide, at<void>(x), at<void>(scale), at<void>(y)};
@@ -284,6 +290,7 @@ NB_MODULE(_native, m) {
   m.def("quantized_linear", &run_quantized_linear);
   m.attr("max_batch") = kMaxBatch;
   m.def("dequantize", &run_dequantize);
+  m.def("quantize", &run_quantize);
   m.def("norm", &run_norm);
   m.def("norm_gradient", &run_norm_gradient);
   if (attention != nullptr)

@@ -97,6 +97,14 @@ struct QuantizedLinear {
   void* y;                              // (batch, rows)
 };
 
+// Weights of 4 bits from float32 or bfloat16.
+struct Quantize {
+  int64_t rows, columns;
+  int threads, refits;  // how often the line on which a group's levels lie is fitted again
+  const void* from;     // (rows, columns)
+  void *weight, *scale, *offset;
+};
+
 // RMSNorm: y = x / sqrt(mean(x²) + eps) · scale, row by row.
 struct Norm {
   int64_t rows, columns;
@@ -145,6 +153,7 @@ struct Kernels {
   bool (*linear)(Element, const Linear&);
   bool (*quantized_linear)(Element, const QuantizedLinear&);
   void (*dequantize)(Element, const QuantizedLinear&);
+  void (*quantize)(Element, const Quantize&);
   bool (*norm)(Element, const Norm&);
   bool (*norm_gradient)(Element, const NormGradient&);
   void (*gate)(Element, const Gate&);

@@ -174,4 +174,89 @@ static void dequantize_int4(const QuantizedLinear& f) {
   }
 }
 
+// A group of columns, and its levels: those between its ends first, then by turns those on the line that fits what was
+// rounded to them best; of all these what has the least squared error. `q` are the numbers of the levels.
+struct Group {
+  static constexpr int kVectors = int(kGroupColumns) / kLanes<float>;
+  Floats w[kVectors], q[kVectors];
+  float scale, offset;
+
+  static STRIPEDRAG_INLINE_MEMBER float total(const Floats (&x)[kVectors]) {
+    Floats sum = x[0];
+    for (int v = 1; v < kVectors; v++) sum += x[v];
+    return sum_of(sum);
+  }
+
+  STRIPEDRAG_INLINE_MEMBER void fit(int refits) {
+    constexpr float kLevels = 15, kToWhole = 12582912;  // 1.5 times 2^23: added and taken away it rounds
+    Floats low = w[0], high = w[0], none = w[0] * 0.0f;
+    for (int v = 1; v < kVectors; v++) {
+      low = w[v] < low ? w[v] : low, high = w[v] > high ? w[v] : high;
+      none += w[v] * 0.0f;
+    }
+    float ends[2] = {low[0], high[0]};
+    for (int lane = 1; lane < kLanes<float>; lane++) {
+      ends[0] = low[lane] < ends[0] ? low[lane] : ends[0];
+      ends[1] = high[lane] > ends[1] ? high[lane] : ends[1];
+    }
+    const float nothing = sum_of(none);  // not 0 where a number is infinite or none
+    float next_offset = ends[0] + nothing, next_scale = (ends[1] - ends[0]) / kLevels + nothing;
+    float least = __builtin_inff();
+    scale = next_scale, offset = next_offset;
+    for (Floats& level : q) level = Floats{};
+    for (int round = 0; round <= refits; round++) {
+      const float s = widen(narrow<bfloat16>(next_scale)), o = widen(narrow<bfloat16>(next_offset));
+      Floats level[kVectors], error[kVectors];
+      for (int v = 0; v < kVectors; v++) {
+        const Floats place = (w[v] - o) / (s == 0 ? 1 : s);
+        const Floats inside = place < 0.0f ? Floats{} : place > kLevels ? Floats{} + kLevels : place;
+        level[v] = (inside + kToWhole) - kToWhole;
+        error[v] = level[v] * s + o - w[v];
+        error[v] *= error[v];
+      }
+      if (const float sum = total(error); sum < least) {
+        least = sum, scale = s, offset = o;
+        memcpy(q, level, sizeof q);
+      }
+      const float middle = total(w) / kGroupColumns, level_middle = total(level) / kGroupColumns;
+      Floats squares[kVectors], products[kVectors];
+      for (int v = 0; v < kVectors; v++) {
+        const Floats away = level[v] - level_middle;
+        squares[v] = away * away, products[v] = away * w[v];
+      }
+      const float spread = total(squares);
+      next_scale = total(products) / (spread == 0 ? 1 : spread);
+      next_offset = middle - next_scale * level_middle;
+    }
+  }
+};
+
+template <class T>
+static void quantize_int4(const Quantize& f) {
+  const int64_t blocks = divide_up(f.columns, kBlockColumns);
+#pragma omp parallel for schedule(static) num_threads(f.threads) if (f.threads > 1)
+  for (int64_t row = 0; row < f.rows; row++) {
+    const T* from = static_cast<const T*>(f.from) + row * f.columns;
+    for (int64_t block = 0; block < blocks; block++) {
+      uint16_t words[kGroupColumns] = {};
+      for (int j = 0; j < kBlockGroups; j++) {
+        alignas(kVectorBytes) float numbers[kGroupColumns];
+        for (int64_t i = 0; i < kGroupColumns; i++) {
+          const int64_t column = block * kBlockColumns + j * kGroupColumns + i;
+          numbers[i] = widen(from[smaller(column, f.columns - 1)]);  // the last again, which widens no group's range
+        }
+        Group group;
+        memcpy(group.w, numbers, sizeof numbers);
+        group.fit(f.refits);
+        memcpy(numbers, group.q, sizeof numbers);
+        for (int64_t i = 0; i < kGroupColumns; i++) words[i] = uint16_t(words[i] | int(numbers[i]) << (4 * j));
+        const int64_t at = (row * blocks + block) * kBlockGroups + j;
+        static_cast<bfloat16*>(f.scale)[at] = narrow<bfloat16>(group.scale);
+        static_cast<bfloat16*>(f.offset)[at] = narrow<bfloat16>(group.offset);
+      }
+      memcpy(static_cast<uint16_t*>(f.weight) + (row * blocks + block) * kGroupColumns, words, sizeof words);
+    }
+  }
+}
+
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -237,7 +237,7 @@ def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tens
         or (dtype is not torch.bfloat16 and dtype is not torch.float32)
         or type(x) is not Tensor
         or torch.is_grad_enabled()
-        or not (x.is_cpu and x.is_contiguous())
+        or not x.is_cpu
         or x.shape[-1:] != (columns,)
         or torch.is_autocast_enabled("cpu")
         or not _reads(weight, scale, offset, columns)
@@ -251,6 +251,7 @@ def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tens
         if bias.shape != (rows,):
             return None
         added = bias.data_ptr()
+    x = x.contiguous()  # a prompt's last rows are not
     y = x.new_empty(*x.shape[:-1], rows)
     arguments = _quantized_arguments(dtype, weight, scale, offset, columns)
     _native.quantized_linear(*arguments, numbers // columns, added, x.data_ptr(), y.data_ptr())

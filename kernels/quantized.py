@@ -4,11 +4,12 @@ A decode step does little but read weights, so it is sooner by what they have lo
 the stored numbers stand for, not of a rounded x.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stripedrag.kernels import cpu
 
@@ -27,7 +28,7 @@ class QuantizedWeight(NamedTuple):
     8 bits: `weight` (out, in) int8 and `scale` (out,) float32, whose product it is; no offset. 4 bits: `weight` (out,
     blocks, 32) int16, and `scale` and `offset` (out, 4 blocks) bfloat16, for every 32 columns; a number q from 0 to 15
     stands for scale · q + offset. A block is 128 columns: bits 4j to 4j + 3 of word i are column 32j + i. The last is
-    filled up with numbers that nothing reads.
+    filled up; what is there counts for nothing, but its scales and offsets are finite.
     """
 
     weight: Tensor
@@ -71,10 +72,11 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
         return made
     rows = max(1, _QUANTIZED_AT_ONCE // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
-        some = slice(start, start + rows)
-        for whole, part in zip(made[:3], (_to_int8 if bits == 8 else _to_int4)(weight[some].float()), strict=False):
-            assert whole is not None
-            whole[some] = part
+        part, wide = _rows(made, start, start + rows), weight[start : start + rows].float().contiguous()
+        if not cpu.quantize_at_once(wide, part, _REFITS):
+            for whole, some in zip(part[:3], _to_int8(wide) if bits == 8 else _to_int4(wide), strict=False):
+                assert whole is not None
+                whole.copy_(some)
     return made
 
 
@@ -96,34 +98,64 @@ def linear(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None = None) ->
     """x @ weight.T + bias: (…, out) for x (…, in), of any floating dtype.
 
     Up to 8 rows of float32 or bfloat16 on a CPU with the native kernels read the stored numbers; more rows multiply by
-    weights that are made wide again, some at a time. Differentiable in x alone.
+    weights that are made wide again, some at a time. Differentiable in x and the bias, once.
 
     Raises:
         ValueError: x of another width.
     """
-    y = cpu.quantized_linear_at_once(x, quantized, bias)
+    is_compiling = torch.compiler.is_compiling()
+    y = None if is_compiling else cpu.quantized_linear_at_once(x, quantized, bias)
     if y is not None:
         return y
     if x.ndim == 0 or x.shape[-1] != quantized.columns:
         raise ValueError(f"x has shape {tuple(x.shape)}; for this weight it is (…, {quantized.columns})")
+    if is_compiling or not x.is_cpu:
+        return F.linear(x, dequantize(quantized, x.dtype), bias)
+    if not torch.is_grad_enabled():
+        return _by_tiles(x, quantized, bias)
+    recorded: Tensor = _Linear.apply(x, quantized, bias)  # type: ignore[no-untyped-call]
+    return recorded
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps no wide weight for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.quantized = quantized
+        return _by_tiles(x, quantized, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        bias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dy @ dequantize(ctx.quantized, dy.dtype), None, bias
+
+
+def _by_tiles(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None) -> Tensor:
     rows = quantized.weight.shape[0]
     some = max(1, _TILE_BYTES // (x.element_size() * quantized.columns))
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or some >= rows or not x.is_cpu:
+    if some >= rows:
         return F.linear(x, dequantize(quantized, x.dtype), bias)
-    y = x.new_empty(*x.shape[:-1], rows)
+    y: Tensor | None = None
     for start in range(0, rows, some):
-        part = slice(start, start + some)
-        weight, scale, offset = (None if tensor is None else tensor[part] for tensor in quantized[:3])
-        assert weight is not None
-        assert scale is not None
-        wide = dequantize(QuantizedWeight(weight, scale, offset, quantized.columns), x.dtype)
-        y[..., part] = F.linear(x, wide, None if bias is None else bias[part])
+        wide = dequantize(_rows(quantized, start, start + some), x.dtype)
+        made = F.linear(x, wide, None if bias is None else bias[start : start + some])
+        if y is None:
+            y = made.new_empty(*made.shape[:-1], rows)
+        y[..., start : start + some] = made
+    assert y is not None
     return y
+
+
+def _rows(quantized: QuantizedWeight, start: int, end: int) -> QuantizedWeight:
+    weight, scale, offset, columns = quantized
+    return QuantizedWeight(weight[start:end], scale[start:end], None if offset is None else offset[start:end], columns)
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.abs().amax(1) / 127
-    return (weight / _divisor(scale)[:, None]).round().to(torch.int8), scale
+    return (weight / _divisor(scale)[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale  # of denormals, too
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,18 +165,19 @@ def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset, scale = low, (high - low) / _LEVELS
     least = torch.full_like(low, torch.inf)
     best: tuple[Tensor, ...] = torch.zeros_like(groups), scale, offset
-    for _ in range(_REFITS + 1):
+    for fit in range(_REFITS + 1):
         offset, scale = offset.bfloat16().float(), scale.bfloat16().float()
         q = ((groups - offset) / _divisor(scale)).round_().clamp_(0, _LEVELS)
         error = (q * scale + offset - groups).square_().sum(-1, keepdim=True)
-        best = tuple(torch.where(error < least, new, old) for new, old in zip((q, scale, offset), best, strict=True))
+        is_better = error < least if fit else torch.ones_like(error, dtype=torch.bool)
+        best = tuple(torch.where(is_better, new, old) for new, old in zip((q, scale, offset), best, strict=True))
         least = torch.minimum(error, least)
         middle, q_middle = groups.mean(-1, keepdim=True), q.mean(-1, keepdim=True)
         q -= q_middle
         scale = (q * groups).sum(-1, keepdim=True) / _divisor(q.square().sum(-1, keepdim=True))
         offset = middle - scale * q_middle
     q, scale, offset = best
-    nibbles = q.int().unflatten(1, (-1, _BLOCK_GROUPS)).unbind(2)
+    nibbles = q.nan_to_num().int().unflatten(1, (-1, _BLOCK_GROUPS)).unbind(2)
     words = sum(nibble << (4 * j) for j, nibble in enumerate(nibbles))
     assert isinstance(words, Tensor)
     words = words - ((words >> 15) << 16)  # as a signed number of 16 bits

@@ -92,6 +92,8 @@ STRIPEDRAG_INLINE void dot_int8(float (&dots)[R], const int8_t* q, const float* 
       const Floats with = floats(x + at);
       for (int r = 0; r < R; r++) sums[r][s] += floats(integers(q + r * columns + at)) * with;
     }
+  for (; i + kLanes<float> <= columns; i += kLanes<float>)
+    for (int r = 0; r < R; r++) sums[r][0] += floats(integers(q + r * columns + i)) * floats(x + i);
   for (int r = 0; r < R; r++) {
     float rest = 0;
     for (int64_t k = i; k < columns; k++) rest += float(q[r * columns + k]) * x[k];
@@ -111,18 +113,27 @@ static bool linear_int8(const QuantizedLinear& f) {
   return true;
 }
 
-// Of whole blocks, but for the offsets.
-STRIPEDRAG_INLINE float dot_int4(const uint16_t* words, const bfloat16* scales, const float* x, int64_t blocks) {
+// Of whole blocks; `x_sums` are those of x in each group.
+STRIPEDRAG_INLINE float dot_int4(const uint16_t* words, const bfloat16* scales, const bfloat16* offsets, const float* x,
+                                 const float* x_sums, int64_t blocks) {
+  typedef float Block __attribute__((vector_size(kBlockGroups * sizeof(float))));  // a number for each group
   Floats sums[kBlockGroups] = {};
-  for (int64_t block = 0; block < blocks; block++, words += kGroupColumns, scales += kBlockGroups, x += kBlockColumns) {
+  Block by_offsets = {};
+  for (int64_t block = 0; block < blocks; block++, words += kGroupColumns, x += kBlockColumns) {
     Floats groups[kBlockGroups] = {};
     for (int64_t i = 0; i < kGroupColumns; i += kLanes<float>) {
       const Integers word = integers(words + i);
       for (int j = 0; j < kBlockGroups; j++) groups[j] += floats((word >> (4 * j)) & 15) * floats(x + j * kGroupColumns + i);
     }
-    for (int j = 0; j < kBlockGroups; j++) sums[j] += groups[j] * widen(scales[j]);
+    Block offset, x_sum;
+    memcpy(&x_sum, x_sums + block * kBlockGroups, sizeof x_sum);
+    for (int j = 0; j < kBlockGroups; j++) {
+      sums[j] += groups[j] * widen(scales[block * kBlockGroups + j]);
+      offset[j] = widen(offsets[block * kBlockGroups + j]);
+    }
+    by_offsets += offset * x_sum;
   }
-  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((by_offsets[0] + by_offsets[1]) + (by_offsets[2] + by_offsets[3]));
 }
 
 template <class T>
@@ -139,8 +150,7 @@ static bool linear_int4(const QuantizedLinear& f) {
     const uint16_t* words = static_cast<const uint16_t*>(f.weight) + row * blocks * kGroupColumns;
     const bfloat16* scales = static_cast<const bfloat16*>(f.scale) + row * groups;
     const bfloat16* offsets = static_cast<const bfloat16*>(f.offset) + row * groups;
-    sums[0] = dot_int4(words, scales, x.begin() + b * blocks * kBlockColumns, blocks);
-    for (int64_t group = 0; group < groups; group++) sums[0] += widen(offsets[group]) * x_sums.begin()[b * groups + group];
+    sums[0] = dot_int4(words, scales, offsets, x.begin() + b * blocks * kBlockColumns, x_sums.begin() + b * groups, blocks);
   });
   return true;
 }
@@ -214,7 +224,7 @@ struct Group {
         error[v] = level[v] * s + o - w[v];
         error[v] *= error[v];
       }
-      if (const float sum = total(error); sum < least) {
+      if (const float sum = total(error); round == 0 || sum < least) {
         least = sum, scale = s, offset = o;
         memcpy(q, level, sizeof q);
       }

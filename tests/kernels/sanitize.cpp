@@ -105,6 +105,8 @@ bool run_quantized(int bits, int64_t batch, int64_t rows, int64_t columns) {
   const auto scale = numbers<float>(rows);
   const auto scales = numbers<bfloat16>(rows * blocks * 4), offsets = numbers<bfloat16>(rows * blocks * 4);
   const auto bias = numbers<T>(rows), x = numbers<T>(batch * columns), y = numbers<T>(batch * rows), w = numbers<T>(rows * columns);
+  const Quantize q = {rows, columns, 2, 3, w.get(), weight.get(), scales.get(), offsets.get()};
+  if (bits == 4) kernels.quantize(element_of<T>, q);
   const void* scale_of = bits == 8 ? (const void*)scale.get() : scales.get();
   QuantizedLinear f = {bits, batch, rows, columns, 2, weight.get(), scale_of, offsets.get(), bias.get(), x.get(), y.get()};
   if (!kernels.quantized_linear(element_of<T>, f)) return false;

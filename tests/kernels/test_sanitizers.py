@@ -22,14 +22,22 @@ if platform.machine() != "x86_64":
     "level", [pytest.param(level, marks=[pytest.mark.slow] if at else []) for at, level in enumerate(LEVELS)]
 )
 def test_odd_shapes_stay_within_their_arrays(level, tmp_path):
-    target = [] if level == "native" else [f"-march=x86-64-{level}"]
+    run("sanitize.cpp", level, [] if level == "native" else [f"-march=x86-64-{level}"], tmp_path)
+
+
+@pytest.mark.skipif(COMPILER is None or "avx512_bf16" not in FLAGS, reason="no compiler, or no AVX-512 BF16")
+def test_odd_shapes_of_4_bits_stay_within_their_arrays(tmp_path):
+    run("sanitize_bf16.cpp", "bf16", ["-march=x86-64-v4", "-mavx512bf16"], tmp_path)
+
+
+def run(source, level, target, tmp_path):
     program = tmp_path / "sanitize"
-    source = Path(__file__).with_name("sanitize.cpp")
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     options = ["-std=c++17", "-O0", "-g1", "-fopenmp", *target, *sanitizers, f"-DSTRIPEDRAG_ISA={level}", f"-I{NATIVE}"]
+    source = Path(__file__).with_name(source)
     subprocess.run([COMPILER, *options, str(source), "-o", str(program)], check=True, timeout=600)
     # The leak checker needs ptrace, which containers refuse.
-    run = subprocess.run(
+    done = subprocess.run(
         [str(program)],
         env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},
         capture_output=True,
@@ -37,4 +45,4 @@ def test_odd_shapes_stay_within_their_arrays(level, tmp_path):
         timeout=600,
         check=False,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
 
 @register_quantizer(METHOD)
 class Quantizer(HfQuantizer):
-    """Puts `QuantizedLinear` in the place of every linear layer, for any model of transformers."""
+    """Puts `QuantizedLinear` for every `nn.Linear`: right where a model only calls them, as StripedHyena and Llama."""
 
     quantization_config: QuantizationConfig
 

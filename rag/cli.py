@@ -61,7 +61,7 @@ WindowTokens = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="Make the weights 'int8' or 'int4' while they are read: less memory, sooner answers.",
+        help="Make the weights 'int8' or 'int4' while they are read: less memory, slower prompts; int4 costs quality.",
         metavar="int8|int4",
         show_default=False,
     ),

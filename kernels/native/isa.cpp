@@ -19,6 +19,12 @@ bool by_element(Element element, Of of) {
   return false;
 }
 
+// Of what takes float32 and bfloat16 alone.
+template <class Of>
+auto by_narrow_element(Element element, Of of) {
+  return element == Element::bfloat16 ? of(bfloat16{}) : of(float{});
+}
+
 bool run_filter(Element element, const Filter& f) {
   return by_element(element, [&](auto t) { return filter<decltype(t)>(f); });
 }
@@ -31,25 +37,20 @@ void run_step(Element element, const Step& s) {
 bool run_linear(Element element, const Linear& f) {
   return by_element(element, [&](auto t) { return linear<decltype(t)>(f); });
 }
-template <class T>
-bool quantized_linear(const QuantizedLinear& f) {
-  return f.bits == 8 ? linear_int8<T>(f) : linear_int4<T>(f);
-}
 bool run_quantized_linear(Element element, const QuantizedLinear& f) {
-  return element == Element::bfloat16 ? quantized_linear<bfloat16>(f) : quantized_linear<float>(f);
-}
-template <class T>
-void dequantize(const QuantizedLinear& f) {
-  if (f.bits == 8) return dequantize_int8<T>(f);
-  dequantize_int4<T>(f);
+  return by_narrow_element(element, [&](auto t) {
+    using T = decltype(t);
+    return f.bits == 8 ? linear_int8<T>(f) : linear_int4<T>(f);
+  });
 }
 void run_dequantize(Element element, const QuantizedLinear& f) {
-  if (element == Element::bfloat16) return dequantize<bfloat16>(f);
-  dequantize<float>(f);
+  by_narrow_element(element, [&](auto t) {
+    using T = decltype(t);
+    f.bits == 8 ? dequantize_int8<T>(f) : dequantize_int4<T>(f);
+  });
 }
 void run_quantize(Element element, const Quantize& f) {
-  if (element == Element::bfloat16) return quantize_int4<bfloat16>(f);
-  quantize_int4<float>(f);
+  by_narrow_element(element, [&](auto t) { quantize_int4<decltype(t)>(f); });
 }
 bool run_norm(Element element, const Norm& f) {
   return by_element(element, [&](auto t) { return norm<decltype(t)>(f); });
@@ -58,12 +59,10 @@ bool run_norm_gradient(Element element, const NormGradient& f) {
   return by_element(element, [&](auto t) { return norm_gradient<decltype(t)>(f); });
 }
 void run_gate(Element element, const Gate& f) {
-  if (element == Element::bfloat16) return gate<bfloat16>(f);
-  gate<float>(f);
+  by_narrow_element(element, [&](auto t) { gate<decltype(t)>(f); });
 }
 void run_gate_gradient(Element element, const GateGradient& f) {
-  if (element == Element::bfloat16) return gate_gradient<bfloat16>(f);
-  gate_gradient<float>(f);
+  by_narrow_element(element, [&](auto t) { gate_gradient<decltype(t)>(f); });
 }
 int64_t checkpoint_numbers(Element element, const Shape& shape) {
   int64_t numbers = 0;

@@ -211,6 +211,14 @@ def test_it_is_mapped_over_biases(bits, monkeypatch):
         assert_close(mapped, torch.stack([quantized.linear(x, q, bias) for bias in biases]), 1e-5)
 
 
+@pytest.mark.parametrize("bits", quantized.BITS)
+def test_function_transforms_see_it_as_torch(bits):
+    q, x = quantize(weight(6, 40), bits), torch.randn(3, 40)
+    w = dequantize(q, torch.float32)
+    assert_close(torch.func.vmap(lambda row: quantized.linear(row, q))(x), F.linear(x, w), 1e-5)
+    assert_close(torch.func.jvp(lambda x: quantized.linear(x, q), (x,), (x,))[1], F.linear(x, w), 1e-5)
+
+
 @native
 @pytest.mark.parametrize("bits", quantized.BITS)
 def test_a_few_rows_that_are_not_contiguous_are_read_as_stored(bits):

@@ -1,13 +1,17 @@
 """Models with weights of 8 and 4 bits, through transformers' own loading and saving."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from stripedrag.errors import CheckpointError, UsageError
+from stripedrag.errors import CheckpointError, StoreError, UsageError
 from stripedrag.kernels import quantized
 from stripedrag.kernels.quantized import QuantizedWeight, dequantize
 from stripedrag.model import StripedHyenaForCausalLM, modeling
@@ -117,6 +121,42 @@ def test_weights_that_are_no_numbers_are_refused(sh_tiny, tmp_path):
                 load(sh_tiny.write(tmp_path / f"{bits}{bad}", weights=weights), bits)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_misshapen_weight_is_named_before_and_after_it_is_small(sh_tiny, tmp_path, bits):
+    name = "blocks.0.mlp.l1.weight"
+    cut = {k: v[:, :-3].contiguous() if k == name else v for k, v in sh_tiny.weights.items()}
+    with pytest.raises(CheckpointError, match=rf"misshapen tensors: .*{name} \(.*\) for \("):
+        load(sh_tiny.write(tmp_path / "cut", weights=cut), bits)
+    load(sh_tiny.write(tmp_path / "whole"), bits).save_pretrained(tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    tensors[f"backbone.{name}"] = tensors[f"backbone.{name}"][:-1].contiguous()
+    save_file(tensors, tmp_path / "small" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"misshapen tensors: .*{name}"):
+        load(tmp_path / "small")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_stored_numbers_take_no_gradient(sh_tiny, tmp_path, bits):
+    load(sh_tiny.write(tmp_path / "plain"), bits).save_pretrained(tmp_path / "small")
+    for model in (load(tmp_path / "plain", bits), load(tmp_path / "small")):
+        layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        assert layers and not any(t.requires_grad for layer in layers for t in stored(layer)[:3] if t is not None)
+        model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+        assert model.get_input_embeddings().weight.grad is not None
+
+
+def test_a_folder_is_known_wherever_the_model_is(sh_tiny, tmp_path):
+    load(sh_tiny.write(tmp_path / "plain"), 8).save_pretrained(tmp_path / "small")
+    program = (
+        "import sys, stripedrag.model; from transformers import AutoModelForCausalLM;"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(model.backbone.unembed).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "small")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "QuantizedLinear", done.stderr
+
+
 def test_weights_of_another_library_are_not_looked_at():
     class Foreign(torch.Tensor):
         @classmethod
@@ -131,6 +171,8 @@ def test_weights_of_another_library_are_not_looked_at():
 def test_other_bits_are_refused():
     with pytest.raises(UsageError, match="bits is 3; weights are quantized to 8 or 4"):
         QuantizationConfig(3)
+    with pytest.raises(TypeError, match="bit"):
+        QuantizationConfig(bit=4)
     with pytest.raises(UsageError, match="quantize is 'int2'; weights can be int8 or int4"):
         load_model(STRIPED, quantize="int2")
 
@@ -148,3 +190,21 @@ def test_a_model_is_written_small_and_read_as_any_other(tmp_path):
     with pytest.raises(UsageError, match="are quantized already; load it without int4"):
         load_model(tmp_path / "small", quantize="int4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_what_a_killed_run_left_is_removed_and_what_cannot_be_written_is_told(tmp_path, monkeypatch):
+    (tmp_path / ".small.part").mkdir()
+    (tmp_path / ".small.part" / "model.safetensors").write_text("half")
+    save_quantized(STRIPED, tmp_path / "small", "int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"could not write .*file/small \(.*\)\. Free space there or name another"):
+        save_quantized(STRIPED, tmp_path / "file" / "small", "int8")
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(StripedHyenaForCausalLM, "save_pretrained", full)
+    with pytest.raises(StoreError, match=r"could not write .*other \(No space left on device"):
+        save_quantized(STRIPED, tmp_path / "other", "int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "small"]

@@ -116,6 +116,12 @@ def test_a_question_about_several_documents_shares_nothing(tmp_path):
         ).shared_tokens
 
 
+def test_a_budget_of_less_than_twice_ones_own_shares_nothing(index):
+    plain, shared = Retriever(index), Retriever(index, shared=0.8, own_tokens=400)
+    assert shared.retrieve(OXYGEN[0], budget_tokens=790) == plain.retrieve(OXYGEN[0], budget_tokens=790)
+    assert shared.retrieve(OXYGEN[0], budget_tokens=1000).shared_tokens
+
+
 def test_a_pipeline_shares_where_it_keeps_what_it_reads(index, tiny_model, tokenizer):
     from stripedrag.rag.context_cache import ContextCache
 

@@ -233,6 +233,7 @@ def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tens
     dtype, numbers = x.dtype, x.numel()
     if (
         _native is None
+        or is_watched()
         or not 0 < numbers <= _native.max_batch * columns
         or (dtype is not torch.bfloat16 and dtype is not torch.float32)
         or type(x) is not Tensor
@@ -260,7 +261,7 @@ def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tens
 
 def dequantize_at_once(quantized: "QuantizedWeight", dtype: torch.dtype) -> Tensor | None:
     """`quantized.dequantize` to float32 or bfloat16, or None where that is not what is asked for."""
-    if dtype not in _ROW_DTYPES or not _reads(quantized):
+    if dtype not in _ROW_DTYPES or is_watched() or not _reads(quantized):
         return None
     w = quantized.weight.new_empty(len(quantized.weight), quantized.columns, dtype=dtype)
     _native.dequantize(*_quantized_arguments(dtype, *quantized), w.data_ptr())
@@ -269,7 +270,7 @@ def dequantize_at_once(quantized: "QuantizedWeight", dtype: torch.dtype) -> Tens
 
 def quantize_at_once(weight: Tensor, to: "QuantizedWeight", refits: int) -> bool:
     """Whether `weight` (out, in), float32 or bfloat16, was written to a weight of 4 bits."""
-    if weight.dtype not in _ROW_DTYPES or to.offset is None or not _reads(to):
+    if weight.dtype not in _ROW_DTYPES or to.offset is None or is_watched() or not _reads(to):
         return False
     if not (_is_ordinary(weight) and weight.is_cpu and weight.is_contiguous()):
         return False
@@ -280,8 +281,8 @@ def quantize_at_once(weight: Tensor, to: "QuantizedWeight", refits: int) -> bool
 
 
 def _reads(quantized: "QuantizedWeight") -> bool:
-    """Whether the extension can be given the tensors as they are."""
-    if _native is None or is_watched() or not quantized.fits:
+    """Whether there is an extension, and it can be given the tensors as they are."""
+    if _native is None or not quantized.fits:
         return False
     weight, scale, offset, _ = quantized
     return (

@@ -116,13 +116,12 @@ def linear(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None = None) ->
     Raises:
         ValueError: x of another width.
     """
-    is_watched = cpu.is_watched()
-    y = None if is_watched else cpu.quantized_linear_at_once(x, quantized, bias)
+    y = cpu.quantized_linear_at_once(x, quantized, bias)
     if y is not None:
         return y
     if x.ndim == 0 or x.shape[-1] != quantized.columns:
         raise ValueError(f"x has shape {tuple(x.shape)}; for this weight it is (…, {quantized.columns})")
-    if is_watched or not x.is_cpu:
+    if cpu.is_watched() or not x.is_cpu:
         return F.linear(x, dequantize(quantized, x.dtype), bias)
     if not torch.is_grad_enabled():
         return _by_tiles(x, quantized, bias)

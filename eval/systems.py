@@ -65,7 +65,7 @@ class System(Protocol):
 
 class ModelSpec(Record):
     """A language model, as `load_model` names it, in the product's pipeline. `window_tokens` lowers the
-    window, or stretches it by YaRN.
+    window, or stretches it by YaRN; `quantize` makes its weights small.
 
     `baseline` names the entry of `BASELINES` whose window and template a model has that is given as a folder.
     `refuse_above` as in `Pipeline.open`.
@@ -77,6 +77,7 @@ class ModelSpec(Record):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?)$")
     window_tokens: int | None = Field(default=None, ge=1)
+    quantize: Literal["int8", "int4"] | None = None
     baseline: str | None = None
     refuse_above: float | None = Field(default=None, gt=0, le=1)
 
@@ -92,11 +93,6 @@ class ModelSpec(Record):
         if not known:
             raise ValueError(f"no baseline {baseline!r}; there is {', '.join(BASELINES)}")
         return baseline
-
-    @property
-    def known_as(self) -> str:
-        """The name by which its window and template are looked up."""
-        return self.baseline or self.model
 
     def open(self) -> "ModelSystem":
         """The system; its weights are read when its identity is asked for or it first performs."""
@@ -147,25 +143,36 @@ class ModelSystem:
             raise UsageError(f"system {self.name!r} asks for {self._spec.device}; there is no CUDA device here")
         dtype = None if self._spec.dtype is None else getattr(torch, self._spec.dtype)
         model, tokenizer = load_model(
-            self._spec.model, dtype=dtype, device=self._spec.device, window_tokens=self._spec.window_tokens
+            self._spec.model,
+            dtype=dtype,
+            device=self._spec.device,
+            window_tokens=self._spec.window_tokens,
+            quantize=self._spec.quantize,
         )
         with torch.no_grad():  # weights that are mapped from a file are read by their first use: no part of a sample
             model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device))
         return model, tokenizer
 
     @cached_property
+    def _known_as(self) -> str:
+        """The name by which its window, template and threshold are looked up."""
+        from stripedrag.model.baselines import known_as
+
+        return self._spec.baseline or known_as(self._loaded[0], self._spec.model)
+
+    @cached_property
     def _prompt(self) -> "PromptFormat":
         from stripedrag.model.baselines import template_options
         from stripedrag.rag.prompt import PromptFormat
 
-        return PromptFormat(self._loaded[1], template_options(self._spec.known_as))
+        return PromptFormat(self._loaded[1], template_options(self._known_as))
 
     @cached_property
     def window_tokens(self) -> int:
         """The model's window, or the lower one that the suite asks for."""
         from stripedrag.model.baselines import window_tokens
 
-        window = window_tokens(self._loaded[0], self._spec.known_as)
+        window = window_tokens(self._loaded[0], self._known_as)
         return min(window, self._spec.window_tokens or window)
 
     def identity(self) -> Mapping[str, Any]:
@@ -184,6 +191,7 @@ class ModelSystem:
             "model": self._spec.model,
             "files": {path.name: sha256(path.resolve()) for path in files},
             "dtype": str(model.dtype).removeprefix("torch."),
+            **({"quantize": self._spec.quantize} if self._spec.quantize else {}),
             "device": model.device.type,
             "backend": _backend(model),
             "window_tokens": self.window_tokens,
@@ -248,9 +256,11 @@ class ModelSystem:
 
     @cached_property
     def _refusal(self) -> "Refusal | None":
+        from stripedrag.model.quantization import quantization
         from stripedrag.rag.refusal import refusal_for
 
-        return refusal_for(self._spec.known_as, self._prompt, self._spec.refuse_above)
+        small = quantization(self._loaded[0])
+        return refusal_for(self._known_as, self._prompt, self._spec.refuse_above, bits=small and small.bits)
 
     @cached_property
     def _contexts(self) -> "ContextCache":

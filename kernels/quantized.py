@@ -23,12 +23,12 @@ _QUANTIZED_AT_ONCE = 1 << 17  # numbers, for the same reason
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight (out, in) as stored.
+    """A weight (out, in) as stored, on three axes: none passes for a weight of plain numbers.
 
-    8 bits: `weight` (out, in) int8 and `scale` (out,) float32, whose product it is; no offset. 4 bits: `weight` (out,
-    blocks, 32) int16, and `scale` and `offset` (out, 4 blocks) bfloat16, for every 32 columns; a number q from 0 to 15
-    stands for scale · q + offset. A block is 128 columns: bits 4j to 4j + 3 of word i are column 32j + i. The last is
-    filled up; what is there counts for nothing, but its scales and offsets are finite.
+    8 bits: `weight` (out, 1, in) int8 and `scale` (out,) float32, whose product it is; no offset. 4 bits: `weight`
+    (out, blocks, 32) int16, and `scale` and `offset` (out, 4 blocks) bfloat16, for every 32 columns; a number q from 0
+    to 15 stands for scale · q + offset. A block is 128 columns: bits 4j to 4j + 3 of word i are column 32j + i. The
+    last is filled up; what is there counts for nothing, but its scales and offsets are finite.
     """
 
     weight: Tensor
@@ -48,7 +48,7 @@ class QuantizedWeight(NamedTuple):
         rows = weight.shape[0]
         if offset is None:
             is_typed = weight.dtype is torch.int8 and scale.dtype is torch.float32
-            return is_typed and weight.shape == (rows, columns) and scale.shape == (rows,)
+            return is_typed and weight.shape == (rows, 1, columns) and scale.shape == (rows,)
         blocks = -(-columns // BLOCK_COLUMNS)
         is_typed = weight.dtype is torch.int16 and scale.dtype is offset.dtype is torch.bfloat16
         is_shaped = weight.shape == (rows, blocks, GROUP_COLUMNS)
@@ -59,7 +59,7 @@ def empty(rows: int, columns: int, bits: int) -> QuantizedWeight:
     """A weight of that shape whose numbers are not set, on torch's default device."""
     if bits == 8:
         return QuantizedWeight(
-            torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, dtype=torch.float32), None, columns
+            torch.empty(rows, 1, columns, dtype=torch.int8), torch.empty(rows, dtype=torch.float32), None, columns
         )
     blocks = -(-columns // BLOCK_COLUMNS)
     groups = (rows, _BLOCK_GROUPS * blocks)
@@ -100,7 +100,7 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         return w
     weight, scale, offset, columns = quantized
     if offset is None:
-        return (weight.float() * scale[:, None]).to(dtype)
+        return (weight.flatten(1).float() * scale[:, None]).to(dtype)
     shifts = 4 * torch.arange(_BLOCK_GROUPS, device=weight.device, dtype=torch.int32)
     q = (weight[:, :, None, :].int() >> shifts[:, None]) & _LEVELS
     wide = q * scale.float().view(*q.shape[:3], 1) + offset.float().view(*q.shape[:3], 1)
@@ -167,7 +167,8 @@ def _rows(quantized: QuantizedWeight, start: int, end: int) -> QuantizedWeight:
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.abs().amax(1) / 127
-    return (weight / _divisor(scale)[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale  # of denormals, too
+    rounded = (weight / _divisor(scale)[:, None]).round_().clamp_(-127, 127)  # which denormals' would pass
+    return rounded.to(torch.int8).unsqueeze(1), scale
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,6 +120,14 @@ def revision(name: str) -> str | None:
     return found.revision if found else None
 
 
+def known_as(model: "PreTrainedModel", name: str) -> str:
+    """The name by which what is known of a model is found: where it was made small, that of what it was made from."""
+    from stripedrag.model.quantization import quantization
+
+    kind = quantization(model)
+    return (kind and kind.origin) or name
+
+
 def template_options(name: str) -> Mapping[str, Any]:
     """Keyword arguments for the chat template of a baseline, by its name or hub id; none for any other model."""
     found = find(name)

@@ -62,7 +62,7 @@ def load_model(
         UsageError: a dtype that weights cannot have; no such model, one without a tokenizer, one whose positions
             cannot be stretched, or one that is quantized already where it is asked for.
     """
-    if quantize is not None and quantize not in QUANTIZATIONS:
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in QUANTIZATIONS):
         raise UsageError(f"quantize is {quantize!r}; weights can be {' or '.join(QUANTIZATIONS)}")
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype is {dtype}; weights are torch.float32, torch.bfloat16, torch.float16 or torch.float64")
@@ -75,6 +75,9 @@ def load_model(
     try:
         if window_tokens is not None and window_tokens < 1:
             raise UsageError(f"window_tokens is {window_tokens}; a window has at least 1")
+        stated = PreTrainedConfig.get_config_dict(source, **pinned)[0].get("quantization_config")
+        if not isinstance(stated, dict | None):
+            raise UsageError(f"the config of {source} has the quantization_config {stated!r}; it is an object")
         config = AutoConfig.from_pretrained(source, **pinned)
         if is_folder:
             _refuse_damaged(Path(source))
@@ -82,9 +85,10 @@ def load_model(
         # a StripedHyena refuses what does not fit by itself; of others transformers leaves it random
         options: dict[str, Any] = {} if isinstance(config, StripedHyenaConfig) else {"ignore_mismatched_sizes": True}
         if quantize is not None:
-            if getattr(config, "quantization_config", None) is not None:
+            if stated is not None:
                 raise UsageError(f"the weights of {name_or_path} are quantized already; load it without {quantize}")
-            options["quantization_config"] = QuantizationConfig(QUANTIZATIONS[quantize])
+            origin = str(name_or_path) if name_or_path in PREPARED or find(str(name_or_path)) else None
+            options["quantization_config"] = QuantizationConfig(QUANTIZATIONS[quantize], origin)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, **pinned, **options
         )
@@ -156,7 +160,9 @@ def save_quantized(name_or_path: str | os.PathLike[str], to: str | os.PathLike[s
             if scratch.exists():  # of a process that was killed
                 shutil.rmtree(scratch)
             scratch.mkdir(parents=True)
-        model, tokenizer = load_model(name_or_path, device="cpu", quantize=quantize)
+        config = AutoConfig.from_pretrained(_source(name_or_path), revision=revision(str(name_or_path)) or "main")
+        dtype = config.dtype or torch.float32  # the checkpoint's, whatever this machine is fast in
+        model, tokenizer = load_model(name_or_path, dtype=dtype, device="cpu", quantize=quantize)
         with _writing(target):
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
@@ -253,7 +259,7 @@ def _reads_bytes(config: PreTrainedConfig) -> bool:
 
 # what transformers raises of a damaged folder
 _DAMAGES = (
-    *(OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
+    *(OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, ImportError),
     *(SafetensorError, StrictDataclassError),
 )
 

@@ -19,18 +19,34 @@ from stripedrag.kernels import quantized
 from stripedrag.kernels.quantized import QuantizedWeight
 
 METHOD = "stripedrag"
+# The kinds of models that only call their linear layers: a Mamba computes with their weights, a Mixtral's experts are
+# none, and both would give nonsense, or stay large.
+KINDS = ("stripedhyena", "llama", "mistral", "qwen2", "qwen3", "lfm2")
 Quantization = Literal["int8", "int4"]
 QUANTIZATIONS: dict[str, int] = {"int8": 8, "int4": 4}
 
 
 @register_quantization_config(METHOD)
 class QuantizationConfig(QuantizationConfigMixin):
-    """What config.json says of weights with `bits` 8 or 4. Raises `UsageError` for others."""
+    """What config.json says of weights with `bits` 8 or 4, and the known model that they are of, where it is one.
 
-    def __init__(self, bits: int = 8, quant_method: str = METHOD) -> None:
+    Raises `UsageError` for other bits.
+    """
+
+    def __init__(self, bits: int = 8, origin: str | None = None, quant_method: str = METHOD) -> None:
         if bits not in quantized.BITS:
             raise UsageError(f"bits is {bits!r}; weights are quantized to 8 or 4")
-        self.quant_method, self.bits = quant_method, bits
+        self.quant_method, self.bits, self.origin = quant_method, bits, origin
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written of it."""
+        return {key: value for key, value in super().to_dict().items() if value is not None}
+
+
+def quantization(model: PreTrainedModel) -> QuantizationConfig | None:
+    """How a model's weights were made small; None where they were not, or not by this library."""
+    found = getattr(model.config, "quantization_config", None)
+    return found if isinstance(found, QuantizationConfig) else None
 
 
 class QuantizedLinear(nn.Module):
@@ -83,7 +99,7 @@ class QuantizedLinear(nn.Module):
 
 @register_quantizer(METHOD)
 class Quantizer(HfQuantizer):
-    """Puts `QuantizedLinear` for every `nn.Linear`: right where a model only calls them, as StripedHyena and Llama."""
+    """Puts `QuantizedLinear` for every `nn.Linear` of a model of the `KINDS`."""
 
     quantization_config: QuantizationConfig
 
@@ -118,6 +134,11 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del kwargs
+        if (kind := model.config.model_type) not in KINDS:
+            raise UsageError(
+                f"weights of {self.quantization_config.bits} bits are for models of the kinds {', '.join(KINDS)}; "
+                f"this is a {kind}. Load it as it is."
+            )
         tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and module is not tied:

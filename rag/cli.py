@@ -284,7 +284,8 @@ def warm(
 ) -> None:
     """Read documents before they are asked about: `ask` with the same --context then begins with the question.
 
-    What was read is kept on disk, in the cache folder, up to 8 GiB.
+    It has to ask the same model in the same words: --model, --quantize, --window-tokens and --prompt-file alike. What
+    was read is kept on disk, in the cache folder, up to 8 GiB.
     """
     if not context:
         raise UsageError("no --context: name one document or more of the index, as `--context 'Genghis Khan.txt'`")

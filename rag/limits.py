@@ -53,9 +53,9 @@ class Limits:
     @property
     def window(self) -> Limit:
         """The model's window; a baseline's is no longer than what it was trained on."""
-        from stripedrag.model.baselines import window_tokens
+        from stripedrag.model.baselines import known_as, window_tokens
 
-        return Limit(window_tokens(self._model, self._name), "window")
+        return Limit(window_tokens(self._model, known_as(self._model, self._name)), "window")
 
     def of(self, context_tokens: ContextTokens) -> Limit:
         """The limit of a context that is to be filled. Raises `BudgetError` for more than window or memory take."""

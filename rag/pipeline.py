@@ -52,7 +52,8 @@ class Pipeline:
         refuse_above: float | None = None,
     ) -> None:
         """`contexts` is a cache of this model; None keeps nothing that was read. The rest as in `open`."""
-        from stripedrag.model.baselines import template_options
+        from stripedrag.model.baselines import known_as, template_options
+        from stripedrag.model.quantization import quantization
         from stripedrag.rag.refusal import refusal_for
 
         self.index, self.model, self.tokenizer, self.model_name = index, model, tokenizer, model_name
@@ -60,8 +61,9 @@ class Pipeline:
         if shared is None:
             shared = SHARED if contexts and contexts.keeps and isinstance(index, Index) else 0.0
         self.retriever = Retriever(index, policy=policy, shared=shared)
-        self.prompt = PromptFormat(tokenizer, template_options(model_name), prompt)
-        self.refusal = refusal_for(model_name, self.prompt, refuse_above)
+        known, small = known_as(model, model_name), quantization(model)
+        self.prompt = PromptFormat(tokenizer, template_options(known), prompt)
+        self.refusal = refusal_for(known, self.prompt, refuse_above, bits=small and small.bits)
         self._opened = ExitStack()
 
     @classmethod

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 # By model, the least probability of the refusal's first token that makes an answer one. Chosen on 112 questions with
 # and without their documents in 1,024 tokens: it refused 2 % of the first and 71 % of the second, and the model's own
-# words did 0 and 29 % (docs/LOG.md). A model that is not named refuses by its own words alone.
-REFUSE_ABOVE = {"stripedhyena-smol-135m": 0.005}
+# words did 0 and 29 % (docs/LOG.md). Weights of 8 bits refuse alike; those of 4 refuse, from there on, every third of
+# the first, so theirs is not named. What is not named refuses by its own words alone.
+REFUSE_ABOVE = {("stripedhyena-smol-135m", None): 0.005, ("stripedhyena-smol-135m", 8): 0.005}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +36,16 @@ class Refusal:
         return bool(logits[0].float().softmax(-1)[self.ids[0]] >= self.above)
 
 
-def refusal_for(model_name: str, prompt: PromptFormat, above: float | None = None) -> Refusal | None:
-    """How a model refuses, from the probability `above` on (None: its own in `REFUSE_ABOVE`, which holds for the
-    default prompt alone); None where it is 1.
+def refusal_for(
+    model_name: str, prompt: PromptFormat, above: float | None = None, *, bits: int | None = None
+) -> Refusal | None:
+    """How a model with weights of so many `bits` (None: as it is) refuses, from the probability `above` on (None: its
+    own in `REFUSE_ABOVE`, which holds for the default prompt alone); None where it is 1.
 
     Raises `UsageError` for a probability outside (0, 1].
     """
     if above is None:
-        above = REFUSE_ABOVE.get(model_name, 1.0) if prompt.template == default_template() else 1.0
+        above = REFUSE_ABOVE.get((model_name, bits), 1.0) if prompt.template == default_template() else 1.0
     if not 0 < above <= 1:
         raise UsageError(
             f"refuse_above is {above}; it is a probability above 0, and 1 leaves a refusal to the model's own words"

@@ -1,5 +1,5 @@
-"""Weights of 8 and 4 bits: what the default model loses by them on articles of which it saw little, and what decoding
-and prompts gain, beside torchao's of as many bits where that is installed.
+"""Weights of 8 and 4 bits: what the default model loses by them on articles that it was not trained on, and what
+decoding and prompts gain, beside torchao's of as many bits where that is installed.
 """
 
 import importlib.util
@@ -14,8 +14,11 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stripedrag.eval.bench.generate import ANSWER_TOKENS, CORPUS, speed
+from stripedrag.eval.bench.generate import ANSWER_TOKENS, speed
+from stripedrag.eval.bench.recall import CORPUS, QUESTIONS
 from stripedrag.eval.bench.report import Report, machine
+from stripedrag.eval.data_formats import CorpusDocument, CorpusQuestion
+from stripedrag.jsonl import read_lines
 from stripedrag.model.loading import load_model, load_tokenizer
 from stripedrag.model.smollm2 import STRIPED
 
@@ -27,9 +30,9 @@ PROMPT_TOKENS = 1024
 def run(repeats: int) -> Report:
     """Perplexity, divergence from the model as it is, bytes, and tokens/s of prompts and replies, in turn."""
     models = dict(_models())
-    text = "\n\n".join(path.read_text() for path in sorted(CORPUS.glob("*.txt")))
-    ids = load_tokenizer(STRIPED)(text, return_tensors="pt", verbose=False).input_ids
-    windows = ids[:, : WINDOWS * WINDOW_TOKENS].view(WINDOWS, 1, WINDOW_TOKENS)
+    ids = load_tokenizer(STRIPED)("\n\n".join(unseen_articles()), return_tensors="pt", verbose=False).input_ids
+    apart = (ids.shape[1] - WINDOW_TOKENS) // max(1, WINDOWS - 1)  # all over the text
+    windows = ids.unfold(1, WINDOW_TOKENS, apart).transpose(0, 1)[:WINDOWS]
     losses = [_losses(models, window) for window in track(windows, "reading", console=Console(stderr=True))]
     rows = [
         {name: speed(model, ids[:, :PROMPT_TOKENS]) for name, model in models.items()}
@@ -46,6 +49,13 @@ def run(repeats: int) -> Report:
         "speeds": rows,
     }
     return Report(figures, _table(figures))
+
+
+def unseen_articles() -> Iterator[str]:
+    """The articles of `rag_qa` that are asked about and may not be trained on."""
+    questions = read_lines(QUESTIONS, CorpusQuestion)
+    unseen = {span.doc_id for question in questions if question.split != "train" for span in question.gold_spans}
+    return (document.text for document in read_lines(CORPUS, CorpusDocument) if document.id in unseen)
 
 
 def _models() -> Iterator[tuple[str, PreTrainedModel]]:
@@ -94,7 +104,7 @@ def _table(figures: dict[str, Any]) -> str:
     here, names = figures["machine"], list(figures["bytes"])
     lines = [
         f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, {here['commit']}",
-        f"{STRIPED}, {figures['windows']} windows of {figures['window_tokens']:,} tokens of XQuAD's articles",
+        f"{STRIPED}, {figures['windows']} windows of {figures['window_tokens']:,} tokens of articles not trained on",
         "",
         f"{'weights':14}{'MB':>7}{'perplexity':>12}{'divergence':>12}"
         f"{'prefill':>10}{'decoding':>10}{'limit':>9}  tokens/s",

@@ -31,7 +31,7 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.prompts import BasePromptTemplate
 
 from stripedrag.errors import BudgetError, UsageError
-from stripedrag.model.baselines import template_options, window_tokens
+from stripedrag.model.baselines import known_as, template_options, window_tokens
 from stripedrag.model.cache import LEAST_BLOCK_TOKENS
 from stripedrag.model.generation import Sampling
 from stripedrag.model.loading import DEFAULT_MODEL, load_model
@@ -255,8 +255,9 @@ class _Engine:
             window_tokens=llm.window_tokens,
             quantize=llm.quantize,
         )
-        self.format = ChatFormat(self.tokenizer, template_options(llm.model))
-        self.window_tokens = window_tokens(self.model, llm.model)
+        known = known_as(self.model, llm.model)
+        self.format = ChatFormat(self.tokenizer, template_options(known))
+        self.window_tokens = window_tokens(self.model, known)
         self._contexts = ContextCache(self.model, memory_bytes=llm.cache_bytes)
         self._turn = threading.RLock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stripedhyena")

@@ -17,9 +17,11 @@ from stripedrag.eval.bench.passages import reciprocal_ranks
 from stripedrag.eval.bench.repeats import Repeats
 from stripedrag.eval.bench.report import Bandwidth, interleaved, medians, peak_bytes, plot
 from stripedrag.eval.cli import app
+from stripedrag.eval.data_formats import CorpusDocument, CorpusQuestion
 from stripedrag.eval.places import holds, touches
 from stripedrag.eval.schema import Stretch
 from stripedrag.indexes import Document, Index
+from stripedrag.jsonl import read_lines
 from stripedrag.kernels import ops
 from stripedrag.model.smollm2 import BASELINE, STRIPED, prepared_dir
 from stripedrag.rag import Pipeline
@@ -348,6 +350,28 @@ def test_the_sides_of_attention_compute_the_same(monkeypatch):
     for ours, *others in zip(*made.values(), strict=True):
         for other in others:
             torch.testing.assert_close(ours, other, atol=2e-2, rtol=0)
+
+
+@pytest.mark.weights
+def test_small_weights_are_measured_on_articles_that_were_not_trained_on(monkeypatch):
+    from stripedrag.eval.bench import quantize
+
+    parts = {q.gold_spans[0].doc_id: q.split for q in read_lines(quantize.QUESTIONS, CorpusQuestion)}
+    texts = {d.text: parts.get(d.id) for d in read_lines(quantize.CORPUS, CorpusDocument)}
+    articles = list(quantize.unseen_articles())
+    assert len(articles) == sum(part == "dev" for part in parts.values()) > 15
+    assert {texts[article] for article in articles} == {"dev"}
+    monkeypatch.setattr(quantize, "WINDOWS", 1)
+    monkeypatch.setattr(quantize, "WINDOW_TOKENS", 128)
+    monkeypatch.setattr(quantize, "PROMPT_TOKENS", 16)
+    here = defaultdict(str, threads=1, read_bytes_per_s=1e9)
+    monkeypatch.setattr(quantize, "machine", lambda: here)
+    report = quantize.run(1)
+    (losses,), bytes_ = report.figures["losses"], report.figures["bytes"]
+    assert losses["as it is"]["divergence"] == 0 < losses["int8"]["divergence"] < losses["int4"]["divergence"] < 1
+    assert abs(losses["int8"]["nats"] - losses["as it is"]["nats"]) < 0.05
+    assert bytes_["as it is"] > bytes_["int8"] > bytes_["int4"]
+    assert f"{torch.tensor(losses['int4']['nats']).exp():.2f}" in report.table
 
 
 @pytest.mark.weights

@@ -522,7 +522,9 @@ def test_pairs_over_cells_take_the_mean_of_what_the_cells_hold(suite, tmp_path):
 def test_a_folder_that_is_a_baseline_has_its_window_and_template(tiny_model_folder):
     known = {"kind": "model", "name": "tiny", "model": str(tiny_model_folder)}
     assert ModelSpec(**known).open().window_tokens == 512
-    assert ModelSpec(**known, baseline="qwen3-0.6b").known_as == "qwen3-0.6b"
+    assert ModelSpec(**known, baseline="qwen3-0.6b").open()._known_as == "qwen3-0.6b"
+    small = ModelSpec(**known, quantize="int8").open()
+    assert small.identity()["quantize"] == "int8" and "quantize" not in ModelSpec(**known).open().identity()
     assert ModelSpec(**known, baseline="llama-2-7b").open().window_tokens == 512  # never above what its config allows
     with pytest.raises(ValueError, match="no baseline 'qwen'; there is"):
         ModelSpec(**known, baseline="qwen")

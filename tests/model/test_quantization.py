@@ -9,12 +9,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stripedrag.errors import CheckpointError, StoreError, UsageError
 from stripedrag.kernels import quantized
 from stripedrag.kernels.quantized import QuantizedWeight, dequantize
 from stripedrag.model import StripedHyenaForCausalLM, modeling
+from stripedrag.model.baselines import known_as
 from stripedrag.model.loading import load_model, save_quantized
 from stripedrag.model.quantization import QuantizationConfig, QuantizedLinear
 from stripedrag.model.smollm2 import STRIPED
@@ -110,6 +111,81 @@ def test_a_transformer_is_quantized_too_also_where_its_output_is_tied(tmp_path, 
         assert torch.equal(small(ids).logits, again(ids).logits)
 
 
+TINY = dict(vocab_size=70, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+KINDS = {
+    "mistral": TINY | dict(num_key_value_heads=2),
+    "qwen2": TINY | dict(num_key_value_heads=2),
+    "qwen3": TINY | dict(num_key_value_heads=2, head_dim=8),
+    "lfm2": TINY | dict(num_key_value_heads=2, layer_types=["conv", "full_attention"]),
+}
+OTHERS = {
+    "mixtral": TINY | dict(num_key_value_heads=2, num_local_experts=2),
+    "gpt2": dict(vocab_size=70, n_embd=32, n_layer=2, n_head=4),
+    "mamba2": dict(vocab_size=70, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8),
+}
+
+
+def written(kind, settings, folder):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kinds_that_only_call_their_linear_layers_compute_with_small_ones(tmp_path, kind):
+    folder = written(kind, KINDS[kind], tmp_path / kind)
+    small = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantizationConfig(8), dtype=torch.float32)
+    same = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = {name: module for name, module in small.named_modules() if isinstance(module, QuantizedLinear)}
+    assert len(layers) == sum(isinstance(module, nn.Linear) for module in same.modules())
+    for name, module in layers.items():
+        same.get_submodule(name).weight = nn.Parameter(dequantize(stored(module), torch.float32))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        one, other = small(ids).logits, same(ids).logits
+    assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_are_refused(tmp_path, kind):
+    folder = written(kind, OTHERS[kind], tmp_path / kind)
+    with pytest.raises(UsageError, match=f"of 4 bits are for models of the kinds .*; this is a {kind}. Load it as it"):
+        load_model(folder, quantize="int4")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_folder_that_does_not_say_how_it_was_made_small_is_not_read_as_plain(tmp_path, bits):
+    folder = written("llama", TINY, tmp_path / "llama")
+    small = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantizationConfig(bits))
+    small.save_pretrained(tmp_path / "small")
+    alone = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", alone, str(tmp_path / "small")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode and "mismatch" in done.stderr, "transformers alone does not know the method"
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"misshapen tensors: .*down_proj\.weight"):
+        load_model(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    "stated,message",
+    [
+        ("int8", "has the quantization_config 'int8'; it is an object"),
+        ({"quant_method": "gptq", "bits": 4}, "cannot be read: "),
+        ({"quant_method": "stripedrag", "bits": 5}, "bits is 5; weights are quantized to 8 or 4"),
+        ({"quant_method": "stripedrag", "group": 5}, "cannot be read: .*group"),
+    ],
+)
+def test_a_config_of_another_quantization_is_told(sh_tiny, tmp_path, stated, message):
+    folder = sh_tiny.write(tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": stated}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=message):
+        load_model(folder)
+
+
 def test_weights_that_are_no_numbers_are_refused(sh_tiny, tmp_path):
     for bits in BITS:
         for bad in (torch.nan, torch.inf):
@@ -175,14 +251,20 @@ def test_other_bits_are_refused():
         QuantizationConfig(bit=4)
     with pytest.raises(UsageError, match="quantize is 'int2'; weights can be int8 or int4"):
         load_model(STRIPED, quantize="int2")
+    with pytest.raises(UsageError, match=r"quantize is \['int8'\]; weights can be int8 or int4"):
+        load_model(STRIPED, quantize=["int8"])
 
 
 def test_a_model_is_written_small_and_read_as_any_other(tmp_path):
     size = save_quantized(STRIPED, tmp_path / "small", "int8")
-    model, tokenizer = load_model(tmp_path / "small")
-    whole, _ = load_model(STRIPED, quantize="int8")
+    model, tokenizer = load_model(tmp_path / "small", dtype=torch.bfloat16)
+    whole, _ = load_model(STRIPED, quantize="int8", dtype=torch.bfloat16)
+    assert {t.dtype for t in load_file(tmp_path / "small" / "model.safetensors").values()} == {
+        torch.int8, torch.bfloat16, torch.float32,
+    }, "what is no linear layer is written as the checkpoint has it, whatever this machine is fast in"  # fmt: skip
+    assert known_as(model, "elsewhere") == known_as(whole, STRIPED) == STRIPED
     assert size == sum(p.nbytes for p in model.parameters())
-    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    ids = tokenizer("The capital of", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(model(ids).logits, whole(ids).logits)
     with pytest.raises(UsageError, match="is there already; name a folder that is not"):

@@ -8,6 +8,7 @@ import torch
 from stripedrag.errors import UsageError
 from stripedrag.model.cache import new_cache
 from stripedrag.model.generation import prefill
+from stripedrag.model.smollm2 import STRIPED
 from stripedrag.rag import Pipeline
 from stripedrag.rag.prompt import PromptFormat
 from stripedrag.rag.prompt_template import PromptTemplate
@@ -64,10 +65,12 @@ def test_it_refuses_from_its_probability_on_alone_and_together(pipeline, strict)
 def test_a_model_that_was_not_measured_refuses_by_its_own_words(pipeline, tokenizer):
     assert pipeline.refusal is None
     assert refusal_for("tiny", pipeline.prompt) is None
-    assert refusal_for("stripedhyena-smol-135m", pipeline.prompt).above == REFUSE_ABOVE["stripedhyena-smol-135m"]
-    assert refusal_for("stripedhyena-smol-135m", pipeline.prompt, 1.0) is None
+    for bits, above in ((None, REFUSE_ABOVE[STRIPED, None]), (8, REFUSE_ABOVE[STRIPED, 8])):
+        assert refusal_for(STRIPED, pipeline.prompt, bits=bits).above == above
+    assert refusal_for(STRIPED, pipeline.prompt, bits=4) is None
+    assert refusal_for(STRIPED, pipeline.prompt, 1.0) is None
     other = PromptFormat(tokenizer, template=PromptTemplate(passage="{text}", question="{question}"))
-    assert refusal_for("stripedhyena-smol-135m", other) is None, "it was measured with the default words"
+    assert refusal_for(STRIPED, other) is None, "it was measured with the default words"
     for text, said in (("Not in the documents.", True), (" not in the documents", True), ("not in the city", False)):
         assert is_refusal(text) is said
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -226,6 +226,9 @@ def bench(
     questions: Annotated[
         Path | None, typer.Option(help="`recall` and `stream`: the questions on it, JSON lines.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="`filter`: 'cuda' measures the Triton kernels on a GPU.", metavar="cpu|cuda")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure each side in turn with its rival, beside what the machine can do; `recall`: what a budget holds."""
@@ -235,7 +238,10 @@ def bench(
         raise UsageError(f"repeats is {repeats}; it is at least 1")
     if (corpus is None) != (questions is None) or (corpus is not None and name not in ("recall", "stream")):
         raise UsageError("--corpus and --questions go together, and with `recall` or `stream`")
-    data = {} if corpus is None else {"corpus": corpus, "questions": questions}
+    if device != "cpu" and (name != "filter" or device.partition(":")[0] != "cuda"):
+        raise UsageError(f"--device is {device!r}; it is cpu, or with `filter` cuda")
+    data: dict[str, Any] = {} if corpus is None else {"corpus": corpus, "questions": questions}
+    data |= {} if device == "cpu" else {"device": device}
     if to is not None and to.suffix == ".svg":
         raise UsageError(f"{to} is where the plot would go; name the JSON file, {to.with_suffix('.json').name}")
     scratch = to.with_name(f".{to.name}.part") if to is not None else None

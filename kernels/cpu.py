@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from stripedrag.kernels import library
+from stripedrag.kernels.library import contiguous_like, other_gradients
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def hyena_filter(
         y = _new(z, *z.shape[:2], parameters.channels)
         return y, HyenaState(*_Operands(z, tensors[1:6], *state, padding_mask, heads).filter(y, z.new_empty(0)))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    y, fir, iir, _ = torch.ops.stripedrag.hyena_filter(*tensors, padding_mask, heads, keep)
+    y, fir, iir, _ = _OPERATORS.filter(*tensors, padding_mask, heads, keep)
     return y, HyenaState(fir, iir)
 
 
@@ -97,7 +99,7 @@ def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Te
         y = hyena_step(z.float(), parameters, HyenaState(fir, state.iir))
         state.fir.copy_(fir)
         return y.half()
-    made: Tensor = torch.ops.stripedrag.hyena_step(*_tensors(z, parameters, state), parameters.heads or 1)
+    made: Tensor = _OPERATORS.step(*_tensors(z, parameters, state), parameters.heads or 1)
     return made
 
 
@@ -372,7 +374,6 @@ def swiglu_gradient(a: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return da, db
 
 
-@torch.library.custom_op("stripedrag::hyena_filter", mutates_args=(), device_types="cpu")
 def _filter(
     z: Tensor,
     fir_weight: Tensor,
@@ -392,17 +393,6 @@ def _filter(
     y = _new(z, *z.shape[:2], skip.shape[0])
     checkpoints = _new(poles, operands.checkpoint_numbers() if keep else 0)
     return y, *operands.filter(y, checkpoints), checkpoints
-
-
-@_filter.register_fake
-def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads, keep):  # type: ignore[no-untyped-def]
-    numbers = torch.library.get_ctx().new_dynamic_size() if keep else 0
-    return (
-        z.new_empty(*z.shape[:2], skip.shape[0]),
-        _contiguous_like(fir_state),
-        _contiguous_like(iir_state),
-        poles.new_empty(numbers),
-    )
 
 
 @torch.library.custom_op("stripedrag::hyena_filter_out", mutates_args=("out",), device_types="cpu")
@@ -427,10 +417,9 @@ def _filter_out(
 
 @_filter_out.register_fake
 def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads, out):  # type: ignore[no-untyped-def]
-    return _contiguous_like(fir_state), _contiguous_like(iir_state)
+    return contiguous_like(fir_state), contiguous_like(iir_state)
 
 
-@torch.library.custom_op("stripedrag::hyena_filter_backward", mutates_args=(), device_types="cpu")
 def _filter_backward(
     z: Tensor,
     fir_weight: Tensor,
@@ -458,60 +447,12 @@ def _filter_backward(
         checkpoints = checkpoints.clone()  # torch's own memory is aligned; what a saved-tensor hook gives need not be
     gradients = (
         _new(z, *z.shape),
-        *_other_gradients(fir_weight, fir_bias, poles, skip, fir_state, diir_out),
+        *other_gradients(fir_weight, fir_bias, poles, skip, fir_state, diir_out),
     )
     operands.gradient(checkpoints, dy.contiguous(), diir_out.contiguous(), *gradients)
     return gradients
 
 
-@_filter_backward.register_fake
-def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, padding_mask, heads, checkpoints, dy, diir_out):  # type: ignore[no-untyped-def]
-    return z.new_empty(z.shape), *_other_gradients(fir_weight, fir_bias, poles, skip, fir_state, diir_out)
-
-
-def _other_gradients(
-    fir_weight: Tensor, fir_bias: Tensor, poles: Tensor, skip: Tensor, fir_state: Tensor, diir_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised: the gradients after that of z, in the operator's order."""
-    systems = (poles.new_empty(skip.shape[0], poles.shape[1], 2) for _ in range(2))
-    firs, others = (fir_weight, fir_bias), (skip, fir_state, diir_out)
-    return *map(_contiguous_like, firs), *systems, *map(_contiguous_like, others)  # type: ignore[return-value]
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    z, fir_weight, fir_bias, poles, residues, skip, fir_state, _, padding_mask, heads, _ = inputs
-    ctx.heads = heads
-    ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(z, fir_weight, fir_bias, poles, residues, skip, fir_state, padding_mask, output[3])
-
-
-def _backward(ctx, dy, dfir_out, diir_out, _):  # type: ignore[no-untyped-def]
-    z, *parameters, fir_state, padding_mask, checkpoints = ctx.saved_tensors
-    dz, dfir_weight, dfir_bias, dpoles, dresidues, dskip, dfir, diir = torch.ops.stripedrag.hyena_filter_backward(
-        z, *parameters, fir_state, padding_mask, ctx.heads, checkpoints, dy, diir_out
-    )
-    # The FIR state after the sequence is its last K-1 rows, or where it is shorter also rows of the given state.
-    length, before = z.shape[1], fir_state.shape[-1]
-    rows = min(length, before)
-    if rows:
-        last = dfir_out[..., before - rows :].transpose(1, 2)
-        if padding_mask is not None:
-            last = last.masked_fill(~padding_mask[:, length - rows :, None], 0)
-        dz[:, length - rows :] += last
-    if rows < before:
-        dfir[..., length:] += dfir_out[..., : before - rows]
-    systems = parameters[2].shape
-
-    def per_group(gradient: Tensor) -> Tensor:
-        return gradient.view(systems[0], -1, systems[1], 2).sum(1).unsqueeze(2)
-
-    return dz, dfir_weight, dfir_bias, per_group(dpoles), per_group(dresidues), dskip, dfir, diir, None, None, None
-
-
-_filter.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("stripedrag::hyena_step", mutates_args=("fir_state", "iir_state"), device_types="cpu")
 def _step(
     z: Tensor,
     fir_weight: Tensor,
@@ -533,9 +474,9 @@ def _step(
     return y
 
 
-@_step.register_fake
-def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, heads):  # type: ignore[no-untyped-def]
-    return z.new_empty(z.shape[0], skip.shape[0])
+_OPERATORS = library.define(
+    "stripedrag::hyena", filter=_filter, gradient=_filter_backward, step=_step, device_types="cpu"
+)
 
 
 def _run_step(operands: tuple[Tensor, ...], heads: int) -> Tensor:
@@ -614,10 +555,6 @@ class _Operands:
 
     def _addresses(self, *more: Tensor) -> tuple[int, ...]:
         return tuple(0 if t is None else t.data_ptr() for t in (*self.tensors, *more))
-
-
-def _contiguous_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:

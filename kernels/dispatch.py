@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stripedrag.errors import BackendError
-from stripedrag.kernels import chunked, cpu, reference
+from stripedrag.kernels import chunked, cpu, gpu, reference
 from stripedrag.kernels.operands import FilterParameters, HyenaState
 
 
@@ -34,11 +34,16 @@ class Backend:
     device_type: str | None = None  # the only one that it is for; None: any
     automatic: bool = True
 
+    def is_for(self, device: torch.device) -> bool:
+        """Whether it may be chosen unasked for tensors there."""
+        return self.automatic and self.device_type in (None, device.type)
+
 
 BACKENDS: dict[str, Backend] = {  # in order of preference
     "cpu": Backend(
         "cpu", cpu.hyena_filter, cpu.hyena_step, cpu.refuses, hyena_filter_out=cpu.hyena_filter_out, device_type="cpu"
     ),
+    "triton": Backend("triton", gpu.hyena_filter, gpu.hyena_step, gpu.refuses, device_type="cuda"),
     "torch": Backend("torch", chunked.hyena_filter, chunked.hyena_step, chunked.refuses),
     "reference": Backend("reference", reference.hyena_filter, reference.hyena_step, reference.refuses, automatic=False),
 }
@@ -59,7 +64,7 @@ def _choose(name: str | None, device: torch.device, taps: int, modes: int) -> Ba
         near = get_close_matches(name, BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise BackendError(f"no kernel backend {name!r}{hint} On this machine: {_available(device)}.")
-    candidates = [BACKENDS[name]] if name is not None else [b for b in BACKENDS.values() if b.automatic]
+    candidates = [BACKENDS[name]] if name is not None else [b for b in BACKENDS.values() if b.is_for(device)]
     passed_over = ""
     for backend in candidates:
         reason = backend.refuses(device, taps, modes)

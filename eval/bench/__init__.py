@@ -12,6 +12,7 @@ BENCHES = {
     "memory": "stripedrag.eval.bench.memory",
     "quantize": "stripedrag.eval.bench.quantize",
     "recall": "stripedrag.eval.bench.recall",
+    "roofline": "stripedrag.eval.bench.roofline",
     "rows": "stripedrag.eval.bench.rows",
     "scale": "stripedrag.eval.bench.scale",
     "stream": "stripedrag.eval.bench.stream",

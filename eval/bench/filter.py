@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stripedrag.errors import UsageError
 from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
 from stripedrag.eval.bench.report import (
     Bandwidth,
@@ -26,7 +27,18 @@ FFT_LENGTH, GRADIENT_LENGTH = 32_768, 8192
 FFT_BYTES = 9e9  # what the FFT prefill may take: it keeps several spectra of 2 L complex numbers a mode
 
 
-def run(repeats: int) -> Report:
+def run(repeats: int, device: str = "cpu") -> Report:
+    """Forward rates on the CPU, or on a GPU those of `filter_gpu`. Raises `UsageError` where there is none."""
+    if device == "cpu":
+        return _on_cpu(repeats)
+    if not torch.cuda.is_available():
+        raise UsageError(f"the device is {device!r}, and torch finds no CUDA device here")
+    from stripedrag.eval.bench import filter_gpu
+
+    return filter_gpu.run(repeats, torch.device(device))
+
+
+def _on_cpu(repeats: int) -> Report:
     """Forward rates at 1 and all threads over lengths, dtypes and shapes; then prefill and gradient against the FFT."""
     here, all_threads = machine(), torch.get_num_threads()
     bandwidth = Bandwidth()

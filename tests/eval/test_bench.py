@@ -352,6 +352,47 @@ def test_the_sides_of_attention_compute_the_same(monkeypatch):
             torch.testing.assert_close(ours, other, atol=2e-2, rtol=0)
 
 
+def test_a_gpus_benchmark_runs_and_predicts(monkeypatch):
+    """In Triton's interpreter; what a GPU adds are its events and the size of its cache."""
+    from stripedrag.eval.bench import filter_gpu, roofline
+
+    monkeypatch.setattr(filter_gpu, "SHAPES", ((4, 1),))
+    monkeypatch.setattr(filter_gpu, "LENGTHS", (2, 3))
+    monkeypatch.setattr(filter_gpu, "GRADIENT_LENGTH", 2)
+    monkeypatch.setattr(filter_gpu, "WARM_UPS", 1)
+    monkeypatch.setitem(roofline.DEVICES, "cpu", roofline.DEVICES["H100"])
+    report = filter_gpu.run(2, torch.device("cpu"))
+    assert [(row["dtype"], row["length"]) for row in report.figures["forward"]] == [
+        (dtype, length) for dtype in ("bfloat16", "float32") for length in (2, 3)
+    ]
+    for row in (*report.figures["forward"], *report.figures["gradient"]):
+        assert all(len(runs) == 2 and min(runs) > 0 for runs in row["seconds"].values())
+        assert (row["predicted_s"] is not None) == (row["dtype"] == "bfloat16")
+    assert "bfloat16     4   1       3" in report.table
+    run = CliRunner().invoke(app, ["bench", "filter", "--device", "cuda"])
+    assert run.exit_code and "torch finds no CUDA device here" in str(run.exception)
+    run = CliRunner().invoke(app, ["bench", "rows", "--device", "cuda"])
+    assert run.exit_code and "it is cpu, or with `filter` cuda" in str(run.exception)
+
+
+def test_the_roofline_counts_what_the_kernels_move():
+    from stripedrag.eval.bench import roofline
+
+    report = roofline.run(1)
+    row = next(
+        row for row in report.figures["rows"] if (row["device"], row["length"], row["modes"]) == ("H100", 131_072, 2)
+    )
+    elements = 4096 * 131_072
+    # z read once, x1 and v once before, y written once, of two bytes: 12 bytes a token and channel, 8 the floor
+    moved = sum(one["bytes"] for one in row["forward"])
+    assert 12 * elements < moved < 12.2 * elements
+    assert row["least_s"] == pytest.approx(8 * elements / 3.35e12)
+    assert row["forward_s"] == pytest.approx(moved / 3.35e12)
+    assert row["forward"][2]["programs"] == 64 * 131_072 // 512
+    assert 1 < row["attention_layer_s"] / row["hyena_layer_s"] < 4
+    assert "H100     131,072   2" in report.table
+
+
 @pytest.mark.weights
 def test_small_weights_are_measured_on_articles_that_were_not_trained_on(monkeypatch):
     from stripedrag.eval.bench import quantize

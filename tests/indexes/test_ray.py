@@ -20,7 +20,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    """Two workers on this machine."""
+    """Two workers on this machine, to which a test's own embedder comes whole: they cannot import it."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__.replace("test_ray", "conftest")])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -80,7 +80,7 @@ def test_golden_filters(backend, name, dtype, golden_dir, tolerances):
 @given(data=st.data())
 def test_splitting_a_sequence_and_carrying_the_state_changes_nothing(data):
     backend = data.draw(st.sampled_from([n for n, b in BACKENDS.items() if b.refuses(CPU) is None]))
-    length = data.draw(st.integers(2, 200))
+    length = data.draw(st.integers(2, 40 if backend == "triton" else 200))
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), min_size=1, max_size=4)))
     inputs = make(length, dtype=torch.float64, seed=data.draw(st.integers(0, 99)))
     z = inputs.pop("z")

@@ -1,0 +1,347 @@
+"""The `triton` backend: the Hyena operator on GPUs, forward, backward and decode step. `triton_forward.py` and
+`triton_backward.py` say how the kernels work; here is when they run, how time is cut, and what is launched.
+
+With TRITON_INTERPRET=1 it runs on the CPU, kernel by kernel and block by block in numpy, for tests.
+"""
+
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stripedrag.kernels import library
+from stripedrag.kernels.library import contiguous_like, other_gradients
+from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
+
+MAX_TAPS, MAX_MODES = 8, 16
+LEAST_CAPABILITY = (8, 0)  # the first with bfloat16, and the oldest that the kernels were compiled for
+CHUNK_TOKENS = (64, 512)  # least and most: states of chunks are 32 N bytes a channel, beside 12 a token in bfloat16
+PROGRAMS_A_MULTIPROCESSOR = 16  # of two warps each: enough loads in flight to cover the memory's latency
+INTERPRETED_MULTIPROCESSORS = 132
+KERNELS = ("chunk_states", "carry", "outputs", "step", "chunk_adjoints", "gate_gradients", "input_gradients")
+_BACKWARD = ("chunk_adjoints", "gate_gradients", "input_gradients")
+_ROWS, _GRADIENT_ROWS, _FEW_MODES = (4, 8), (1, 2), 8
+
+
+def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
+    """Why this backend cannot run on `device` with filters of so many taps and modes, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install 'stripedrag[gpu]'` on Linux"
+    if is_interpreted():
+        if device.type != "cpu":
+            return "TRITON_INTERPRET is set, which is for the CPU and for tests; unset it"
+    elif device.type != "cuda":
+        return "it runs on CUDA devices"
+    elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        least, found = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+        return f"it needs a device of compute capability {least}; this one has {found}"
+    if taps > MAX_TAPS or modes > MAX_MODES:
+        return f"it takes up to {MAX_TAPS} taps and {MAX_MODES} modes; this filter has {taps} and {modes}"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets its kernels, which is said before they are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def hyena_filter(
+    z: Tensor, parameters: FilterParameters, state: HyenaState, padding_mask: Tensor | None
+) -> tuple[Tensor, HyenaState]:
+    """y (B, L, H) and the state after the last token, for z (B, L, 3H); differentiable in every input."""
+    tensors = (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    y, fir, iir, _ = _OPERATORS.filter(*tensors, padding_mask, parameters.heads or 1, keep)
+    return y, HyenaState(fir, iir)
+
+
+def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor:
+    """y (B, H) for one token z (B, 3H); the state is overwritten."""
+    tensors = (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
+    made: Tensor = _OPERATORS.step(*tensors, parameters.heads or 1)
+    return made
+
+
+def chunk_tokens(batch: int, length: int, channels: int, multiprocessors: int) -> int:
+    """T: as many tokens as leave every multiprocessor its programs, a power of two."""
+    tokens, most = CHUNK_TOKENS
+    blocks = batch * -(-channels // 64)
+    while tokens < most and blocks * -(-length // (2 * tokens)) >= PROGRAMS_A_MULTIPROCESSOR * multiprocessors:
+        tokens *= 2
+    return tokens
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if is_interpreted():
+        return INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _Launches:
+    """One call's operands, as kernels take them, and how many programs run."""
+
+    def __init__(
+        self,
+        z: Tensor,
+        parameters: tuple[Tensor, ...],
+        fir_state: Tensor,
+        padding_mask: Tensor | None,
+        heads: int,
+    ) -> None:
+        fir_weight, fir_bias, poles, residues, skip = (p.contiguous() for p in parameters)
+        self.batch, self.length, _ = z.shape
+        self.channels, self.modes, self.taps = skip.shape[0], poles.shape[1], fir_weight.shape[2]
+        self.groups, self.width = poles.shape[0], skip.shape[0] // heads
+        self.tokens = chunk_tokens(self.batch, self.length, self.channels, _multiprocessors(z.device))
+        self.chunks = -(-self.length // self.tokens)
+        self.z = z if z.stride(2) == 1 else z.contiguous()
+        self.before = fir_state.contiguous()
+        real = self.z if padding_mask is None else padding_mask.contiguous().view(torch.uint8)  # unread without a mask
+        self.sequence = {"z": self.z, "before": self.before, "real": real}
+        self.fir = {"fir_weight": fir_weight, "fir_bias": fir_bias}
+        self.poles, self.residues = {"poles": poles}, {"residues": residues}
+        self.skips = {"skips": skip}
+        self.sizes = {
+            "L": self.length,
+            "H": self.channels,
+            "W": self.width,
+            "G": self.groups,
+            "C": self.chunks,
+            "batch_stride": self.z.stride(0),
+            "row_stride": self.z.stride(1),
+            "T": self.tokens,
+            "N": self.modes,
+            "K": self.taps,
+            "MASKED": padding_mask is not None,
+            "WORK": _work(z),
+        }
+
+    def run(self, name: str, chunks: int, **tensors: Tensor | int) -> None:
+        """Launch a kernel over so many chunks."""
+        rows = self.batch * chunks
+        if not rows or not self.channels:
+            return
+        _launch(name, rows, self.channels, {**self.sequence, **self.fir, **tensors, **self.sizes})
+
+    def states(self, given: Tensor | None) -> Tensor:
+        """Room for the state of each chunk (B, C, N, 2, H), the first's given or the last's zero."""
+        shape = (self.batch, self.chunks, self.modes, 2, self.channels)
+        states = self.z.new_empty(shape, dtype=working_dtype(self.z))
+        if given is None:
+            states[:, -1] = 0
+        else:
+            states[:, 0] = given.permute(0, 2, 3, 1)
+        return states
+
+    def carry(self, states: Tensor, *, backward: bool) -> None:
+        """From what chunks add to states to the states."""
+        if self.chunks == 1:
+            return
+        arguments = {
+            "states": states,
+            **self.poles,
+            "H": self.channels,
+            "G": self.groups,
+            "C": self.chunks,
+            "rows": self.chunks - 1,
+            "first": self.chunks - 1 if backward else 0,
+            "step": -1 if backward else 1,
+            "SQUARINGS": self.tokens.bit_length() - 1,
+            "N": self.modes,
+            "CONJUGATE": backward,
+        }
+        _launch("carry", self.batch * self.modes, self.channels, arguments)
+
+
+def configurations(name: str, modes: int) -> tuple[dict[str, int], ...]:
+    """What autotuning chooses from for a kernel: channels a program, rows that are asked for at once, warps.
+
+    A channel a thread: with two the compiler passes them through shared memory. More rows than these take all
+    registers, and with many modes minutes to compile.
+    """
+    if name == "step":
+        return ({"BLOCK": 128, "num_warps": 4},)
+    if name == "carry":  # which reads what it overwrites, and so cannot be tried
+        return ({"BLOCK": 64, "ROWS": 8, "num_warps": 2},)
+    rows = _GRADIENT_ROWS if name.endswith("_gradients") else _ROWS
+    return tuple({"BLOCK": 64, "ROWS": r, "num_warps": 2} for r in (rows[:1] if modes > _FEW_MODES else rows))
+
+
+def input_parts(modes: int) -> tuple[tuple[int, dict[str, int]], ...]:
+    """The launches of `input_gradients`, which with many modes are several for want of registers: the first mode of
+    each, and what it makes.
+    """
+    if modes <= _FEW_MODES:
+        return ((0, {"INPUTS": True, "POLES": True, "COUNT": modes}),)
+    inputs = (0, {"INPUTS": True, "POLES": False, "COUNT": modes})
+    poles = (
+        (first, {"INPUTS": False, "POLES": True, "COUNT": min(_FEW_MODES, modes - first)})
+        for first in range(0, modes, _FEW_MODES)
+    )
+    return inputs, *poles
+
+
+def function(name: str) -> Any:
+    """The kernel of that name, as it is written."""
+    from stripedrag.kernels import triton_backward, triton_forward
+
+    return getattr(triton_backward if name in _BACKWARD else triton_forward, name)
+
+
+@cache
+def _kernel(name: str, modes: int) -> Any:
+    import triton
+
+    choices = configurations(name, modes)[: 1 if is_interpreted() else None]
+    configs = [
+        triton.Config(
+            {key: value for key, value in one.items() if key != "num_warps"}, num_warps=one["num_warps"], num_stages=1
+        )
+        for one in choices
+    ]
+    tune = triton.autotune(configs, key=["K", "MASKED"] if len(configs) > 1 else [])
+    return tune(function(name))
+
+
+def _launch(name: str, rows: int, channels: int, arguments: dict[str, Any]) -> None:
+    """Run a kernel by name over so many rows of blocks of channels, on the device of its poles."""
+    with torch.cuda.device_of(arguments["poles"]):
+        _kernel(name, arguments["N"])[lambda chosen: (rows * -(-channels // chosen["BLOCK"]),)](
+            **arguments, enable_fp_fusion=True
+        )
+
+
+def _work(z: Tensor) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if z.dtype == torch.float64 else tl.float32
+
+
+def _filter(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    fir_state: Tensor,
+    iir_state: Tensor,
+    padding_mask: Tensor | None,
+    heads: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the states after it, and with `keep` the states that enter chunks (else none)."""
+    it = _Launches(z, (fir_weight, fir_bias, poles, residues, skip), fir_state, padding_mask, heads)
+    y, last = z.new_empty(it.batch, it.length, it.channels), contiguous_like(iir_state)
+    states = it.states(iir_state)
+    it.run("chunk_states", it.chunks - 1, states=states, **it.poles)
+    it.carry(states, backward=False)
+    it.run("outputs", it.chunks, states=states, y=y, last=last, **it.poles, **it.residues, **it.skips)
+    return y, _fir_after(z, fir_state, padding_mask), last, states.flatten() if keep else poles.new_empty(0)
+
+
+def _fir_after(z: Tensor, fir_state: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """The last K-1 rows of the given state and z (B, 3H, K-1)."""
+    before, length = fir_state.shape[-1], z.shape[1]
+    new = z[:, max(0, length - before) :]
+    if padding_mask is not None:
+        new = new.masked_fill(~padding_mask[:, max(0, length - before) :, None], 0)
+    return torch.cat([fir_state[..., min(length, before) :], new.transpose(1, 2)], dim=-1)
+
+
+def _gradient(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    fir_state: Tensor,
+    padding_mask: Tensor | None,
+    heads: int,
+    kept: Tensor,
+    dy: Tensor,
+    diir_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of z, the five parameters (poles and residues (H, N, 2), a channel each) and both given states."""
+    it = _Launches(z, (fir_weight, fir_bias, poles, residues, skip), fir_state, padding_mask, heads)
+    dz = z.new_empty(z.shape)
+    dfir_weight, dfir_bias, dpoles, dresidues, dskip, dbefore, dstate = other_gradients(
+        fir_weight, fir_bias, poles, skip, fir_state, diir_out
+    )
+    n, k, h = 2 * it.modes, it.taps, it.channels
+    gate_sums = z.new_empty(it.batch, it.chunks, n + k + 2, h, dtype=working_dtype(z))
+    input_sums = z.new_empty(it.batch, it.chunks, n + 2 * k + 2, h, dtype=working_dtype(z))
+    given = {"dy": dy.contiguous(), **it.poles, **it.residues}
+    states, dlast = kept.view(it.batch, it.chunks, it.modes, 2, h), diir_out.contiguous()
+    adjoints = it.states(None)
+    it.run("chunk_adjoints", it.chunks - 1, dlast=dlast, adjoints=adjoints, **given)
+    it.carry(adjoints, backward=True)
+    given |= {"dz": dz, "dbefore": dbefore, **it.skips}
+    it.run("gate_gradients", it.chunks, states=states, sums=gate_sums, **given)
+    given |= {"dstate": dstate}
+    for first, part in input_parts(it.modes):
+        it.run(
+            "input_gradients",
+            it.chunks,
+            **(given | part | {name: given[name][:, first:] for name in ("poles", "residues")}),
+            states=states[:, :, first:],
+            adjoints=adjoints[:, :, first:],
+            dlast=dlast[:, :, first:],
+            sums=input_sums[:, :, 2 * first :],
+        )
+    gate, inputs = gate_sums.sum((0, 1)), input_sums.sum((0, 1))
+    dresidues.copy_(gate[:n].t().view(h, it.modes, 2))
+    dpoles.copy_(inputs[:n].t().view(h, it.modes, 2))
+    dskip.copy_(gate[n])
+    firs = torch.stack([gate[n + 1 :], inputs[n : n + k + 1], inputs[n + k + 1 :]])  # (3, K + 1, H)
+    firs = firs.view(3, k + 1, heads, it.width).permute(2, 0, 3, 1).reshape(3 * h, k + 1)
+    dfir_weight.copy_(firs[:, None, :k])
+    dfir_bias.copy_(firs[:, k])
+    return dz, dfir_weight, dfir_bias, dpoles, dresidues, dskip, dbefore, dstate
+
+
+def _step(
+    z: Tensor,
+    fir_weight: Tensor,
+    fir_bias: Tensor,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor,
+    fir_state: Tensor,
+    iir_state: Tensor,
+    heads: int,
+) -> Tensor:
+    """y for one token; the states are overwritten."""
+    batch, channels = z.shape[0], skip.shape[0]
+    fir, iir = fir_state.contiguous(), iir_state.contiguous()
+    y = z.new_empty(batch, channels)
+    if y.numel():
+        names = ("z", "fir_weight", "fir_bias", "poles", "residues", "skips")
+        read = (tensor.contiguous() for tensor in (z, fir_weight, fir_bias, poles, residues, skip))
+        arguments = {
+            **dict(zip(names, read, strict=True)),
+            "fir_state": fir,
+            "iir_state": iir,
+            "y": y,
+            "H": channels,
+            "W": channels // heads,
+            "G": poles.shape[0],
+            "N": poles.shape[1],
+            "K": fir_weight.shape[2],
+            "WORK": _work(z),
+        }
+        _launch("step", batch, channels, arguments)
+    for given, used in ((fir_state, fir), (iir_state, iir)):
+        if used is not given:
+            given.copy_(used)
+    return y
+
+
+_OPERATORS = library.define(
+    "stripedrag::triton_hyena", filter=_filter, gradient=_gradient, step=_step, device_types=None
+)

@@ -1,0 +1,118 @@
+"""The operator as torch's dispatcher, autograd and compilers know it: what is the same for every library of kernels.
+
+A library has a filter that keeps what its gradient restarts from, that gradient, and a step. Here they become
+`torch.library` operators.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Operators(NamedTuple):
+    """The operators of one library of kernels.
+
+    `filter(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads, keep)` gives y,
+    both states and what is kept for the gradient; `step(z, …, iir_state, heads)` gives y and overwrites the states.
+    """
+
+    filter: Any
+    step: Any
+
+
+def define(
+    name: str,
+    *,
+    filter: Callable[..., tuple[Tensor, ...]],
+    gradient: Callable[..., tuple[Tensor, ...]],
+    step: Callable[..., Tensor],
+    device_types: str | None,
+) -> Operators:
+    """Operators `NAME_filter`, `NAME_filter_backward` and `NAME_step` for devices of those types (None: any),
+    differentiable in every tensor, once.
+
+    `gradient(z, …, skip, fir_state, padding_mask, heads, kept, dy, diir_out)` gives those of z, of the five parameters
+    (poles and residues (H, N, 2), a channel each) and of both given states, without what reaches them through the FIR
+    state after the sequence.
+    """
+    filter_op = torch.library.custom_op(f"{name}_filter", filter, mutates_args=(), device_types=device_types)
+    gradient_op = torch.library.custom_op(
+        f"{name}_filter_backward", gradient, mutates_args=(), device_types=device_types
+    )
+    states = ("fir_state", "iir_state")
+    step_op = torch.library.custom_op(f"{name}_step", step, mutates_args=states, device_types=device_types)
+    filter_op.register_fake(_filter_made)
+    gradient_op.register_fake(_gradients_made)
+    step_op.register_fake(_step_made)
+
+    def backward(ctx, dy, dfir_out, diir_out, _):  # type: ignore[no-untyped-def]
+        return _backward(gradient_op, ctx, dy, dfir_out, diir_out)
+
+    filter_op.register_autograd(backward, setup_context=_setup_context)
+    return Operators(filter_op, step_op)
+
+
+def _filter_made(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads, keep):  # type: ignore[no-untyped-def]
+    numbers = torch.library.get_ctx().new_dynamic_size() if keep else 0
+    return (
+        z.new_empty(*z.shape[:2], skip.shape[0]),
+        contiguous_like(fir_state),
+        contiguous_like(iir_state),
+        poles.new_empty(numbers),
+    )
+
+
+def _gradients_made(  # type: ignore[no-untyped-def]
+    z, fir_weight, fir_bias, poles, residues, skip, fir_state, padding_mask, heads, kept, dy, diir_out
+):
+    return z.new_empty(z.shape), *other_gradients(fir_weight, fir_bias, poles, skip, fir_state, diir_out)
+
+
+def _step_made(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, heads):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape[0], skip.shape[0])
+
+
+def other_gradients(
+    fir_weight: Tensor, fir_bias: Tensor, poles: Tensor, skip: Tensor, fir_state: Tensor, diir_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised: the gradients after that of z, in the operator's order."""
+    systems = (poles.new_empty(skip.shape[0], poles.shape[1], 2) for _ in range(2))
+    firs, others = (fir_weight, fir_bias), (skip, fir_state, diir_out)
+    return *map(contiguous_like, firs), *systems, *map(contiguous_like, others)  # type: ignore[return-value]
+
+
+def contiguous_like(tensor: Tensor) -> Tensor:
+    """Uninitialised."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    z, fir_weight, fir_bias, poles, residues, skip, fir_state, _, padding_mask, heads, _ = inputs
+    ctx.heads = heads
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(z, fir_weight, fir_bias, poles, residues, skip, fir_state, padding_mask, output[3])
+
+
+def _backward(gradient_op: Any, ctx: Any, dy: Tensor, dfir_out: Tensor, diir_out: Tensor) -> tuple[Any, ...]:
+    z, *parameters, fir_state, padding_mask, kept = ctx.saved_tensors
+    dz, dfir_weight, dfir_bias, dpoles, dresidues, dskip, dfir, diir = gradient_op(
+        z, *parameters, fir_state, padding_mask, ctx.heads, kept, dy, diir_out
+    )
+    # The FIR state after the sequence is its last K-1 rows, or where it is shorter also rows of the given state.
+    length, before = z.shape[1], fir_state.shape[-1]
+    rows = min(length, before)
+    if rows:
+        last = dfir_out[..., before - rows :].transpose(1, 2)
+        if padding_mask is not None:
+            last = last.masked_fill(~padding_mask[:, length - rows :, None], 0)
+        dz[:, length - rows :] += last
+    if rows < before:
+        dfir[..., length:] += dfir_out[..., : before - rows]
+    systems = parameters[2].shape
+
+    def per_group(gradient: Tensor) -> Tensor:
+        return gradient.view(systems[0], -1, systems[1], 2).sum(1).unsqueeze(2)
+
+    return dz, dfir_weight, dfir_bias, per_group(dpoles), per_group(dresidues), dskip, dfir, diir, None, None, None

@@ -1,0 +1,135 @@
+"""How the Triton kernels take a row of z, the FIR, and the modes: device functions that forward and backward share.
+
+A thread has a channel; what it carries are tuples: K taps, a window of K-1 rows, real and imaginary parts of N modes in
+turn. `real` (B, L) bytes says which rows are no padding, and is read where MASKED. WORK is the dtype of the arithmetic.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place_of(H, C, BLOCK: tl.constexpr):
+    """Batch row, chunk, channels and which of these exist; neighbouring programs have neighbouring channels."""
+    blocks = tl.cdiv(H, BLOCK)
+    program = tl.program_id(0)
+    h = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    program = program // blocks
+    return (program // C).to(tl.int64), program % C, h, h < H
+
+
+@triton.jit
+def system_of(numbers, h, ok, H, G, N: tl.constexpr, COUNT: tl.constexpr, WORK: tl.constexpr):
+    """The first COUNT poles or residues of (G, N, 1, 2), a channel's: real and imaginary parts in turn."""
+    first = h // (H // G) * (2 * N)
+    found = ()
+    for i in tl.static_range(2 * COUNT):
+        found = found + (tl.load(numbers + first + i, mask=ok, other=0.0).to(WORK),)
+    return found
+
+
+@triton.jit
+def taps_of(weight, column, ok, K: tl.constexpr, WORK: tl.constexpr):
+    """A column's taps of (3H, 1, K), the oldest row's first."""
+    found = ()
+    for k in tl.static_range(K):
+        found = found + (tl.load(weight + column * K + k, mask=ok, other=0.0).to(WORK),)
+    return found
+
+
+@triton.jit
+def state_of(states, place, H, ok, N: tl.constexpr, WORK: tl.constexpr):
+    """A chunk's state (N, 2, H) at a pointer to its channels."""
+    found = ()
+    for i in tl.static_range(2 * N):
+        found = found + (tl.load(states + place + i * H, mask=ok, other=0.0).to(WORK),)
+    return found
+
+
+@triton.jit
+def is_real(real, t, L, MASKED: tl.constexpr):
+    """Whether a row is one of the sequence and no padding."""
+    inside = (t >= 0) & (t < L)
+    if MASKED:
+        return inside & (tl.load(real + t, mask=inside, other=0) != 0)
+    else:
+        return inside
+
+
+@triton.jit
+def row_of(z, before, row_stride, t, L, column, ok, real, K: tl.constexpr, MASKED: tl.constexpr, WORK: tl.constexpr):
+    """A column's number in row t of a batch row's z; of the given FIR state (3H, K-1) where t < 0; else 0."""
+    kept = ok & is_real(real, t, L, MASKED)
+    value = tl.load(z + t.to(tl.int64) * row_stride + column, mask=kept, other=0.0).to(WORK)
+    if K > 1:
+        early = ok & (t < 0) & (t > -K)
+        value += tl.load(before + column * (K - 1) + (t + K - 1), mask=early, other=0.0).to(WORK)
+    return value
+
+
+@triton.jit
+def window_of(z, before, row_stride, t, L, column, ok, real, K: tl.constexpr, MASKED: tl.constexpr, WORK: tl.constexpr):
+    """A column's numbers in the K-1 rows from t on; one that counts for nothing where K is 1."""
+    found = ()
+    if K == 1:
+        found = (tl.zeros_like(column).to(WORK),)
+    for k in tl.static_range(K - 1):
+        found = found + (row_of(z, before, row_stride, t + k, L, column, ok, real, K, MASKED, WORK),)
+    return found
+
+
+@triton.jit
+def convolved(window, now, taps, bias, K: tl.constexpr):
+    """c_t = Σ_k w_k z_{t-K+1+k} + b."""
+    c = bias + taps[K - 1] * now
+    for k in tl.static_range(K - 1):
+        c += taps[k] * window[k]
+    return c
+
+
+@triton.jit
+def later(window, new, K: tl.constexpr):
+    """The window of K-1 rows that ends with the row `new`."""
+    moved = ()
+    for k in tl.static_range(1, K - 1):
+        moved = moved + (window[k],)
+    return moved + (new,)
+
+
+@triton.jit
+def earlier(window, new, K: tl.constexpr):
+    """The window of K-1 rows that begins with the row `new`."""
+    moved = (new,)
+    for k in tl.static_range(0, K - 2):
+        moved = moved + (window[k],)
+    return moved
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr):
+    """So many zeros a channel, at least one: a tuple that a loop carries is never empty."""
+    found = (tl.zeros([BLOCK], WORK),)
+    for _ in tl.static_range(COUNT - 1):
+        found = found + (tl.zeros([BLOCK], WORK),)
+    return found
+
+
+@triton.jit
+def advanced(s, p, u, N: tl.constexpr):
+    """p s + u, in every mode."""
+    made = ()
+    for n in tl.static_range(N):
+        made = made + (
+            p[2 * n] * s[2 * n] + (u - p[2 * n + 1] * s[2 * n + 1]),  # two fused multiply-adds
+            p[2 * n] * s[2 * n + 1] + p[2 * n + 1] * s[2 * n],
+        )
+    return made
+
+
+@triton.jit
+def emitted(s, r, skip, u, N: tl.constexpr):
+    """f = Re Σ R s + D u."""
+    f = skip * u
+    for n in tl.static_range(N):
+        f += r[2 * n] * s[2 * n] - r[2 * n + 1] * s[2 * n + 1]
+    return f

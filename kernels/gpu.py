@@ -6,7 +6,10 @@ With TRITON_INTERPRET=1 it runs on the CPU, kernel by kernel and block by block 
 
 import importlib.util
 import os
+import shutil
+import threading
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,12 +20,14 @@ from stripedrag.kernels.library import contiguous_like, other_gradients
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
 
 MAX_TAPS, MAX_MODES = 8, 16
+LEAST_TRITON = (3, 7)
 LEAST_CAPABILITY = (8, 0)  # the first with bfloat16, and the oldest that the kernels were compiled for
 CHUNK_TOKENS = (64, 512)  # least and most: states of chunks are 32 N bytes a channel, beside 12 a token in bfloat16
 PROGRAMS_A_MULTIPROCESSOR = 16  # of two warps each: enough loads in flight to cover the memory's latency
 INTERPRETED_MULTIPROCESSORS = 132
 KERNELS = ("chunk_states", "carry", "outputs", "step", "chunk_adjoints", "gate_gradients", "input_gradients")
 _BACKWARD = ("chunk_adjoints", "gate_gradients", "input_gradients")
+_LAUNCHING = threading.Lock()
 _ROWS, _GRADIENT_ROWS, _FEW_MODES = (4, 8), (1, 2), 8
 
 
@@ -30,6 +35,8 @@ def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
     """Why this backend cannot run on `device` with filters of so many taps and modes, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install 'stripedrag[gpu]'` on Linux"
+    if tuple(map(int, version("triton").split(".")[:2])) < LEAST_TRITON:
+        return f"it needs triton {'.'.join(map(str, LEAST_TRITON))}; {version('triton')} is installed"
     if is_interpreted():
         if device.type != "cpu":
             return "TRITON_INTERPRET is set, which is for the CPU and for tests; unset it"
@@ -38,6 +45,8 @@ def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
     elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         least, found = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
         return f"it needs a device of compute capability {least}; this one has {found}"
+    elif not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "Triton needs a C compiler to launch what it compiles, and there is none; install gcc"
     if taps > MAX_TAPS or modes > MAX_MODES:
         return f"it takes up to {MAX_TAPS} taps and {MAX_MODES} modes; this filter has {taps} and {modes}"
     return None
@@ -45,7 +54,7 @@ def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
 
 def is_interpreted() -> bool:
     """Whether Triton interprets its kernels, which is said before they are imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def hyena_filter(
@@ -60,8 +69,7 @@ def hyena_filter(
 
 def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor:
     """y (B, H) for one token z (B, 3H); the state is overwritten."""
-    tensors = (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
-    made: Tensor = _OPERATORS.step(*tensors, parameters.heads or 1)
+    made: Tensor = _OPERATORS.step(z, *parameters[:5], *state, parameters.heads or 1)  # which its kernel casts
     return made
 
 
@@ -193,7 +201,9 @@ def function(name: str) -> Any:
 
 
 @cache
-def _kernel(name: str, modes: int) -> Any:
+def _kernel(name: str, modes: int, device: torch.device) -> Any:
+    """A kernel that is tuned for each device, dtype and kind of filter, and for each length of chunks."""
+    del device
     import triton
 
     choices = configurations(name, modes)[: 1 if is_interpreted() else None]
@@ -203,16 +213,16 @@ def _kernel(name: str, modes: int) -> Any:
         )
         for one in choices
     ]
-    tune = triton.autotune(configs, key=["K", "MASKED"] if len(configs) > 1 else [])
+    tune = triton.autotune(configs, key=["K", "MASKED", "T"] if len(configs) > 1 else [])
     return tune(function(name))
 
 
 def _launch(name: str, rows: int, channels: int, arguments: dict[str, Any]) -> None:
     """Run a kernel by name over so many rows of blocks of channels, on the device of its poles."""
-    with torch.cuda.device_of(arguments["poles"]):
-        _kernel(name, arguments["N"])[lambda chosen: (rows * -(-channels // chosen["BLOCK"]),)](
-            **arguments, enable_fp_fusion=True
-        )
+    poles: Tensor = arguments["poles"]
+    kernel = _kernel(name, arguments["N"], poles.device)
+    with torch.cuda.device_of(poles), _LAUNCHING:  # what tunes a kernel is not made for several threads
+        kernel[lambda chosen: (rows * -(-channels // chosen["BLOCK"]),)](**arguments, enable_fp_fusion=True)
 
 
 def _work(z: Tensor) -> Any:

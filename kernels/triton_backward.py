@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from stripedrag.kernels.triton_rows import (
+    SIZES,
     convolved,
     earlier,
     is_real,
@@ -35,9 +36,9 @@ from stripedrag.kernels.triton_rows import (
 
 
 @triton.jit
-def _receded(xr, xi, pr, pi):
-    """conj(p) x."""
-    return pr * xr + pi * xi, pr * xi - pi * xr
+def _receded(xr, xi, pr, pi, br, bi):
+    """conj(p) x + b, as fused multiply-adds."""
+    return pr * xr + (pi * xi + br), pr * xi + (bi - pi * xr)
 
 
 @triton.jit
@@ -77,7 +78,8 @@ def _gate_row(
     for n in tl.static_range(N):
         pr, pi, rr, ri = p[2 * n], p[2 * n + 1], r[2 * n], r[2 * n + 1]
         sr, si = pr * s[2 * n] + (u - pi * s[2 * n + 1]), pr * s[2 * n + 1] + pi * s[2 * n]
-        f += rr * sr - ri * si
+        f += rr * sr
+        f -= ri * si
         after = after + (sr, si)
         if COUNTS:
             added = added + (dr[2 * n] + g * sr, dr[2 * n + 1] - g * si)
@@ -126,7 +128,7 @@ def _put_early(dbefore, value, t, column, ok, K: tl.constexpr):
         tl.store(dbefore + column * (K - 1) + (t + K - 1), value.to(dbefore.dtype.element_ty), mask=early)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_gradients(
     z, before, real, fir_weight, fir_bias, poles, residues, skips, states, dy, dz, dbefore, sums,
     L, H, W, G, C, batch_stride, row_stride,
@@ -214,12 +216,12 @@ def _moved(a, g, p, r, N: tl.constexpr):
     """a of the row before, conj(p) (conj(R) g + a), in every mode."""
     made = ()
     for n in tl.static_range(N):
-        ar, ai = _receded(a[2 * n] + r[2 * n] * g, a[2 * n + 1] - r[2 * n + 1] * g, p[2 * n], p[2 * n + 1])
+        ar, ai = _receded(a[2 * n] + r[2 * n] * g, a[2 * n + 1] - r[2 * n + 1] * g, p[2 * n], p[2 * n + 1], 0.0, 0.0)
         made = made + (ar, ai)
     return made
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_adjoints(
     z, before, real, fir_weight, fir_bias, poles, residues, dlast, dy, adjoints,
     L, H, W, G, C, batch_stride, row_stride,
@@ -243,7 +245,9 @@ def chunk_adjoints(
     is_last = (last == L - 1) & (last >= end)
     k2 = window_of(z, before, row_stride, last - (K - 1), L, column2, ok, real, K, MASKED, WORK)
     now = row_of(z, before, row_stride, last, L, column2, ok, real, K, MASKED, WORK)
-    a = _arriving(adjoints, h, H, dlast, h, is_last, ok & is_last, N, N, WORK)
+    a = ()
+    for i in tl.static_range(2 * N):
+        a = a + (tl.load(dlast + h * (2 * N) + i, mask=ok & is_last, other=0.0).to(WORK),)
     dy += (b * L + last) * H + h
     rest = tl.maximum(last + 1 - end, 0) % ROWS
     for back in range(0, rest):
@@ -278,11 +282,11 @@ def _before1(window, new, K: tl.constexpr):
 
 
 @triton.jit
-def _transposed(dc, later, taps, K: tl.constexpr):
-    """dz_t = Σ_m w_{K-1-m} dc_{t+m}, from dc_t and the K-1 later ones."""
+def _transposed(dc, after, taps, K: tl.constexpr):
+    """dz_t = Σ_m w_{K-1-m} dc_{t+m}, from dc_t and the K-1 after ones."""
     out = taps[K - 1] * dc
     for m in tl.static_range(1, K):
-        out += taps[K - 1 - m] * later[m - 1]
+        out += taps[K - 1 - m] * after[m - 1]
     return out
 
 
@@ -303,10 +307,10 @@ def _input_row(
         reached = a[2 * n] + rr * g, a[2 * n + 1] - ri * g  # λ
         du += reached[0]
         if COUNTS and POLES:
-            mr, mi = _receded(mu[2 * n], mu[2 * n + 1], pr, pi)
             added = added + (dp[2 * n] + u * mu[2 * n], dp[2 * n + 1] + u * mu[2 * n + 1])
-            moved = moved + (reached[0] + mr, reached[1] + mi)
-        ar, ai = _receded(reached[0], reached[1], pr, pi)
+            mr, mi = _receded(mu[2 * n], mu[2 * n + 1], pr, pi, reached[0], reached[1])
+            moved = moved + (mr, mi)
+        ar, ai = _receded(reached[0], reached[1], pr, pi, 0.0, 0.0)
         arriving = arriving + (ar, ai)
     dc1, dcv = du * v, du * x1
     if COUNTS and POLES:
@@ -343,7 +347,7 @@ def _rows3(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def input_gradients(
     z, before, real, fir_weight, fir_bias, poles, residues, skips, states, adjoints, dlast, dy, dz, dbefore, dstate,
     sums,

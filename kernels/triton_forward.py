@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from stripedrag.kernels.triton_rows import (
+    SIZES,
     advanced,
     convolved,
     emitted,
@@ -25,10 +26,11 @@ from stripedrag.kernels.triton_rows import (
     system_of,
     taps_of,
     window_of,
+    zeros,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_states(
     z, before, real, fir_weight, fir_bias, poles, states,
     L, H, W, G, C, batch_stride, row_stride,
@@ -49,9 +51,8 @@ def chunk_states(
     first = chunk * T
     k1 = window_of(z, before, row_stride, first - (K - 1), L, column1, ok, real, K, MASKED, WORK)
     kv = window_of(z, before, row_stride, first - (K - 1), L, columnv, ok, real, K, MASKED, WORK)
-    s = ()
-    for _ in tl.static_range(2 * N):
-        s = s + (tl.zeros([BLOCK], WORK),)
+    tl.static_assert(T % ROWS == 0)
+    s = zeros(2 * N, BLOCK, WORK)
     at = z + first.to(tl.int64) * row_stride
     for t in range(first, first + T, ROWS):
         rows = ()  # asked for together: their addresses depend on nothing that is computed
@@ -73,7 +74,7 @@ def chunk_states(
         tl.store(place + i * H, s[i], mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("C", "G", "rows", "first", "step"))
 def carry(
     states, poles, H, G, C, rows, first, step,
     SQUARINGS: tl.constexpr, N: tl.constexpr, CONJUGATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -141,7 +142,7 @@ def _output(
     return y, later(k2, raw[0], K), later(k1, raw[1], K), later(kv, raw[2], K), s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def outputs(
     z, before, real, fir_weight, fir_bias, poles, residues, skips, states, y, last,
     L, H, W, G, C, batch_stride, row_stride,
@@ -205,7 +206,7 @@ def outputs(
         tl.store(last + (b * H + h) * (2 * N) + i, s[i], mask=ending)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("G",))
 def step(
     z, fir_weight, fir_bias, poles, residues, skips, fir_state, iir_state, y, H, W, G,
     N: tl.constexpr, K: tl.constexpr, WORK: tl.constexpr, BLOCK: tl.constexpr,

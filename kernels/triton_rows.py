@@ -7,6 +7,8 @@ turn. `real` (B, L) bytes says which rows are no padding, and is read where MASK
 import triton
 import triton.language as tl
 
+SIZES = ("L", "C", "G")  # no kernel is compiled anew for a 1, or a multiple of 16
+
 
 @triton.jit
 def place_of(H, C, BLOCK: tl.constexpr):
@@ -131,5 +133,6 @@ def emitted(s, r, skip, u, N: tl.constexpr):
     """f = Re Σ R s + D u."""
     f = skip * u
     for n in tl.static_range(N):
-        f += r[2 * n] * s[2 * n] - r[2 * n + 1] * s[2 * n + 1]
+        f += r[2 * n] * s[2 * n]
+        f -= r[2 * n + 1] * s[2 * n + 1]
     return f

@@ -27,6 +27,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 GRADIENT_LENGTH = 8192
 WARM_UPS = 3
 SIDES = ("triton", "torch")
+_SLEEP_CYCLES = 10_000_000  # some milliseconds
 
 
 def run(repeats: int, device: torch.device) -> Report:
@@ -34,6 +35,11 @@ def run(repeats: int, device: torch.device) -> Report:
 
     Raises `BackendError` where the Triton kernels cannot run there.
     """
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        return _run(repeats, device)
+
+
+def _run(repeats: int, device: torch.device) -> Report:
     asked = [(*shape, length, dtype) for shape in SHAPES for dtype in DTYPES for length in LENGTHS]
     console = Console(stderr=True)
     rows = [_forward(*one, repeats, device) for one in track(asked, "forward", console=console)]
@@ -68,6 +74,7 @@ def _seconds(side: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    torch.cuda._sleep(_SLEEP_CYCLES)  # while which the launches queue up, so that none is waited for
     begin.record()
     side()
     end.record()
@@ -151,7 +158,7 @@ def _gradient(channels: int, modes: int, dtype: torch.dtype, repeats: int, devic
 
 def _predicted(listed: Any, channels: int, length: int, dtype: torch.dtype, device: torch.device) -> float | None:
     """By published peaks, of a device and a dtype that `roofline` knows."""
-    known: list[Device] = [peaks for name, peaks in DEVICES.items() if name in _name(device)]
+    known: list[Device] = [peaks for peaks in DEVICES.values() if peaks.name == _name(device)]
     if not known or dtype != torch.bfloat16:
         return None
     return float(sum(one["seconds"] for one in passes(listed, known[0], length, channels=channels)))

@@ -2,8 +2,9 @@
 issue, and what part of a layer of the 7B that is: a prediction, to be held against the measurements of
 `stripedrag bench filter --device cuda`.
 
-Nothing runs. A pass takes as long as its slower side at the device's published peak, so that what is measured can only
-be more; the matrix products and attention beside it are taken at the peak of dense bfloat16, which flatters them.
+Nothing runs. A pass takes as long as its slower side at the device's published peak: of memory, which inputs that lie
+in the second-level cache pass, and of float32 multiply-adds, at which all instructions are counted (an A100 issues
+others beside them). Products and attention are taken at the peak of dense bfloat16, which flatters them.
 """
 
 from pathlib import Path
@@ -20,8 +21,11 @@ BLOCK = 64
 
 
 class Device(NamedTuple):
-    """Published peaks: bytes/s of memory, multiply-adds/s in float32, operations/s of dense bfloat16 products."""
+    """Published peaks: bytes/s of memory, multiply-adds/s in float32, operations/s of dense bfloat16 products, of what
+    torch calls `name`.
+    """
 
+    name: str
     multiprocessors: int
     bytes_per_s: float
     fma_per_s: float
@@ -30,9 +34,9 @@ class Device(NamedTuple):
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM.
 DEVICES = {
-    "A100": Device(108, 2.039e12, 19.5e12 / 2, 312e12),
-    "H100": Device(132, 3.35e12, 66.9e12 / 2, 989e12),
-    "H200": Device(132, 4.8e12, 66.9e12 / 2, 989e12),
+    "A100": Device("NVIDIA A100-SXM4-80GB", 108, 2.039e12, 19.5e12 / 2, 312e12),
+    "H100": Device("NVIDIA H100 80GB HBM3", 132, 3.35e12, 66.9e12 / 2, 989e12),
+    "H200": Device("NVIDIA H200", 132, 4.8e12, 66.9e12 / 2, 989e12),
 }
 
 
@@ -63,7 +67,7 @@ def backward(n: int, k: int) -> list[Pass]:
         Pass("chunk_adjoints", 1, 2, 2 * n, (k + 1 + 6 * n) + 4),
         Pass("carry", 1, 0, 4 * n, 0),
         Pass("gate_gradients", 0, 5, 4 * n + k + 2, (3 * k + 1 + 4 * n) + (2 * n + 2 + 2 * n + 1) + (2 * k + 1) + 10),
-        Pass("input_gradients", 0, 6, 6 * n + 2 * k + 2, (3 * k + 2) + (11 * n + 4) + 2 * (2 * k + 1) + 12),
+        Pass("input_gradients", 0, 6, 6 * n + 2 * k + 2, (3 * k + 2) + (13 * n + 4) + 2 * (2 * k + 1) + 12),
     ]
 
 

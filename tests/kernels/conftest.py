@@ -2,8 +2,9 @@
 and sequences no longer than a backend's logic needs, but in `make test-all`.
 """
 
+import importlib.util
+
 import pytest
-from triton.runtime import interpreter
 
 from stripedrag.kernels import gpu
 
@@ -12,17 +13,19 @@ LONG = {"test_golden_filters", "test_the_response_of_a_slow_pole_holds_over_a_lo
 
 gpu.CHUNK_TOKENS = (16, 512)
 
-# A call of one of our device functions patches the language anew, which the kernel's own call did: most of the time.
-_patching_call = interpreter.InterpretedFunction.__call__
 
+if importlib.util.find_spec("triton"):
+    from triton.runtime import interpreter
 
-def _call(self, *args, **kwargs):
-    if self.fn.__module__.startswith("stripedrag.kernels."):
-        return self.rewrite()(*args, **kwargs)
-    return _patching_call(self, *args, **kwargs)
+    # A call of a device function of ours patches the language anew, which the kernel's own call did: most of the time.
+    _patching_call = interpreter.InterpretedFunction.__call__
 
+    def _call(self, *args, **kwargs):
+        if self.fn.__module__.startswith("stripedrag.kernels."):
+            return self.rewrite()(*args, **kwargs)
+        return _patching_call(self, *args, **kwargs)
 
-interpreter.InterpretedFunction.__call__ = _call
+    interpreter.InterpretedFunction.__call__ = _call
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from hyena_inputs import CPU, PARAMETERS, assert_close, gradients, make, random_
 from stripedrag.kernels import gpu, ops
 from stripedrag.kernels.ahead import Compiled, table
 from stripedrag.kernels.dispatch import BACKENDS, select
+
+pytest.importorskip("triton", reason="Triton is not installed; pip install 'stripedrag[gpu]', on Linux")
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 32, 64])
@@ -30,6 +33,31 @@ def test_any_number_of_chunks_gives_the_definition(monkeypatch, tokens, padded):
     found, expected = (gradients(inputs, state, backend, mask) for backend in ("triton", "reference"))
     for name, gradient in found.items():
         assert_close(gradient, expected[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("rows,gradient_rows", [((8,), (2,)), ((4,), (4,))])
+def test_every_number_of_rows_that_tuning_may_choose_gives_the_definition(monkeypatch, rows, gradient_rows):
+    """Over several blocks of channels, with a last chunk that no number of rows fills."""
+    monkeypatch.setattr(gpu, "CHUNK_TOKENS", (8, 8))
+    monkeypatch.setattr(gpu, "_ROWS", rows)
+    monkeypatch.setattr(gpu, "_GRADIENT_ROWS", gradient_rows)
+    gpu._kernel.cache_clear()
+    inputs = make(21, batch=1, channels=130, modes=2, heads=2, dtype=torch.float64)
+    state = random_state(inputs)
+    found, expected = (gradients(inputs, state, backend) for backend in ("triton", "reference"))
+    gpu._kernel.cache_clear()
+    for name, gradient in found.items():
+        assert_close(gradient, expected[name], 1e-12, name)
+    y, _ = ops.hyena_filter(**inputs, state=state, backend="triton")
+    assert_close(y, ops.hyena_filter(**inputs, state=state, backend="reference")[0], 1e-12)
+    z = inputs.pop("z")[:, 0]
+    kept = [ops.HyenaState(*(t.clone() for t in state)) for _ in range(2)]
+    one, other = (
+        ops.hyena_step(z, **inputs, state=s, backend=b) for s, b in zip(kept, ("triton", "reference"), strict=True)
+    )
+    assert_close(one[0], other[0], 1e-12)
+    assert torch.equal(kept[0].fir, kept[1].fir)
+    assert_close(kept[0].iir, kept[1].iir, 1e-12)
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 18, 19, 20])
@@ -65,7 +93,7 @@ def test_channels_that_fill_no_block_and_several(tolerances):
 
 def test_rows_lie_beyond_offsets_of_32_bits(tmp_path, monkeypatch):
     """As those of an ordinary prompt: 3H = 12,288 and 175,000 tokens are 2^31 numbers."""
-    monkeypatch.setattr(gpu, "CHUNK_TOKENS", (2, 2))
+    monkeypatch.setattr(gpu, "CHUNK_TOKENS", (4, 4))
     stride, length = 2**28, 10
     inputs = make(length, batch=1, channels=4)
     file = torch.from_file(str(tmp_path / "z"), shared=True, size=stride * length, dtype=torch.float32)  # holes
@@ -73,6 +101,7 @@ def test_rows_lie_beyond_offsets_of_32_bits(tmp_path, monkeypatch):
     far.copy_(inputs["z"])
     state = random_state(inputs)
     expected, near = gradients(inputs, state, "triton"), ops.hyena_filter(**inputs, state=state, backend="triton")
+    assert_close(near[0], ops.hyena_filter(**inputs, state=state, backend="reference")[0], 1e-6)
     inputs["z"] = far
     apart = ops.hyena_filter(**inputs, state=state, backend="triton")
     assert torch.equal(apart[0], near[0]) and torch.equal(apart[1].iir, near[1].iir)
@@ -128,6 +157,14 @@ def test_it_says_why_it_cannot_run(monkeypatch):
     assert triton.refuses(device) == "it needs a device of compute capability 8.0; this one has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert triton.refuses(device) is None
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "needs a C compiler to launch what it compiles, and there is none" in triton.refuses(device)
+    monkeypatch.undo()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(gpu, "version", lambda _: "3.3.1")
+    assert triton.refuses(device) == "it needs triton 3.7; 3.3.1 is installed"
+    monkeypatch.setattr(gpu, "version", lambda _: "3.10.0+git")
     assert triton.refuses(device, modes=17) == "it takes up to 8 taps and 16 modes; this filter has 3 and 17"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert triton.refuses(device) == "triton is not installed; `pip install 'stripedrag[gpu]'` on Linux"

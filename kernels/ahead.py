@@ -6,6 +6,7 @@ A kernel that uses stack has spilled registers to memory, in the loop over time,
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import subprocess
@@ -137,6 +138,10 @@ def main() -> None:
     parser.add_argument("--mask", type=int, nargs="+", default=(0, 1), choices=(0, 1))
     parser.add_argument("--to", type=Path, help="a file for the table")
     asked = parser.parse_args()
+    if importlib.util.find_spec("triton") is None:
+        parser.error("triton is not installed; `pip install 'stripedrag[gpu]'` on Linux")
+    if gpu.is_interpreted():
+        parser.error("TRITON_INTERPRET is set, with which nothing is compiled; unset it")
     rows = []
     for capability, dtype, modes, taps, masked in product(
         asked.capability, asked.dtype, asked.modes, asked.taps, asked.mask

@@ -12,7 +12,7 @@ import torch
 
 from hyena_inputs import CPU, PARAMETERS, assert_close, gradients, make, random_state, widen
 from stripedrag.kernels import gpu, ops
-from stripedrag.kernels.ahead import Compiled, table
+from stripedrag.kernels.ahead import Compiled, main, table
 from stripedrag.kernels.dispatch import BACKENDS, select
 
 pytest.importorskip("triton", reason="Triton is not installed; pip install 'stripedrag[gpu]', on Linux")
@@ -191,6 +191,13 @@ def ahead(*options):
     rows = [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr or [row for row in rows if row.stack]
     return rows
+
+
+def test_nothing_is_compiled_where_kernels_are_interpreted(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ahead"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "TRITON_INTERPRET is set, with which nothing is compiled; unset it" in capsys.readouterr().err
 
 
 def test_the_kernels_of_the_7b_compile_for_an_h100_without_spills(tmp_path):

@@ -28,7 +28,8 @@ INTERPRETED_MULTIPROCESSORS = 132
 KERNELS = ("chunk_states", "carry", "outputs", "step", "chunk_adjoints", "gate_gradients", "input_gradients")
 _BACKWARD = ("chunk_adjoints", "gate_gradients", "input_gradients")
 _LAUNCHING = threading.Lock()
-_ROWS, _GRADIENT_ROWS, _FEW_MODES = (4, 8), (1, 2), 8
+_ROWS, _GRADIENT_ROWS, _FEW_MODES = (4, 8), (2,), 8
+_ROWS_OF_MANY = {"outputs": (2,), "gate_gradients": (1,), "input_gradients": (1,)}
 
 
 def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
@@ -175,8 +176,12 @@ def configurations(name: str, modes: int) -> tuple[dict[str, int], ...]:
         return ({"BLOCK": 128, "num_warps": 4},)
     if name == "carry":  # which reads what it overwrites, and so cannot be tried
         return ({"BLOCK": 64, "ROWS": 8, "num_warps": 2},)
-    rows = _GRADIENT_ROWS if name.endswith("_gradients") else _ROWS
-    return tuple({"BLOCK": 64, "ROWS": r, "num_warps": 2} for r in (rows[:1] if modes > _FEW_MODES else rows))
+    rows: tuple[int, ...]
+    if modes > _FEW_MODES:
+        rows = _ROWS_OF_MANY.get(name, _ROWS[:1])
+    else:
+        rows = _GRADIENT_ROWS if name.endswith("_gradients") else _ROWS
+    return tuple({"BLOCK": 64, "ROWS": r, "num_warps": 2} for r in rows)
 
 
 def input_parts(modes: int) -> tuple[tuple[int, dict[str, int]], ...]:

@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
     """Why this backend cannot run on `device` with filters of so many taps and modes, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install 'stripedrag[gpu]'` on Linux"
-    if tuple(map(int, version("triton").split(".")[:2])) < LEAST_TRITON:
-        return f"it needs triton {'.'.join(map(str, LEAST_TRITON))}; {version('triton')} is installed"
     if is_interpreted():
         if device.type != "cpu":
             return "TRITON_INTERPRET is set, which is for the CPU and for tests; unset it"
@@ -48,6 +45,11 @@ def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
         return f"it needs a device of compute capability {least}; this one has {found}"
     elif not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return "Triton needs a C compiler to launch what it compiles, and there is none; install gcc"
+    else:
+        import triton  # whose distribution has several names
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+            return f"it needs triton {'.'.join(map(str, LEAST_TRITON))}; {triton.__version__} is installed"
     if taps > MAX_TAPS or modes > MAX_MODES:
         return f"it takes up to {MAX_TAPS} taps and {MAX_MODES} modes; this filter has {taps} and {modes}"
     return None

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -38,7 +38,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def load_model(
     name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     device: str | torch.device | None = None,
     window_tokens: int | None = None,
     quantize: Quantization | None = None,
@@ -49,7 +49,7 @@ def load_model(
         name_or_path: "stripedhyena-smol-135m" (the default), "smollm2-135m-instruct" (its transformer baseline), a
             name in `BASELINES`, a folder with config.json and safetensors, or a hub id. Only a baseline and a hub id
             can touch the network.
-        dtype: None takes bfloat16 where the device multiplies it natively, else float32.
+        dtype: None takes bfloat16 where the device multiplies it natively, else float32; "auto" the checkpoint's.
         device: None takes a CUDA device where there is one, else the CPU.
         window_tokens: a longer window than the model was trained on, which it then reads by YaRN (Peng et al. 2023),
             with a warning; a shorter one changes nothing.
@@ -64,10 +64,9 @@ def load_model(
     """
     if quantize is not None and (not isinstance(quantize, str) or quantize not in QUANTIZATIONS):
         raise UsageError(f"quantize is {quantize!r}; weights can be {' or '.join(QUANTIZATIONS)}")
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype not in (None, "auto", *_DTYPES):
         raise UsageError(f"dtype is {dtype}; weights are torch.float32, torch.bfloat16, torch.float16 or torch.float64")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or fast_dtype(device)
     source = _source(name_or_path)
     is_folder, pinned = Path(source).is_dir(), {"revision": revision(str(name_or_path)) or "main"}
     if is_folder and not (Path(source) / "config.json").is_file():
@@ -79,6 +78,8 @@ def load_model(
         if not isinstance(stated, dict | None):
             raise UsageError(f"the config of {source} has the quantization_config {stated!r}; it is an object")
         config = AutoConfig.from_pretrained(source, **pinned)
+        if dtype == "auto":
+            dtype = config.dtype or torch.float32
         if is_folder:
             _refuse_damaged(Path(source))
         stretched = window_tokens is not None and _stretch(config, window_tokens, str(name_or_path))
@@ -90,7 +91,7 @@ def load_model(
             origin = str(name_or_path) if name_or_path in PREPARED or find(str(name_or_path)) else None
             options["quantization_config"] = QuantizationConfig(QUANTIZATIONS[quantize], origin)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, **pinned, **options
+            source, config=config, dtype=dtype or fast_dtype(device), output_loading_info=True, **pinned, **options
         )
         refuse_unfit(source, info)
         model = model.to(device).eval()
@@ -160,9 +161,7 @@ def save_quantized(name_or_path: str | os.PathLike[str], to: str | os.PathLike[s
             if scratch.exists():  # of a process that was killed
                 shutil.rmtree(scratch)
             scratch.mkdir(parents=True)
-        config = AutoConfig.from_pretrained(_source(name_or_path), revision=revision(str(name_or_path)) or "main")
-        dtype = config.dtype or torch.float32  # the checkpoint's, whatever this machine is fast in
-        model, tokenizer = load_model(name_or_path, dtype=dtype, device="cpu", quantize=quantize)
+        model, tokenizer = load_model(name_or_path, dtype="auto", device="cpu", quantize=quantize)
         with _writing(target):
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)

@@ -15,7 +15,7 @@ from stripedrag.kernels import gpu, ops
 from stripedrag.kernels.ahead import Compiled, main, table
 from stripedrag.kernels.dispatch import BACKENDS, select
 
-pytest.importorskip("triton", reason="Triton is not installed; pip install 'stripedrag[gpu]', on Linux")
+triton = pytest.importorskip("triton", reason="Triton is not installed; pip install 'stripedrag[gpu]', on Linux")
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 32, 64])
@@ -146,28 +146,28 @@ def test_every_multiprocessor_has_its_programs_and_chunks_are_as_long_as_that_le
 
 
 def test_it_says_why_it_cannot_run(monkeypatch):
-    triton = BACKENDS["triton"]
-    assert triton.refuses(CPU) is None, "in its interpreter"
-    assert "TRITON_INTERPRET is set" in triton.refuses(torch.device("cuda"))
-    assert triton.refuses(CPU, taps=9) == "it takes up to 8 taps and 16 modes; this filter has 9 and 1"
+    backend = BACKENDS["triton"]
+    assert backend.refuses(CPU) is None, "in its interpreter"
+    assert "TRITON_INTERPRET is set" in backend.refuses(torch.device("cuda"))
+    assert backend.refuses(CPU, taps=9) == "it takes up to 8 taps and 16 modes; this filter has 9 and 1"
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert triton.refuses(CPU) == "it runs on CUDA devices"
+    assert backend.refuses(CPU) == "it runs on CUDA devices"
     device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert triton.refuses(device) == "it needs a device of compute capability 8.0; this one has 7.5"
+    assert backend.refuses(device) == "it needs a device of compute capability 8.0; this one has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert triton.refuses(device) is None
+    assert backend.refuses(device) is None
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "needs a C compiler to launch what it compiles, and there is none" in triton.refuses(device)
+    assert "needs a C compiler to launch what it compiles, and there is none" in backend.refuses(device)
     monkeypatch.undo()
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(gpu, "version", lambda _: "3.3.1")
-    assert triton.refuses(device) == "it needs triton 3.7; 3.3.1 is installed"
-    monkeypatch.setattr(gpu, "version", lambda _: "3.10.0+git")
-    assert triton.refuses(device, modes=17) == "it takes up to 8 taps and 16 modes; this filter has 3 and 17"
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    assert backend.refuses(device) == "it needs triton 3.7; 3.3.1 is installed"
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git")
+    assert backend.refuses(device, modes=17) == "it takes up to 8 taps and 16 modes; this filter has 3 and 17"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert triton.refuses(device) == "triton is not installed; `pip install 'stripedrag[gpu]'` on Linux"
+    assert backend.refuses(device) == "triton is not installed; `pip install 'stripedrag[gpu]'` on Linux"
 
 
 def test_a_gpu_takes_it_and_where_it_cannot_run_torch_serves_and_says_so_once(monkeypatch):

@@ -271,6 +271,10 @@ def test_a_model_is_written_small_and_read_as_any_other(tmp_path):
         save_quantized(STRIPED, tmp_path / "small", "int8")
     with pytest.raises(UsageError, match="are quantized already; load it without int4"):
         load_model(tmp_path / "small", quantize="int4")
+    with pytest.raises(UsageError, match="no model 'no/such': it is not one of"):
+        save_quantized("no/such", tmp_path / "other", "int8")
+    with pytest.raises(UsageError, match=r"dtype is float32; weights are torch\.float32"):
+        load_model(tmp_path / "small", dtype="float32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
 
 

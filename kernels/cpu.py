@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from stripedrag.kernels import library
-from stripedrag.kernels.library import contiguous_like, other_gradients
+from stripedrag.kernels.library import Gradients, Parameters, contiguous_like, other_gradients
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
 
 if TYPE_CHECKING:
@@ -376,22 +376,17 @@ def swiglu_gradient(a: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 def _filter(
     z: Tensor,
-    fir_weight: Tensor,
-    fir_bias: Tensor,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor,
+    parameters: Parameters,
     fir_state: Tensor,
     iir_state: Tensor,
     padding_mask: Tensor | None,
     heads: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the states after it, and with `keep` the modal states that the gradient restarts from (else none)."""
-    parameters = (fir_weight, fir_bias, poles, residues, skip)
+) -> tuple[Tensor, ...]:
+    """What is kept are the modal states that the gradient restarts from."""
     operands = _Operands(z, parameters, fir_state, iir_state, padding_mask, heads)
-    y = _new(z, *z.shape[:2], skip.shape[0])
-    checkpoints = _new(poles, operands.checkpoint_numbers() if keep else 0)
+    y = _new(z, *z.shape[:2], parameters[4].shape[0])
+    checkpoints = _new(parameters[2], operands.checkpoint_numbers() if keep else 0)
     return y, *operands.filter(y, checkpoints), checkpoints
 
 
@@ -420,23 +415,17 @@ def _(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padd
     return contiguous_like(fir_state), contiguous_like(iir_state)
 
 
-def _filter_backward(
+def _gradient(
     z: Tensor,
-    fir_weight: Tensor,
-    fir_bias: Tensor,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor,
+    parameters: Parameters,
     fir_state: Tensor,
     padding_mask: Tensor | None,
     heads: int,
     checkpoints: Tensor,
     dy: Tensor,
     diir_out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of z, the five parameters (poles and residues (H, N, 2), a channel each) and both given states."""
+) -> Gradients:
     # The gradient reads no modal state but the kept ones; the operands want one, and any will do.
-    parameters = (fir_weight, fir_bias, poles, residues, skip)
     operands = _Operands(z, parameters, fir_state, diir_out, padding_mask, heads)
     if checkpoints.numel() != operands.checkpoint_numbers():
         raise RuntimeError(
@@ -445,38 +434,16 @@ def _filter_backward(
         )
     if checkpoints.data_ptr() % 64:
         checkpoints = checkpoints.clone()  # torch's own memory is aligned; what a saved-tensor hook gives need not be
-    gradients = (
-        _new(z, *z.shape),
-        *other_gradients(fir_weight, fir_bias, poles, skip, fir_state, diir_out),
-    )
+    gradients = _new(z, *z.shape), *other_gradients(parameters, fir_state, diir_out)
     operands.gradient(checkpoints, dy.contiguous(), diir_out.contiguous(), *gradients)
     return gradients
 
 
-def _step(
-    z: Tensor,
-    fir_weight: Tensor,
-    fir_bias: Tensor,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor,
-    fir_state: Tensor,
-    iir_state: Tensor,
-    heads: int,
-) -> Tensor:
-    """y for one token; the states are overwritten."""
-    parameters = (t.contiguous() for t in (fir_weight, fir_bias, poles, residues, skip))
-    fir, iir = fir_state.contiguous(), iir_state.contiguous()
-    y = _run_step((z.contiguous(), *parameters, fir, iir), heads)
-    for given, used in ((fir_state, fir), (iir_state, iir)):
-        if used is not given:
-            given.copy_(used)
-    return y
+def _step(z: Tensor, parameters: Parameters, fir_state: Tensor, iir_state: Tensor, heads: int) -> Tensor:
+    return _run_step((z.contiguous(), *(p.contiguous() for p in parameters), fir_state, iir_state), heads)
 
 
-_OPERATORS = library.define(
-    "stripedrag::hyena", filter=_filter, gradient=_filter_backward, step=_step, device_types="cpu"
-)
+_OPERATORS = library.define("stripedrag::hyena", filter=_filter, gradient=_gradient, step=_step, device_types="cpu")
 
 
 def _run_step(operands: tuple[Tensor, ...], heads: int) -> Tensor:

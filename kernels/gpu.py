@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stripedrag.kernels import library
-from stripedrag.kernels.library import contiguous_like, other_gradients
+from stripedrag.kernels.library import Gradients, Parameters, contiguous_like, other_gradients
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
 
 MAX_TAPS, MAX_MODES = 8, 16
@@ -24,6 +24,7 @@ LEAST_CAPABILITY = (8, 0)  # the first with bfloat16, and the oldest that the ke
 CHUNK_TOKENS = (64, 512)  # least and most: states of chunks are 32 N bytes a channel, beside 12 a token in bfloat16
 PROGRAMS_A_MULTIPROCESSOR = 16  # of two warps each: enough loads in flight to cover the memory's latency
 INTERPRETED_MULTIPROCESSORS = 132
+BLOCK = 64  # channels a program, one a thread
 KERNELS = ("chunk_states", "carry", "outputs", "step", "chunk_adjoints", "gate_gradients", "input_gradients")
 _BACKWARD = ("chunk_adjoints", "gate_gradients", "input_gradients")
 _LAUNCHING = threading.Lock()
@@ -79,7 +80,7 @@ def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Te
 def chunk_tokens(batch: int, length: int, channels: int, multiprocessors: int) -> int:
     """T: as many tokens as leave every multiprocessor its programs, a power of two."""
     tokens, most = CHUNK_TOKENS
-    blocks = batch * -(-channels // 64)
+    blocks = batch * -(-channels // BLOCK)
     while tokens < most and blocks * -(-length // (2 * tokens)) >= PROGRAMS_A_MULTIPROCESSOR * multiprocessors:
         tokens *= 2
     return tokens
@@ -93,79 +94,55 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class _Launches:
-    """One call's operands, as kernels take them, and how many programs run."""
+    """One call's operands by the kernels' names for them, and its launches."""
 
     def __init__(
-        self,
-        z: Tensor,
-        parameters: tuple[Tensor, ...],
-        fir_state: Tensor,
-        padding_mask: Tensor | None,
-        heads: int,
+        self, z: Tensor, parameters: Parameters, fir_state: Tensor, padding_mask: Tensor | None, heads: int
     ) -> None:
         fir_weight, fir_bias, poles, residues, skip = (p.contiguous() for p in parameters)
         self.batch, self.length, _ = z.shape
         self.channels, self.modes, self.taps = skip.shape[0], poles.shape[1], fir_weight.shape[2]
-        self.groups, self.width = poles.shape[0], skip.shape[0] // heads
-        self.tokens = chunk_tokens(self.batch, self.length, self.channels, _multiprocessors(z.device))
-        self.chunks = -(-self.length // self.tokens)
-        self.z = z if z.stride(2) == 1 else z.contiguous()
-        self.before = fir_state.contiguous()
-        real = self.z if padding_mask is None else padding_mask.contiguous().view(torch.uint8)  # unread without a mask
-        self.sequence = {"z": self.z, "before": self.before, "real": real}
-        self.fir = {"fir_weight": fir_weight, "fir_bias": fir_bias}
-        self.poles, self.residues = {"poles": poles}, {"residues": residues}
-        self.skips = {"skips": skip}
-        self.sizes = {
+        tokens = chunk_tokens(self.batch, self.length, self.channels, _multiprocessors(z.device))
+        self.chunks = -(-self.length // tokens)
+        z = z if z.stride(2) == 1 else z.contiguous()
+        self.operands = {
+            "z": z,
+            "before": fir_state.contiguous(),
+            "real": z if padding_mask is None else padding_mask.contiguous().view(torch.uint8),  # unread without one
+            "fir_weight": fir_weight,
+            "fir_bias": fir_bias,
+            "poles": poles,
+            "residues": residues,
+            "skips": skip,
             "L": self.length,
             "H": self.channels,
-            "W": self.width,
-            "G": self.groups,
+            "W": self.channels // heads,
+            "G": poles.shape[0],
             "C": self.chunks,
-            "batch_stride": self.z.stride(0),
-            "row_stride": self.z.stride(1),
-            "T": self.tokens,
+            "batch_stride": z.stride(0),
+            "row_stride": z.stride(1),
+            "T": tokens,
+            "SQUARINGS": tokens.bit_length() - 1,
             "N": self.modes,
             "K": self.taps,
             "MASKED": padding_mask is not None,
             "WORK": _work(z),
         }
 
-    def run(self, name: str, chunks: int, **tensors: Tensor | int) -> None:
-        """Launch a kernel over so many chunks."""
-        rows = self.batch * chunks
-        if not rows or not self.channels:
-            return
-        _launch(name, rows, self.channels, {**self.sequence, **self.fir, **tensors, **self.sizes})
+    def run(self, name: str, rows: int, /, **more: Tensor | int) -> None:
+        """Launch a kernel over so many chunks, or modes, of each batch row; of its operands `more` come first."""
+        _launch(name, self.batch * rows, self.channels, self.operands | more)
 
-    def states(self, given: Tensor | None) -> Tensor:
-        """Room for the state of each chunk (B, C, N, 2, H), the first's given or the last's zero."""
-        shape = (self.batch, self.chunks, self.modes, 2, self.channels)
-        states = self.z.new_empty(shape, dtype=working_dtype(self.z))
-        if given is None:
-            states[:, -1] = 0
-        else:
-            states[:, 0] = given.permute(0, 2, 3, 1)
-        return states
+    def states(self, like: Tensor) -> Tensor:
+        """Room for the state of each chunk (B, C, N, 2, H)."""
+        return like.new_empty(self.batch, self.chunks, self.modes, 2, self.channels)
 
     def carry(self, states: Tensor, *, backward: bool) -> None:
         """From what chunks add to states to the states."""
-        if self.chunks == 1:
-            return
-        arguments = {
-            "states": states,
-            **self.poles,
-            "H": self.channels,
-            "G": self.groups,
-            "C": self.chunks,
-            "rows": self.chunks - 1,
-            "first": self.chunks - 1 if backward else 0,
-            "step": -1 if backward else 1,
-            "SQUARINGS": self.tokens.bit_length() - 1,
-            "N": self.modes,
-            "CONJUGATE": backward,
-        }
-        _launch("carry", self.batch * self.modes, self.channels, arguments)
+        first, step = (self.chunks - 1, -1) if backward else (0, 1)
+        rows = self.chunks - 1
+        if rows:
+            self.run("carry", self.modes, states=states, rows=rows, first=first, step=step, CONJUGATE=backward)
 
 
 def configurations(name: str, modes: int) -> tuple[dict[str, int], ...]:
@@ -177,13 +154,13 @@ def configurations(name: str, modes: int) -> tuple[dict[str, int], ...]:
     if name == "step":
         return ({"BLOCK": 128, "num_warps": 4},)
     if name == "carry":  # which reads what it overwrites, and so cannot be tried
-        return ({"BLOCK": 64, "ROWS": 8, "num_warps": 2},)
+        return ({"BLOCK": BLOCK, "ROWS": 8, "num_warps": 2},)
     rows: tuple[int, ...]
     if modes > _FEW_MODES:
         rows = _ROWS_OF_MANY.get(name, _ROWS[:1])
     else:
         rows = _GRADIENT_ROWS if name.endswith("_gradients") else _ROWS
-    return tuple({"BLOCK": 64, "ROWS": r, "num_warps": 2} for r in rows)
+    return tuple({"BLOCK": BLOCK, "ROWS": r, "num_warps": 2} for r in rows)
 
 
 def input_parts(modes: int) -> tuple[tuple[int, dict[str, int]], ...]:
@@ -224,12 +201,15 @@ def _kernel(name: str, modes: int, device: torch.device) -> Any:
     return tune(function(name))
 
 
-def _launch(name: str, rows: int, channels: int, arguments: dict[str, Any]) -> None:
-    """Run a kernel by name over so many rows of blocks of channels, on the device of its poles."""
-    poles: Tensor = arguments["poles"]
-    kernel = _kernel(name, arguments["N"], poles.device)
+def _launch(name: str, rows: int, channels: int, operands: dict[str, Any]) -> None:
+    """Run a kernel by name over so many rows of blocks of channels, with those of the operands that it takes."""
+    if not rows or not channels:
+        return
+    poles: Tensor = operands["poles"]
+    kernel = _kernel(name, operands["N"], poles.device)
+    taken = {argument: operands[argument] for argument in function(name).arg_names if argument in operands}
     with torch.cuda.device_of(poles), _LAUNCHING:  # what tunes a kernel is not made for several threads
-        kernel[lambda chosen: (rows * -(-channels // chosen["BLOCK"]),)](**arguments, enable_fp_fusion=True)
+        kernel[lambda chosen: (rows * -(-channels // chosen["BLOCK"]),)](**taken, enable_fp_fusion=True)
 
 
 def _work(z: Tensor) -> Any:
@@ -240,25 +220,21 @@ def _work(z: Tensor) -> Any:
 
 def _filter(
     z: Tensor,
-    fir_weight: Tensor,
-    fir_bias: Tensor,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor,
+    parameters: Parameters,
     fir_state: Tensor,
     iir_state: Tensor,
     padding_mask: Tensor | None,
     heads: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the states after it, and with `keep` the states that enter chunks (else none)."""
-    it = _Launches(z, (fir_weight, fir_bias, poles, residues, skip), fir_state, padding_mask, heads)
-    y, last = z.new_empty(it.batch, it.length, it.channels), contiguous_like(iir_state)
-    states = it.states(iir_state)
-    it.run("chunk_states", it.chunks - 1, states=states, **it.poles)
+) -> tuple[Tensor, ...]:
+    """What is kept are the states that enter chunks."""
+    it = _Launches(z, parameters, fir_state, padding_mask, heads)
+    y, last, states = z.new_empty(it.batch, it.length, it.channels), contiguous_like(iir_state), it.states(iir_state)
+    states[:, 0] = iir_state.permute(0, 2, 3, 1)
+    it.run("chunk_states", it.chunks - 1, states=states)
     it.carry(states, backward=False)
-    it.run("outputs", it.chunks, states=states, y=y, last=last, **it.poles, **it.residues, **it.skips)
-    return y, _fir_after(z, fir_state, padding_mask), last, states.flatten() if keep else poles.new_empty(0)
+    it.run("outputs", it.chunks, states=states, y=y, last=last)
+    return y, _fir_after(z, fir_state, padding_mask), last, states.flatten() if keep else states.new_empty(0)
 
 
 def _fir_after(z: Tensor, fir_state: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -272,40 +248,34 @@ def _fir_after(z: Tensor, fir_state: Tensor, padding_mask: Tensor | None) -> Ten
 
 def _gradient(
     z: Tensor,
-    fir_weight: Tensor,
-    fir_bias: Tensor,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor,
+    parameters: Parameters,
     fir_state: Tensor,
     padding_mask: Tensor | None,
     heads: int,
     kept: Tensor,
     dy: Tensor,
     diir_out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of z, the five parameters (poles and residues (H, N, 2), a channel each) and both given states."""
-    it = _Launches(z, (fir_weight, fir_bias, poles, residues, skip), fir_state, padding_mask, heads)
+) -> Gradients:
+    it = _Launches(z, parameters, fir_state, padding_mask, heads)
     dz = z.new_empty(z.shape)
-    dfir_weight, dfir_bias, dpoles, dresidues, dskip, dbefore, dstate = other_gradients(
-        fir_weight, fir_bias, poles, skip, fir_state, diir_out
-    )
+    dfir_weight, dfir_bias, dpoles, dresidues, dskip, dbefore, dstate = other_gradients(parameters, fir_state, diir_out)
     n, k, h = 2 * it.modes, it.taps, it.channels
-    gate_sums = z.new_empty(it.batch, it.chunks, n + k + 2, h, dtype=working_dtype(z))
-    input_sums = z.new_empty(it.batch, it.chunks, n + 2 * k + 2, h, dtype=working_dtype(z))
-    given = {"dy": dy.contiguous(), **it.poles, **it.residues}
-    states, dlast = kept.view(it.batch, it.chunks, it.modes, 2, h), diir_out.contiguous()
-    adjoints = it.states(None)
-    it.run("chunk_adjoints", it.chunks - 1, dlast=dlast, adjoints=adjoints, **given)
+    adjoints, states = it.states(diir_out), kept.view(it.batch, it.chunks, it.modes, 2, h)
+    gate_sums = diir_out.new_empty(it.batch, it.chunks, n + k + 2, h)
+    input_sums = diir_out.new_empty(it.batch, it.chunks, n + 2 * k + 2, h)
+    it.operands |= {"dy": dy.contiguous(), "dz": dz, "dbefore": dbefore, "dstate": dstate}
+    dlast = diir_out.contiguous()
+    adjoints[:, -1] = 0
+    it.run("chunk_adjoints", it.chunks - 1, dlast=dlast, adjoints=adjoints)
     it.carry(adjoints, backward=True)
-    given |= {"dz": dz, "dbefore": dbefore, **it.skips}
-    it.run("gate_gradients", it.chunks, states=states, sums=gate_sums, **given)
-    given |= {"dstate": dstate}
+    it.run("gate_gradients", it.chunks, states=states, sums=gate_sums)
     for first, part in input_parts(it.modes):
         it.run(
             "input_gradients",
             it.chunks,
-            **(given | part | {name: given[name][:, first:] for name in ("poles", "residues")}),
+            **part,
+            poles=it.operands["poles"][:, first:],
+            residues=it.operands["residues"][:, first:],
             states=states[:, :, first:],
             adjoints=adjoints[:, :, first:],
             dlast=dlast[:, :, first:],
@@ -316,46 +286,34 @@ def _gradient(
     dpoles.copy_(inputs[:n].t().view(h, it.modes, 2))
     dskip.copy_(gate[n])
     firs = torch.stack([gate[n + 1 :], inputs[n : n + k + 1], inputs[n + k + 1 :]])  # (3, K + 1, H)
-    firs = firs.view(3, k + 1, heads, it.width).permute(2, 0, 3, 1).reshape(3 * h, k + 1)
+    firs = firs.view(3, k + 1, heads, h // heads).permute(2, 0, 3, 1).reshape(3 * h, k + 1)
     dfir_weight.copy_(firs[:, None, :k])
     dfir_bias.copy_(firs[:, k])
     return dz, dfir_weight, dfir_bias, dpoles, dresidues, dskip, dbefore, dstate
 
 
-def _step(
-    z: Tensor,
-    fir_weight: Tensor,
-    fir_bias: Tensor,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor,
-    fir_state: Tensor,
-    iir_state: Tensor,
-    heads: int,
-) -> Tensor:
-    """y for one token; the states are overwritten."""
+def _step(z: Tensor, parameters: Parameters, fir_state: Tensor, iir_state: Tensor, heads: int) -> Tensor:
+    fir_weight, fir_bias, poles, residues, skip = (p.contiguous() for p in parameters)
     batch, channels = z.shape[0], skip.shape[0]
-    fir, iir = fir_state.contiguous(), iir_state.contiguous()
     y = z.new_empty(batch, channels)
-    if y.numel():
-        names = ("z", "fir_weight", "fir_bias", "poles", "residues", "skips")
-        read = (tensor.contiguous() for tensor in (z, fir_weight, fir_bias, poles, residues, skip))
-        arguments = {
-            **dict(zip(names, read, strict=True)),
-            "fir_state": fir,
-            "iir_state": iir,
-            "y": y,
-            "H": channels,
-            "W": channels // heads,
-            "G": poles.shape[0],
-            "N": poles.shape[1],
-            "K": fir_weight.shape[2],
-            "WORK": _work(z),
-        }
-        _launch("step", batch, channels, arguments)
-    for given, used in ((fir_state, fir), (iir_state, iir)):
-        if used is not given:
-            given.copy_(used)
+    operands = {
+        "z": z.contiguous(),
+        "fir_weight": fir_weight,
+        "fir_bias": fir_bias,
+        "poles": poles,
+        "residues": residues,
+        "skips": skip,
+        "fir_state": fir_state,
+        "iir_state": iir_state,
+        "y": y,
+        "H": channels,
+        "W": channels // heads,
+        "G": poles.shape[0],
+        "N": poles.shape[1],
+        "K": fir_weight.shape[2],
+        "WORK": _work(z),
+    }
+    _launch("step", batch, channels, operands)
     return y
 
 

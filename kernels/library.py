@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+Parameters = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 
 class Operators(NamedTuple):
     """The operators of one library of kernels.
@@ -25,33 +28,87 @@ class Operators(NamedTuple):
 def define(
     name: str,
     *,
-    filter: Callable[..., tuple[Tensor, ...]],
-    gradient: Callable[..., tuple[Tensor, ...]],
-    step: Callable[..., Tensor],
+    filter: Callable[[Tensor, Parameters, Tensor, Tensor, Tensor | None, int, bool], tuple[Tensor, ...]],
+    gradient: Callable[[Tensor, Parameters, Tensor, Tensor | None, int, Tensor, Tensor, Tensor], Gradients],
+    step: Callable[[Tensor, Parameters, Tensor, Tensor, int], Tensor],
     device_types: str | None,
 ) -> Operators:
     """Operators `NAME_filter`, `NAME_filter_backward` and `NAME_step` for devices of those types (None: any),
-    differentiable in every tensor, once.
+    differentiable in every tensor, once. The five parameters, in the operator's order, come to the functions as one.
 
-    `gradient(z, …, skip, fir_state, padding_mask, heads, kept, dy, diir_out)` gives those of z, of the five parameters
-    (poles and residues (H, N, 2), a channel each) and of both given states, without what reaches them through the FIR
-    state after the sequence.
+    `filter(z, parameters, fir_state, iir_state, padding_mask, heads, keep)` gives y, both states after it, and with
+    `keep` what the gradient restarts from (else none). `gradient(z, parameters, fir_state, padding_mask, heads, kept,
+    dy, diir_out)` gives those of z, of the parameters (poles and residues (H, N, 2), a channel each) and of both given
+    states, without what reaches them through the FIR state after the sequence. `step(z, parameters, fir_state,
+    iir_state, heads)` gives y and overwrites the states, which are contiguous.
     """
-    filter_op = torch.library.custom_op(f"{name}_filter", filter, mutates_args=(), device_types=device_types)
-    gradient_op = torch.library.custom_op(
-        f"{name}_filter_backward", gradient, mutates_args=(), device_types=device_types
-    )
-    states = ("fir_state", "iir_state")
-    step_op = torch.library.custom_op(f"{name}_step", step, mutates_args=states, device_types=device_types)
-    filter_op.register_fake(_filter_made)
-    gradient_op.register_fake(_gradients_made)
-    step_op.register_fake(_step_made)
+
+    def filter_op(
+        z: Tensor,
+        fir_weight: Tensor,
+        fir_bias: Tensor,
+        poles: Tensor,
+        residues: Tensor,
+        skip: Tensor,
+        fir_state: Tensor,
+        iir_state: Tensor,
+        padding_mask: Tensor | None,
+        heads: int,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        parameters = (fir_weight, fir_bias, poles, residues, skip)
+        return filter(z, parameters, fir_state, iir_state, padding_mask, heads, keep)  # type: ignore[return-value]
+
+    def gradient_op(
+        z: Tensor,
+        fir_weight: Tensor,
+        fir_bias: Tensor,
+        poles: Tensor,
+        residues: Tensor,
+        skip: Tensor,
+        fir_state: Tensor,
+        padding_mask: Tensor | None,
+        heads: int,
+        kept: Tensor,
+        dy: Tensor,
+        diir_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        parameters = (fir_weight, fir_bias, poles, residues, skip)
+        return gradient(z, parameters, fir_state, padding_mask, heads, kept, dy, diir_out)
+
+    def step_op(
+        z: Tensor,
+        fir_weight: Tensor,
+        fir_bias: Tensor,
+        poles: Tensor,
+        residues: Tensor,
+        skip: Tensor,
+        fir_state: Tensor,
+        iir_state: Tensor,
+        heads: int,
+    ) -> Tensor:
+        fir, iir = fir_state.contiguous(), iir_state.contiguous()
+        y = step(z, (fir_weight, fir_bias, poles, residues, skip), fir, iir, heads)
+        for given, used in ((fir_state, fir), (iir_state, iir)):
+            if used is not given:
+                given.copy_(used)
+        return y
+
+    def custom(suffix: str, function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
+        return torch.library.custom_op(f"{name}_{suffix}", function, mutates_args=mutates, device_types=device_types)
+
+    filters = custom("filter", filter_op)
+    gradients = custom("filter_backward", gradient_op)
+    steps = custom("step", step_op, ("fir_state", "iir_state"))
+    filters.register_fake(_filter_made)
+    gradients.register_fake(_gradients_made)
+    steps.register_fake(_step_made)
 
     def backward(ctx, dy, dfir_out, diir_out, _):  # type: ignore[no-untyped-def]
-        return _backward(gradient_op, ctx, dy, dfir_out, diir_out)
+        return _backward(gradients, ctx, dy, dfir_out, diir_out)
 
-    filter_op.register_autograd(backward, setup_context=_setup_context)
-    return Operators(filter_op, step_op)
+    filters.register_autograd(backward, setup_context=_setup_context)
+    return Operators(filters, steps)
 
 
 def _filter_made(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, padding_mask, heads, keep):  # type: ignore[no-untyped-def]
@@ -67,7 +124,8 @@ def _filter_made(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_
 def _gradients_made(  # type: ignore[no-untyped-def]
     z, fir_weight, fir_bias, poles, residues, skip, fir_state, padding_mask, heads, kept, dy, diir_out
 ):
-    return z.new_empty(z.shape), *other_gradients(fir_weight, fir_bias, poles, skip, fir_state, diir_out)
+    parameters = (fir_weight, fir_bias, poles, residues, skip)
+    return z.new_empty(z.shape), *other_gradients(parameters, fir_state, diir_out)
 
 
 def _step_made(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_state, heads):  # type: ignore[no-untyped-def]
@@ -75,9 +133,10 @@ def _step_made(z, fir_weight, fir_bias, poles, residues, skip, fir_state, iir_st
 
 
 def other_gradients(
-    fir_weight: Tensor, fir_bias: Tensor, poles: Tensor, skip: Tensor, fir_state: Tensor, diir_out: Tensor
+    parameters: Parameters, fir_state: Tensor, diir_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised: the gradients after that of z, in the operator's order."""
+    fir_weight, fir_bias, poles, _, skip = parameters
     systems = (poles.new_empty(skip.shape[0], poles.shape[1], 2) for _ in range(2))
     firs, others = (fir_weight, fir_bias), (skip, fir_state, diir_out)
     return *map(contiguous_like, firs), *systems, *map(contiguous_like, others)  # type: ignore[return-value]

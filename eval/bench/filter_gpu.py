@@ -5,8 +5,8 @@ as pass the second-level cache. Run by `stripedrag bench filter --device cuda`.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from stripedrag.eval.bench.filter import parameters, rows_of
-from stripedrag.eval.bench.report import Report, commit, plot
+from stripedrag.eval.bench.report import Report, commit, interleaved, medians, plot, seconds_of
 from stripedrag.eval.bench.roofline import DEVICES, TAPS, Device, backward, forward, passes
 from stripedrag.kernels import ops
 
@@ -56,22 +56,9 @@ def _run(repeats: int, device: torch.device) -> Report:
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
 
-def timed(repeats: int, device: torch.device, **sides: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each side in every repetition, the sides taken in turn, after `WARM_UPS` rounds that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repetition in range(WARM_UPS + repeats):
-        for name, side in sides.items():
-            taken = _seconds(side, device)
-            if repetition >= WARM_UPS:
-                seconds[name].append(taken)
-    return seconds
-
-
-def _seconds(side: Callable[[], object], device: torch.device) -> float:
+def _seconds_on(device: torch.device, side: Callable[[], object]) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
-        side()
-        return time.perf_counter() - start
+        return seconds_of(side)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     torch.cuda._sleep(_SLEEP_CYCLES)  # while which the launches queue up, so that none is waited for
@@ -104,13 +91,14 @@ def _forward(
         return lambda: ops.hyena_filter(next(turns[backend]), **given, backend=backend)
 
     with torch.no_grad():
-        seconds = timed(
+        seconds = interleaved(
             repeats,
-            device,
+            WARM_UPS,
+            partial(_seconds_on, device),
             copy=lambda: next(turns["copy"]).clone(),
             **{side: filtered(side) for side in SIDES},
         )
-    middle = {side: statistics.median(runs) for side, runs in seconds.items()}
+    middle = medians(seconds)
     z_bytes = several[0].nbytes
     copied = 2 * z_bytes / middle["copy"]
     return {
@@ -142,8 +130,8 @@ def _gradient(channels: int, modes: int, dtype: torch.dtype, repeats: int, devic
 
         return both
 
-    seconds = timed(repeats, device, **{side: trained(side) for side in SIDES})
-    middle = {side: statistics.median(runs) for side, runs in seconds.items()}
+    seconds = interleaved(repeats, WARM_UPS, partial(_seconds_on, device), **{side: trained(side) for side in SIDES})
+    middle = medians(seconds)
     listed = forward(modes, TAPS) + backward(modes, TAPS)
     return {
         "channels": channels,

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stripedrag.eval.bench.generate import ANSWER_TOKENS, speed
-from stripedrag.eval.bench.recall import CORPUS, QUESTIONS
+from stripedrag.eval.bench.recall import CORPUS
 from stripedrag.eval.bench.report import Report, machine
-from stripedrag.eval.data_formats import CorpusDocument, CorpusQuestion
+from stripedrag.eval.corpus.build import parts_of_documents
+from stripedrag.eval.data_formats import CorpusDocument
 from stripedrag.jsonl import read_lines
 from stripedrag.model.loading import load_model, load_tokenizer
 from stripedrag.model.smollm2 import STRIPED
@@ -53,9 +54,8 @@ def run(repeats: int) -> Report:
 
 def unseen_articles() -> Iterator[str]:
     """The articles of `rag_qa` that are asked about and may not be trained on."""
-    questions = read_lines(QUESTIONS, CorpusQuestion)
-    unseen = {span.doc_id for question in questions if question.split != "train" for span in question.gold_spans}
-    return (document.text for document in read_lines(CORPUS, CorpusDocument) if document.id in unseen)
+    parts = parts_of_documents()
+    return (one.text for one in read_lines(CORPUS, CorpusDocument) if parts.get(one.id, "train") != "train")
 
 
 def _models() -> Iterator[tuple[str, PreTrainedModel]]:

@@ -28,13 +28,22 @@ class Report:
     plot: Callable[[Path], None] | None = None  # draws into a file whose suffix names the format
 
 
-def interleaved(repeats: int, **sides: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each side in every repetition, the sides taken in turn, after one round that does not count."""
+def interleaved(
+    repeats: int,
+    warm_ups: int = 1,
+    clock: "Callable[[Callable[[], object]], float] | None" = None,
+    /,
+    **sides: Callable[[], object],
+) -> dict[str, list[float]]:
+    """Seconds of each side in every repetition by `clock` (None: wall time), the sides taken in turn, after rounds that
+    do not count.
+    """
+    clock = clock or seconds_of
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repetition in range(repeats + 1):
+    for repetition in range(warm_ups + repeats):
         for name, side in sides.items():
-            taken = seconds_of(side)
-            if repetition:
+            taken = clock(side)
+            if repetition >= warm_ups:
                 seconds[name].append(taken)
     return seconds
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stripedrag.eval.bench.report import Report, commit, plot
-from stripedrag.kernels.gpu import chunk_tokens
+from stripedrag.kernels.gpu import BLOCK, chunk_tokens
 
 LENGTHS = (32_768, 131_072, 2**20)
 MODES, TAPS = (2, 8), 3  # the 7B's filters, and Evo's
 CHANNELS, MLP, QUERY_GROUPS = 4096, 14_336, 4  # of the 7B: H, the width of its MLP, queries a key
 ELEMENT, WORK = 2, 4  # bytes of bfloat16, and of the states
-BLOCK = 64
 
 
 class Device(NamedTuple):

@@ -108,7 +108,7 @@ def asked_about() -> Overlap:
 def evaluated() -> Iterator[str]:
     """Every text that a model reads in an evaluation, but for the `train` part's articles and Wikipedia's passages, of
     which nothing is asked. SciFact is only searched."""
-    parts = _parts()
+    parts = parts_of_documents()
     for document in read_lines(_RAG_QA / "corpus.jsonl.xz", _Sourced):
         if document.source != _WIKIPEDIA and parts.get(document.id) != "train":
             yield document.text
@@ -145,7 +145,7 @@ class _Sourced(CorpusDocument):
     source: str
 
 
-def _parts() -> dict[str, str]:
+def parts_of_documents() -> dict[str, str]:
     """The part of each document that the public questions are about; one without any is not there."""
     questions = read_lines(_RAG_QA / "questions.jsonl.xz", CorpusQuestion)
     return {span.doc_id: question.split for question in questions for span in question.gold_spans}

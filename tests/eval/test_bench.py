@@ -397,8 +397,9 @@ def test_the_roofline_counts_what_the_kernels_move():
 @pytest.mark.weights
 def test_small_weights_are_measured_on_articles_that_were_not_trained_on(monkeypatch):
     from stripedrag.eval.bench import quantize
+    from stripedrag.eval.bench.recall import QUESTIONS
 
-    parts = {q.gold_spans[0].doc_id: q.split for q in read_lines(quantize.QUESTIONS, CorpusQuestion)}
+    parts = {q.gold_spans[0].doc_id: q.split for q in read_lines(QUESTIONS, CorpusQuestion)}
     texts = {d.text: parts.get(d.id) for d in read_lines(quantize.CORPUS, CorpusDocument)}
     articles = list(quantize.unseen_articles())
     assert len(articles) == sum(part == "dev" for part in parts.values()) > 15

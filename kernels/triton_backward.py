@@ -21,8 +21,11 @@ import triton.language as tl
 
 from stripedrag.kernels.triton_rows import (
     SIZES,
+    advanced,
     convolved,
     earlier,
+    emitted,
+    filters_of,
     is_real,
     later,
     place_of,
@@ -30,7 +33,9 @@ from stripedrag.kernels.triton_rows import (
     state_of,
     system_of,
     taps_of,
+    three_of,
     window_of,
+    windows_of,
     zeros,
 )
 
@@ -72,42 +77,31 @@ def _gate_row(
     x2 = convolved(k2, raw[0], w2, b2, K)
     u = convolved(k1, raw[1], w1, b1, K) * convolved(kv, raw[2], wv, bv, K)
     u = tl.where(is_row, u, 0.0)
-    g = raw[3] * x2
-    f = skip * u
-    after, added = (), ()
-    for n in tl.static_range(N):
-        pr, pi, rr, ri = p[2 * n], p[2 * n + 1], r[2 * n], r[2 * n + 1]
-        sr, si = pr * s[2 * n] + (u - pi * s[2 * n + 1]), pr * s[2 * n + 1] + pi * s[2 * n]
-        f += rr * sr
-        f -= ri * si
-        after = after + (sr, si)
-        if COUNTS:
-            added = added + (dr[2 * n] + g * sr, dr[2 * n + 1] - g * si)
-    s = after
-    dc = raw[3] * f
+    s = advanced(s, p, u, N)
+    dc = raw[3] * emitted(s, r, skip, u, N)
     if COUNTS:
+        g = raw[3] * x2
+        added = ()
+        for n in tl.static_range(N):
+            added = added + (dr[2 * n] + g * s[2 * n], dr[2 * n + 1] - g * s[2 * n + 1])
         dr = added
         dskip += g * u
         dw = _with_taps(dw, dc, k2, raw[0], K)
         db += dc
-    out = w2[0] * dc
+    dz2 = w2[0] * dc
     for m in tl.static_range(K - 1):
-        out += w2[K - 1 - m] * ahead[m]
+        dz2 += w2[K - 1 - m] * ahead[m]
     return (
-        out, later(k2, raw[0], K), later(k1, raw[1], K), later(kv, raw[2], K), s, later(ahead, dc, K),
+        dz2, later(k2, raw[0], K), later(k1, raw[1], K), later(kv, raw[2], K), s, later(ahead, dc, K),
         dr, dskip, dw, db,
     )  # fmt: skip
 
 
 @triton.jit
-def _gate_raw(z, dy, t, L, column2, W, ok, real, MASKED: tl.constexpr, WORK: tl.constexpr):
+def _gate_raw(row, dy, t, L, column, W, ok, real, MASKED: tl.constexpr, WORK: tl.constexpr):
+    """x2, x1, v and dy of a row."""
     kept = ok & is_real(real, t, L, MASKED)
-    return (
-        tl.load(z + column2, mask=kept, other=0.0).to(WORK),
-        tl.load(z + column2 + W, mask=kept, other=0.0).to(WORK),
-        tl.load(z + column2 + 2 * W, mask=kept, other=0.0).to(WORK),
-        tl.load(dy, mask=kept, other=0.0).to(WORK),
-    )
+    return three_of(row, column, W, kept, WORK) + (tl.load(dy, mask=kept, other=0.0).to(WORK),)
 
 
 @triton.jit
@@ -143,33 +137,24 @@ def gate_gradients(
     before += b * 3 * H * (K - 1)
     dbefore += b * 3 * H * (K - 1)
     real += b * L
-    column2 = h // W * (3 * W) + h % W
-    column1 = column2 + W
-    columnv = column1 + W
-    w2, w1 = taps_of(fir_weight, column2, ok, K, WORK), taps_of(fir_weight, column1, ok, K, WORK)
-    wv = taps_of(fir_weight, columnv, ok, K, WORK)
-    b2 = tl.load(fir_bias + column2, mask=ok, other=0.0).to(WORK)
-    b1 = tl.load(fir_bias + column1, mask=ok, other=0.0).to(WORK)
-    bv = tl.load(fir_bias + columnv, mask=ok, other=0.0).to(WORK)
+    column, w2, w1, wv, b2, b1, bv = filters_of(fir_weight, fir_bias, h, W, ok, K, WORK)
     skip = tl.load(skips + h, mask=ok, other=0.0).to(WORK)
     p, r = system_of(poles, h, ok, H, G, N, N, WORK), system_of(residues, h, ok, H, G, N, N, WORK)
     first = chunk * T
     stop = tl.minimum(first + T, L)
-    k2 = window_of(z, before, row_stride, first - (K - 1), L, column2, ok, real, K, MASKED, WORK)
-    k1 = window_of(z, before, row_stride, first - (K - 1), L, column1, ok, real, K, MASKED, WORK)
-    kv = window_of(z, before, row_stride, first - (K - 1), L, columnv, ok, real, K, MASKED, WORK)
+    k2, k1, kv = windows_of(z, before, row_stride, first - (K - 1), L, column, W, ok, real, K, MASKED, WORK)
     s = state_of(states, ((b * C + chunk) * (2 * N)) * H + h, H, ok, N, WORK)
     ahead = zeros(K - 1, BLOCK, WORK)  # dc of the K-1 rows before t
     dr, dw = zeros(2 * N, BLOCK, WORK), zeros(K, BLOCK, WORK)
     dskip, db = tl.zeros([BLOCK], WORK), tl.zeros([BLOCK], WORK)
     z += first.to(tl.int64) * row_stride
     dy += (b * L + first) * H + h
-    dz += (b * L + first - (K - 1)) * (3 * H) + column2
+    dz += (b * L + first - (K - 1)) * (3 * H) + column
     whole = first + (stop - first) // ROWS * ROWS
     for t in range(first, whole, ROWS):
         rows = ()
         for j in tl.static_range(ROWS):
-            rows = rows + (_gate_raw(z, dy + j * H, t + j, L, column2, W, ok, real, MASKED, WORK),)
+            rows = rows + (_gate_raw(z, dy + j * H, t + j, L, column, W, ok, real, MASKED, WORK),)
             z += row_stride
         for j in tl.static_range(ROWS):
             dz2, k2, k1, kv, s, ahead, dr, dskip, dw, db = _gate_row(
@@ -178,30 +163,30 @@ def gate_gradients(
             )  # fmt: skip
             e = t + j - (K - 1)
             _put_row(dz + j * (3 * H), dz2, e, first, ok, real, L, MASKED)
-            _put_early(dbefore, dz2, e, column2, ok, K)
+            _put_early(dbefore, dz2, e, column, ok, K)
         dy += ROWS * H
         dz += ROWS * (3 * H)
     for t in range(whole, stop):
-        raw = _gate_raw(z, dy, t, L, column2, W, ok, real, MASKED, WORK)
+        raw = _gate_raw(z, dy, t, L, column, W, ok, real, MASKED, WORK)
         dz2, k2, k1, kv, s, ahead, dr, dskip, dw, db = _gate_row(
             raw, k2, k1, kv, s, ahead, dr, dskip, dw, db, w2, w1, wv, b2, b1, bv, p, r, skip,
             is_real(real, t, L, MASKED), N, K, True,
         )  # fmt: skip
         _put_row(dz, dz2, t - (K - 1), first, ok, real, L, MASKED)
-        _put_early(dbefore, dz2, t - (K - 1), column2, ok, K)
+        _put_early(dbefore, dz2, t - (K - 1), column, ok, K)
         z += row_stride
         dy += H
         dz += 3 * H
     for j in tl.static_range(K - 1):  # the next chunk's, whose gradients the FIR mixes with this one's
         t = stop + j
-        raw = _gate_raw(z, dy + j * H, t, L, column2, W, ok, real, MASKED, WORK)
+        raw = _gate_raw(z, dy + j * H, t, L, column, W, ok, real, MASKED, WORK)
         z += row_stride
         dz2, k2, k1, kv, s, ahead, dr, dskip, dw, db = _gate_row(
             raw, k2, k1, kv, s, ahead, dr, dskip, dw, db, w2, w1, wv, b2, b1, bv, p, r, skip,
             is_real(real, t, L, MASKED), N, K, False,
         )  # fmt: skip
         _put_row(dz + j * (3 * H), dz2, t - (K - 1), first, ok, real, L, MASKED)
-        _put_early(dbefore, dz2, t - (K - 1), column2, ok, K)
+        _put_early(dbefore, dz2, t - (K - 1), column, ok, K)
     sums += ((b * C + chunk) * (2 * N + K + 2)) * H + h
     for i in tl.static_range(2 * N):
         tl.store(sums + i * H, dr[i], mask=ok)
@@ -283,7 +268,7 @@ def _before1(window, new, K: tl.constexpr):
 
 @triton.jit
 def _transposed(dc, after, taps, K: tl.constexpr):
-    """dz_t = Σ_m w_{K-1-m} dc_{t+m}, from dc_t and the K-1 after ones."""
+    """dz_t = Σ_m w_{K-1-m} dc_{t+m}, from dc_t and those of the K-1 rows after."""
     out = taps[K - 1] * dc
     for m in tl.static_range(1, K):
         out += taps[K - 1 - m] * after[m - 1]
@@ -322,9 +307,7 @@ def _input_row(
     dz1, dzv = _transposed(dc1, later1, w1, K), _transposed(dcv, laterv, wv, K)
     if INPUTS:
         later1, laterv = earlier(later1, dc1, K), earlier(laterv, dcv, K)
-    return (
-        dz1, dzv, arriving, later1, laterv, mu, dp, dw1, db1, dwv, dbv,
-    )  # fmt: skip
+    return dz1, dzv, arriving, later1, laterv, mu, dp, dw1, db1, dwv, dbv
 
 
 @triton.jit
@@ -366,30 +349,21 @@ def input_gradients(
     dbefore += b * 3 * H * (K - 1)
     real += b * L
     dlast += b * H * (2 * N)
-    column2 = h // W * (3 * W) + h % W
-    column1 = column2 + W
-    columnv = column1 + W
-    w2, w1 = taps_of(fir_weight, column2, ok, K, WORK), taps_of(fir_weight, column1, ok, K, WORK)
-    wv = taps_of(fir_weight, columnv, ok, K, WORK)
-    b2 = tl.load(fir_bias + column2, mask=ok, other=0.0).to(WORK)
-    b1 = tl.load(fir_bias + column1, mask=ok, other=0.0).to(WORK)
-    bv = tl.load(fir_bias + columnv, mask=ok, other=0.0).to(WORK)
+    column, w2, w1, wv, b2, b1, bv = filters_of(fir_weight, fir_bias, h, W, ok, K, WORK)
     skip = tl.load(skips + h, mask=ok, other=0.0).to(WORK)
     p, r = system_of(poles, h, ok, H, G, N, COUNT, WORK), system_of(residues, h, ok, H, G, N, COUNT, WORK)
     first = chunk * T
     stop = tl.minimum(first + T, L)
     last = tl.minimum(first + T + K - 1, L) - 1
-    k2 = window_of(z, before, row_stride, last - (K - 1), L, column2, ok, real, K, MASKED, WORK)
-    k1 = window_of(z, before, row_stride, last - (K - 1), L, column1, ok, real, K, MASKED, WORK)
-    kv = window_of(z, before, row_stride, last - (K - 1), L, columnv, ok, real, K, MASKED, WORK)
-    now = _rows3(z, before, row_stride, last, L, column2, W, ok, real, K, MASKED, WORK)
+    k2, k1, kv = windows_of(z, before, row_stride, last - (K - 1), L, column, W, ok, real, K, MASKED, WORK)
+    now = _rows3(z, before, row_stride, last, L, column, W, ok, real, K, MASKED, WORK)
     a = _arriving(adjoints, ((b * C + chunk) * (2 * N)) * H + h, H, dlast, h, last == L - 1, ok, N, COUNT, WORK)
     later1, laterv = zeros(K - 1, BLOCK, WORK), zeros(K - 1, BLOCK, WORK)  # dc of the K-1 rows after t
     mu, dp = zeros(2 * COUNT, BLOCK, WORK), zeros(2 * COUNT, BLOCK, WORK)
     dw1, dwv = zeros(K, BLOCK, WORK), zeros(K, BLOCK, WORK)
     db1, dbv = tl.zeros([BLOCK], WORK), tl.zeros([BLOCK], WORK)
     dy += (b * L + last) * H + h
-    dz += (b * L + stop - 1) * (3 * H) + column1
+    dz += (b * L + stop - 1) * (3 * H) + column + W
     for back in range(0, last + 1 - stop):  # the next chunk's, whose gradients the FIR mixes with this one's
         t = last - back
         is_row = is_real(real, t, L, MASKED)
@@ -398,7 +372,7 @@ def input_gradients(
             now, dout, k2, k1, kv, a, later1, laterv, mu, dp, dw1, db1, dwv, dbv, w2, w1, wv, b2, b1, bv, p, r, skip,
             is_row, COUNT, K, False, INPUTS, POLES,
         )  # fmt: skip
-        new = _rows3(z, before, row_stride, t - K, L, column2, W, ok, real, K, MASKED, WORK)
+        new = _rows3(z, before, row_stride, t - K, L, column, W, ok, real, K, MASKED, WORK)
         now, k2, k1, kv = _before(k2, k1, kv, new, K)
         dy -= H
     rest = (stop - first) % ROWS
@@ -413,7 +387,7 @@ def input_gradients(
         if INPUTS:
             _put_row(dz, dz1, t, first, ok, real, L, MASKED)
             _put_row(dz + W, dzv, t, first, ok, real, L, MASKED)
-        new = _rows3(z, before, row_stride, t - K, L, column2, W, ok, real, K, MASKED, WORK)
+        new = _rows3(z, before, row_stride, t - K, L, column, W, ok, real, K, MASKED, WORK)
         now, k2, k1, kv = _before(k2, k1, kv, new, K)
         dy -= H
         dz -= 3 * H
@@ -421,7 +395,7 @@ def input_gradients(
         rows, outs = (), ()
         for j in tl.static_range(ROWS):
             t = stop - 1 - back - j
-            rows = rows + (_rows3(z, before, row_stride, t - K, L, column2, W, ok, real, K, MASKED, WORK),)
+            rows = rows + (_rows3(z, before, row_stride, t - K, L, column, W, ok, real, K, MASKED, WORK),)
             kept = ok & is_real(real, t, L, MASKED)
             outs = outs + (tl.load(dy - j * H, mask=kept, other=0.0).to(WORK),)
         for j in tl.static_range(ROWS):
@@ -450,8 +424,8 @@ def input_gradients(
             dz1, dzv = _transposed(zero, later1, w1, K), _transposed(zero, laterv, wv, K)
             later1, laterv = earlier(later1, zero, K), earlier(laterv, zero, K)
             place = dbefore + (K - 2 - j)
-            tl.store(place + column1 * (K - 1), dz1.to(dbefore.dtype.element_ty), mask=begins)
-            tl.store(place + columnv * (K - 1), dzv.to(dbefore.dtype.element_ty), mask=begins)
+            tl.store(place + (column + W) * (K - 1), dz1.to(dbefore.dtype.element_ty), mask=begins)
+            tl.store(place + (column + 2 * W) * (K - 1), dzv.to(dbefore.dtype.element_ty), mask=begins)
         dstate += (b * H + h) * (2 * N)
         for i in tl.static_range(2 * N):
             tl.store(dstate + i, a[i], mask=begins)

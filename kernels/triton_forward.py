@@ -19,13 +19,16 @@ from stripedrag.kernels.triton_rows import (
     advanced,
     convolved,
     emitted,
+    filters_of,
     is_real,
     later,
     place_of,
     state_of,
     system_of,
     taps_of,
+    three_of,
     window_of,
+    windows_of,
     zeros,
 )
 
@@ -113,25 +116,9 @@ def carry(
 
 @triton.jit
 def _output(
-    raw,
-    k2,
-    k1,
-    kv,
-    s,
-    w2,
-    w1,
-    wv,
-    b2,
-    b1,
-    bv,
-    p,
-    r,
-    skip,
-    is_row,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    raw, k2, k1, kv, s, w2, w1, wv, b2, b1, bv, p, r, skip, is_row,
+    N: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """y, and the windows and the modes after a row."""
     x2 = convolved(k2, raw[0], w2, b2, K)
     u = convolved(k1, raw[1], w1, b1, K) * convolved(kv, raw[2], wv, bv, K)
@@ -154,21 +141,12 @@ def outputs(
     z += b * batch_stride
     before += b * 3 * H * (K - 1)
     real += b * L
-    column2 = h // W * (3 * W) + h % W
-    column1 = column2 + W
-    columnv = column1 + W
-    w2, w1 = taps_of(fir_weight, column2, ok, K, WORK), taps_of(fir_weight, column1, ok, K, WORK)
-    wv = taps_of(fir_weight, columnv, ok, K, WORK)
-    b2 = tl.load(fir_bias + column2, mask=ok, other=0.0).to(WORK)
-    b1 = tl.load(fir_bias + column1, mask=ok, other=0.0).to(WORK)
-    bv = tl.load(fir_bias + columnv, mask=ok, other=0.0).to(WORK)
+    column, w2, w1, wv, b2, b1, bv = filters_of(fir_weight, fir_bias, h, W, ok, K, WORK)
     skip = tl.load(skips + h, mask=ok, other=0.0).to(WORK)
     p, r = system_of(poles, h, ok, H, G, N, N, WORK), system_of(residues, h, ok, H, G, N, N, WORK)
     first = chunk * T
     stop = tl.minimum(first + T, L)
-    k2 = window_of(z, before, row_stride, first - (K - 1), L, column2, ok, real, K, MASKED, WORK)
-    k1 = window_of(z, before, row_stride, first - (K - 1), L, column1, ok, real, K, MASKED, WORK)
-    kv = window_of(z, before, row_stride, first - (K - 1), L, columnv, ok, real, K, MASKED, WORK)
+    k2, k1, kv = windows_of(z, before, row_stride, first - (K - 1), L, column, W, ok, real, K, MASKED, WORK)
     s = state_of(states, ((b * C + chunk) * (2 * N)) * H + h, H, ok, N, WORK)
     at = z + first.to(tl.int64) * row_stride
     to = y + (b * L + first) * H + h
@@ -177,26 +155,18 @@ def outputs(
         rows = ()
         for j in tl.static_range(ROWS):
             kept = ok & is_real(real, t + j, L, MASKED) if MASKED else ok
-            rows = rows + (
-                tl.load(at + column2, mask=kept, other=0.0).to(WORK),
-                tl.load(at + column1, mask=kept, other=0.0).to(WORK),
-                tl.load(at + columnv, mask=kept, other=0.0).to(WORK),
-            )
+            rows = rows + (three_of(at, column, W, kept, WORK),)
             at += row_stride
         for j in tl.static_range(ROWS):
             is_row = is_real(real, t + j, L, MASKED)
-            raw = (rows[3 * j], rows[3 * j + 1], rows[3 * j + 2])
-            out, k2, k1, kv, s = _output(raw, k2, k1, kv, s, w2, w1, wv, b2, b1, bv, p, r, skip, is_row, N, K, MASKED)
+            out, k2, k1, kv, s = _output(
+                rows[j], k2, k1, kv, s, w2, w1, wv, b2, b1, bv, p, r, skip, is_row, N, K, MASKED
+            )
             tl.store(to + j * H, out.to(y.dtype.element_ty), mask=ok)
         to += ROWS * H
     for t in range(whole, stop):
         is_row = is_real(real, t, L, MASKED)
-        kept = ok & is_row
-        raw = (
-            tl.load(at + column2, mask=kept, other=0.0).to(WORK),
-            tl.load(at + column1, mask=kept, other=0.0).to(WORK),
-            tl.load(at + columnv, mask=kept, other=0.0).to(WORK),
-        )
+        raw = three_of(at, column, W, ok & is_row, WORK)
         out, k2, k1, kv, s = _output(raw, k2, k1, kv, s, w2, w1, wv, b2, b1, bv, p, r, skip, is_row, N, K, MASKED)
         tl.store(to, out.to(y.dtype.element_ty), mask=ok)
         at += row_stride

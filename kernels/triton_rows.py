@@ -40,6 +40,28 @@ def taps_of(weight, column, ok, K: tl.constexpr, WORK: tl.constexpr):
 
 
 @triton.jit
+def filters_of(fir_weight, fir_bias, h, W, ok, K: tl.constexpr, WORK: tl.constexpr):
+    """The x2 column of channels, with x1's W and v's 2W behind it, and the taps and biases of the three."""
+    column = h // W * (3 * W) + h % W
+    w2, w1 = taps_of(fir_weight, column, ok, K, WORK), taps_of(fir_weight, column + W, ok, K, WORK)
+    wv = taps_of(fir_weight, column + 2 * W, ok, K, WORK)
+    b2 = tl.load(fir_bias + column, mask=ok, other=0.0).to(WORK)
+    b1 = tl.load(fir_bias + column + W, mask=ok, other=0.0).to(WORK)
+    bv = tl.load(fir_bias + column + 2 * W, mask=ok, other=0.0).to(WORK)
+    return column, w2, w1, wv, b2, b1, bv
+
+
+@triton.jit
+def three_of(row, column, W, kept, WORK: tl.constexpr):
+    """x2, x1 and v of a row of z."""
+    return (
+        tl.load(row + column, mask=kept, other=0.0).to(WORK),
+        tl.load(row + column + W, mask=kept, other=0.0).to(WORK),
+        tl.load(row + column + 2 * W, mask=kept, other=0.0).to(WORK),
+    )
+
+
+@triton.jit
 def state_of(states, place, H, ok, N: tl.constexpr, WORK: tl.constexpr):
     """A chunk's state (N, 2, H) at a pointer to its channels."""
     found = ()
@@ -78,6 +100,18 @@ def window_of(z, before, row_stride, t, L, column, ok, real, K: tl.constexpr, MA
     for k in tl.static_range(K - 1):
         found = found + (row_of(z, before, row_stride, t + k, L, column, ok, real, K, MASKED, WORK),)
     return found
+
+
+@triton.jit
+def windows_of(
+    z, before, row_stride, t, L, column, W, ok, real, K: tl.constexpr, MASKED: tl.constexpr, WORK: tl.constexpr
+):
+    """The windows of x2, x1 and v."""
+    return (
+        window_of(z, before, row_stride, t, L, column, ok, real, K, MASKED, WORK),
+        window_of(z, before, row_stride, t, L, column + W, ok, real, K, MASKED, WORK),
+        window_of(z, before, row_stride, t, L, column + 2 * W, ok, real, K, MASKED, WORK),
+    )
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Memory of reading a prompt, against its length: the default model and a slice of the published 7B, each beside a
-Llama of its widths in the same loop with transformers' own DynamicCache. Every reading has a process of its own.
+Llama of its widths in the same loop with transformers' own DynamicCache; and seconds of reading against the length of
+the segments that prompts are read in. Every reading has a process of its own.
 """
 
 import json
@@ -18,9 +19,9 @@ from stripedrag.errors import StoreError
 from stripedrag.eval.bench.load import PUBLISHED
 from stripedrag.eval.bench.report import Report, machine, plot
 from stripedrag.eval.meter import Meter
+from stripedrag.model import generation
 from stripedrag.model.cache import cache_bytes, new_cache
 from stripedrag.model.config import StripedHyenaConfig
-from stripedrag.model.generation import SEGMENT_TOKENS, prefill
 from stripedrag.model.loading import load_model
 from stripedrag.model.memory import state_bytes, token_bytes
 from stripedrag.model.modeling import StripedHyenaForCausalLM
@@ -30,25 +31,25 @@ LENGTHS = (2048, 8192, 32_768, 131_072)
 SLICE, LLAMA_SLICE = "7B, 2 layers", "Llama of its widths"
 OURS = {STRIPED: BASELINE, SLICE: LLAMA_SLICE}  # and their rivals
 RIVALS_UP_TO = 32_768  # at 131,072 attention alone would take a rival more than an hour
+SEGMENTS, SEGMENTED = (256, 512, 1024, 2048, 4096, 8192), 8192  # tokens at once, of a prompt of so many
+_TIMES = 3  # since seconds differ more than bytes
 DTYPE = torch.bfloat16
 _HOURS = 6 * 3600.0  # that a reading may take
 
 
 def run(repeats: int) -> Report:
-    """Peak bytes beyond the weights, what of them the cache holds, and seconds, for each model and length."""
+    """Peak bytes beyond the weights, what of them the cache holds, and seconds, for each model, length and segment."""
+    usual = generation.SEGMENT_TOKENS
     asked = [
-        (name, length)
+        (name, length, usual)
         for length in LENGTHS
         for pair in OURS.items()
         for name in pair
         if name in OURS or length <= RIVALS_UP_TO
     ]
-    rows = [
-        _in_a_process(name, length)
-        for _ in range(repeats)
-        for name, length in track(asked, "reading", console=Console(stderr=True))
-    ]
-    figures = {"bench": "memory", "machine": machine(), "repeats": repeats, "segment": SEGMENT_TOKENS, "rows": rows}
+    asked += _TIMES * [(name, SEGMENTED, segment) for segment in SEGMENTS for name in OURS]
+    rows = [_in_a_process(*each) for each in track(asked * repeats, "reading", console=Console(stderr=True))]
+    figures = {"bench": "memory", "machine": machine(), "repeats": repeats, "segment": usual, "rows": rows}
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
 
@@ -61,15 +62,16 @@ def read(name: str, length: int) -> dict[str, Any]:
     def empty() -> DynamicCache:
         return new_cache(model.config) if ours else DynamicCache(config=model.config)
 
-    prefill(model, ids[:, :64], empty())  # the weights come into memory
+    generation.prefill(model, ids[:, :64], empty())  # the weights come into memory
     cache, meter = empty(), Meter(trim=True)
     with meter.running(_HOURS):
-        prefill(model, ids, cache)
+        generation.prefill(model, ids, cache)
     if meter.peak_bytes is None:
         raise StoreError("this system does not tell how much memory a process took (no /proc/self/clear_refs)")
     return {
         "model": name,
         "length": length,
+        "segment": generation.SEGMENT_TOKENS,
         "weight_bytes": sum(tensor.nbytes for tensor in model.parameters()),
         "peak_bytes": meter.peak_bytes,
         "cache_bytes": cache_bytes(cache),
@@ -101,8 +103,8 @@ def _model(name: str) -> PreTrainedModel:
     return LlamaForCausalLM(llama).to(DTYPE).eval()
 
 
-def _in_a_process(name: str, length: int) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "stripedrag.eval.bench.memory", name, str(length)]
+def _in_a_process(name: str, length: int, segment: int) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", "stripedrag.eval.bench.memory", name, str(length), str(segment)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
     if done.returncode:
         raise StoreError(
@@ -114,41 +116,57 @@ def _in_a_process(name: str, length: int) -> dict[str, Any]:
 
 def _table(figures: dict[str, Any]) -> str:
     here = figures["machine"]
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    usual = figures["segment"]
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for row in figures["rows"]:
-        groups.setdefault((row["model"], row["length"]), []).append(row)
+        groups.setdefault((row["model"], row["length"], row["segment"]), []).append(row)
+    ordered = sorted(groups.items(), key=lambda group: _order(*group[0]))
     lines = [
         f"{here['processor']}, {here['threads']} threads, bfloat16, torch {here['torch']}, {here['commit']}",
-        f"prompts in segments of {figures['segment']:,} tokens; MB beyond the weights",
+        f"prompts in segments of {usual:,} tokens; MB beyond the weights",
         "",
         f"{'':24}{'weights':>9}{'tokens':>9}{'peak':>8}{'cache':>8}{'by formula':>12}{'else':>7}{'seconds':>9}",
     ]
-    for (name, length), rows in sorted(groups.items(), key=lambda group: _order(*group[0])):
+    for (name, length, segment), rows in ordered:
+        if segment != usual:
+            continue
         peak, seconds = (median(row[key] for row in rows) for key in ("peak_bytes", "seconds"))
         row = rows[0]
         lines.append(
             f"{name:24}{row['weight_bytes'] / 1e6:>9.0f}{length:>9}{peak / 1e6:>8.0f}{row['cache_bytes'] / 1e6:>8.0f}"
-            f"{row['formula_bytes'] / 1e6:>12.0f}{(peak - row['cache_bytes']) / 1e6:>7.0f}{seconds:>9.1f}"
+            f"{row['formula_bytes'] / 1e6:>12.0f}{median(map(_else, rows)) / 1e6:>7.0f}{seconds:>9.1f}"
         )
     lines += ["", "by formula: bytes a token in the attention layers, and of the Hyena states, which do not grow:"]
     firsts = {row["model"]: row for row in figures["rows"]}
     lines += [
         f"  {name:24}{firsts[name]['token_bytes']:>9,} a token{firsts[name]['state_bytes']:>12,} of states"
-        for name in sorted(firsts, key=lambda name: _order(name, 0))
+        for name in sorted(firsts, key=_order)
     ]
+    lines += ["", f"{SEGMENTED:,} tokens in segments of so many:", f"{'':24}{'segment':>9}{'seconds':>9}{'else':>7}"]
+    for (name, length, segment), rows in ordered:
+        if name in OURS and length == SEGMENTED:
+            seconds = median(row["seconds"] for row in rows)
+            lines.append(f"{name:24}{segment:>9,}{seconds:>9.1f}{median(map(_else, rows)) / 1e6:>7.0f}")
     return "\n".join(lines)
 
 
-def _order(name: str, length: int) -> tuple[int, int]:
-    return [each for pair in OURS.items() for each in pair].index(name), length
+def _else(row: dict[str, Any]) -> float:
+    """Bytes that neither the weights nor the cache hold."""
+    return float(row["peak_bytes"] - row["cache_bytes"])
+
+
+def _order(name: str, *numbers: int) -> tuple[int, ...]:
+    return [each for pair in OURS.items() for each in pair].index(name), *numbers
 
 
 def _plot(figures: dict[str, Any], path: Path) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for row in sorted(figures["rows"], key=lambda row: _order(row["model"], row["length"])):
-        series.setdefault(row["model"], []).append((row["length"], row["peak_bytes"] / 1e9))
+        if row["segment"] == figures["segment"]:
+            series.setdefault(row["model"], []).append((row["length"], row["peak_bytes"] / 1e9))
     plot(path, series, "memory of reading a prompt", "tokens", "GB beyond the weights", log_x=True)
 
 
 if __name__ == "__main__":
+    generation.SEGMENT_TOKENS = int(sys.argv[3])
     print(json.dumps(read(sys.argv[1], int(sys.argv[2]))))

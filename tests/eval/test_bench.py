@@ -418,14 +418,19 @@ def test_small_weights_are_measured_on_articles_that_were_not_trained_on(monkeyp
 
 
 @pytest.mark.weights
-def test_the_memory_of_reading_is_the_caches_by_the_formula_and_little_else():
+def test_the_memory_of_reading_is_the_caches_by_the_formula_and_little_else(monkeypatch):
     from stripedrag.eval.bench import memory
 
+    monkeypatch.setattr(memory, "SEGMENTED", 600)
     rows = {name: memory.read(name, 600) for name in (STRIPED, BASELINE)}
     for row in rows.values():
         assert row["cache_bytes"] == row["formula_bytes"] <= row["peak_bytes"] <= row["cache_bytes"] + 2**28
     assert rows[STRIPED]["token_bytes"] == rows[BASELINE]["token_bytes"] / 2
     assert rows[BASELINE]["state_bytes"] == 0 < rows[STRIPED]["state_bytes"] < 2**20
     named = [row | {"model": name} for name, row in rows.items()]
+    monkeypatch.setattr(memory.generation, "SEGMENT_TOKENS", 256)
+    named.append(memory.read(STRIPED, 600))
+    assert named[-1]["cache_bytes"] == named[0]["cache_bytes"]
     figures = {"machine": defaultdict(str), "segment": 2048, "rows": named}
-    assert memory._table(figures).count(STRIPED) == 2
+    lines = [line.split() for line in memory._table(figures).splitlines() if line.startswith(STRIPED)]
+    assert [(len(line), line[-3]) for line in lines] == [(8, lines[0][-3]), (4, "256"), (4, "2,048")]

@@ -28,9 +28,10 @@ from stripedrag.kernels.triton_rows import (
     filters_of,
     is_real,
     later,
+    modes_at,
     place_of,
+    put_modes,
     row_of,
-    state_of,
     system_of,
     taps_of,
     three_of,
@@ -49,11 +50,11 @@ def _receded(xr, xi, pr, pi, br, bi):
 @triton.jit
 def _arriving(adjoints, place, H, dlast, h, is_last, ok, N: tl.constexpr, COUNT: tl.constexpr, WORK: tl.constexpr):
     """a at the end of a chunk (N, 2, H): of the last, the gradient (H, N, 2) of the state after the sequence."""
+    carried = modes_at(adjoints + place, H, ok & (not is_last), COUNT, WORK)
+    given = modes_at(dlast + h * (2 * N), 1, ok & is_last, COUNT, WORK)
     found = ()
     for i in tl.static_range(2 * COUNT):
-        carried = tl.load(adjoints + place + i * H, mask=ok & (not is_last), other=0.0).to(WORK)
-        given = tl.load(dlast + h * (2 * N) + i, mask=ok & is_last, other=0.0).to(WORK)
-        found = found + (carried + given,)
+        found = found + (carried[i] + given[i],)
     return found
 
 
@@ -81,10 +82,11 @@ def _gate_row(
     dc = raw[3] * emitted(s, r, skip, u, N)
     if COUNTS:
         g = raw[3] * x2
-        added = ()
+        re, im = (), ()
         for n in tl.static_range(N):
-            added = added + (dr[2 * n] + g * s[2 * n], dr[2 * n + 1] - g * s[2 * n + 1])
-        dr = added
+            re = re + (dr[n] + g * s[n],)
+            im = im + (dr[N + n] - g * s[N + n],)
+        dr = re + im
         dskip += g * u
         dw = _with_taps(dw, dc, k2, raw[0], K)
         db += dc
@@ -143,7 +145,7 @@ def gate_gradients(
     first = chunk * T
     stop = tl.minimum(first + T, L)
     k2, k1, kv = windows_of(z, before, row_stride, first - (K - 1), L, column, W, ok, real, K, MASKED, WORK)
-    s = state_of(states, ((b * C + chunk) * (2 * N)) * H + h, H, ok, N, WORK)
+    s = modes_at(states + ((b * C + chunk) * (2 * N)) * H + h, H, ok, N, WORK)
     ahead = zeros(K - 1, BLOCK, WORK)  # dc of the K-1 rows before t
     dr, dw = zeros(2 * N, BLOCK, WORK), zeros(K, BLOCK, WORK)
     dskip, db = tl.zeros([BLOCK], WORK), tl.zeros([BLOCK], WORK)
@@ -188,8 +190,7 @@ def gate_gradients(
         _put_row(dz + j * (3 * H), dz2, t - (K - 1), first, ok, real, L, MASKED)
         _put_early(dbefore, dz2, t - (K - 1), column, ok, K)
     sums += ((b * C + chunk) * (2 * N + K + 2)) * H + h
-    for i in tl.static_range(2 * N):
-        tl.store(sums + i * H, dr[i], mask=ok)
+    put_modes(sums, H, dr, ok, N)
     tl.store(sums + (2 * N) * H, dskip, mask=ok)
     for k in tl.static_range(K):
         tl.store(sums + (2 * N + 1 + k) * H, dw[k], mask=ok)
@@ -199,11 +200,11 @@ def gate_gradients(
 @triton.jit
 def _moved(a, g, p, r, N: tl.constexpr):
     """a of the row before, conj(p) (conj(R) g + a), in every mode."""
-    made = ()
+    re, im = (), ()
     for n in tl.static_range(N):
-        ar, ai = _receded(a[2 * n] + r[2 * n] * g, a[2 * n + 1] - r[2 * n + 1] * g, p[2 * n], p[2 * n + 1], 0.0, 0.0)
-        made = made + (ar, ai)
-    return made
+        ar, ai = _receded(a[n] + r[n] * g, a[N + n] - r[N + n] * g, p[n], p[N + n], 0.0, 0.0)
+        re, im = re + (ar,), im + (ai,)
+    return re + im
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -230,9 +231,7 @@ def chunk_adjoints(
     is_last = (last == L - 1) & (last >= end)
     k2 = window_of(z, before, row_stride, last - (K - 1), L, column2, ok, real, K, MASKED, WORK)
     now = row_of(z, before, row_stride, last, L, column2, ok, real, K, MASKED, WORK)
-    a = ()
-    for i in tl.static_range(2 * N):
-        a = a + (tl.load(dlast + h * (2 * N) + i, mask=ok & is_last, other=0.0).to(WORK),)
+    a = modes_at(dlast + h * (2 * N), 1, ok & is_last, N, WORK)
     dy += (b * L + last) * H + h
     rest = tl.maximum(last + 1 - end, 0) % ROWS
     for back in range(0, rest):
@@ -252,9 +251,7 @@ def chunk_adjoints(
             a = _moved(a, outs[j] * convolved(k2, now, w2, b2, K), p, r, N)
             now, k2 = _before1(k2, rows[j], K)
         dy -= ROWS * H
-    place = adjoints + ((b * C + chunk) * (2 * N)) * H + h
-    for i in tl.static_range(2 * N):
-        tl.store(place + i * H, a[i], mask=ok)
+    put_modes(adjoints + ((b * C + chunk) * (2 * N)) * H + h, H, a, ok, N)
 
 
 @triton.jit
@@ -286,20 +283,20 @@ def _input_row(
     v = tl.where(is_row, convolved(kv, now[2], wv, bv, K), 0.0)
     g, u = dout * x2, x1 * v
     du = skip * g
-    arriving, added, moved = (), (), ()
+    a_re, a_im, mu_re, mu_im, added = (), (), (), (), ()
     for n in tl.static_range(N):
-        pr, pi, rr, ri = p[2 * n], p[2 * n + 1], r[2 * n], r[2 * n + 1]
-        reached = a[2 * n] + rr * g, a[2 * n + 1] - ri * g  # λ
-        du += reached[0]
+        re, im = a[n] + r[n] * g, a[N + n] - r[N + n] * g  # λ
+        du += re
         if COUNTS and POLES:
-            added = added + (dp[2 * n] + u * mu[2 * n], dp[2 * n + 1] + u * mu[2 * n + 1])
-            mr, mi = _receded(mu[2 * n], mu[2 * n + 1], pr, pi, reached[0], reached[1])
-            moved = moved + (mr, mi)
-        ar, ai = _receded(reached[0], reached[1], pr, pi, 0.0, 0.0)
-        arriving = arriving + (ar, ai)
+            mr, mi = _receded(mu[n], mu[N + n], p[n], p[N + n], re, im)
+            mu_re, mu_im = mu_re + (mr,), mu_im + (mi,)
+        ar, ai = _receded(re, im, p[n], p[N + n], 0.0, 0.0)
+        a_re, a_im = a_re + (ar,), a_im + (ai,)
     dc1, dcv = du * v, du * x1
     if COUNTS and POLES:
-        dp, mu = added, moved
+        for i in tl.static_range(2 * N):
+            added = added + (dp[i] + u * mu[i],)
+        dp, mu = added, mu_re + mu_im
     if COUNTS and INPUTS:
         dw1, dwv = _with_taps(dw1, dc1, k1, now[1], K), _with_taps(dwv, dcv, kv, now[2], K)
         db1 += dc1
@@ -307,7 +304,7 @@ def _input_row(
     dz1, dzv = _transposed(dc1, later1, w1, K), _transposed(dcv, laterv, wv, K)
     if INPUTS:
         later1, laterv = earlier(later1, dc1, K), earlier(laterv, dcv, K)
-    return dz1, dzv, arriving, later1, laterv, mu, dp, dw1, db1, dwv, dbv
+    return dz1, dzv, a_re + a_im, later1, laterv, mu, dp, dw1, db1, dwv, dbv
 
 
 @triton.jit
@@ -412,11 +409,12 @@ def input_gradients(
         dz -= ROWS * (3 * H)
     sums += ((b * C + chunk) * (2 * N + 2 * K + 2)) * H + h
     if POLES:
-        s = state_of(states, ((b * C + chunk) * (2 * N)) * H + h, H, ok, COUNT, WORK)
+        s = modes_at(states + ((b * C + chunk) * (2 * N)) * H + h, H, ok, COUNT, WORK)
+        re, im = (), ()
         for n in tl.static_range(COUNT):
-            sr, si, mr, mi = s[2 * n], s[2 * n + 1], mu[2 * n], mu[2 * n + 1]
-            tl.store(sums + (2 * n) * H, dp[2 * n] + (sr * mr + si * mi), mask=ok)
-            tl.store(sums + (2 * n + 1) * H, dp[2 * n + 1] + (sr * mi - si * mr), mask=ok)
+            dr, di = _receded(mu[n], mu[COUNT + n], s[n], s[COUNT + n], dp[n], dp[COUNT + n])  # + conj(S) μ
+            re, im = re + (dr,), im + (di,)
+        put_modes(sums, H, re + im, ok, COUNT)
     if INPUTS:
         begins = ok & (chunk == 0)
         for j in tl.static_range(K - 1):  # what the FIR's given state had a part in
@@ -426,9 +424,7 @@ def input_gradients(
             place = dbefore + (K - 2 - j)
             tl.store(place + (column + W) * (K - 1), dz1.to(dbefore.dtype.element_ty), mask=begins)
             tl.store(place + (column + 2 * W) * (K - 1), dzv.to(dbefore.dtype.element_ty), mask=begins)
-        dstate += (b * H + h) * (2 * N)
-        for i in tl.static_range(2 * N):
-            tl.store(dstate + i, a[i], mask=begins)
+        put_modes(dstate + (b * H + h) * (2 * N), 1, a, begins, N)
         for k in tl.static_range(K):
             tl.store(sums + (2 * N + k) * H, dw1[k], mask=ok)
             tl.store(sums + (2 * N + K + 1 + k) * H, dwv[k], mask=ok)

@@ -22,8 +22,9 @@ from stripedrag.kernels.triton_rows import (
     filters_of,
     is_real,
     later,
+    modes_at,
     place_of,
-    state_of,
+    put_modes,
     system_of,
     taps_of,
     three_of,
@@ -72,9 +73,7 @@ def chunk_states(
                 u = tl.where(is_real(real, t + j, L, MASKED), u, 0.0)
             s = advanced(s, p, u, N)
             k1, kv = later(k1, rows[2 * j], K), later(kv, rows[2 * j + 1], K)
-    place = states + ((b * C + chunk + 1) * (2 * N)) * H + h
-    for i in tl.static_range(2 * N):
-        tl.store(place + i * H, s[i], mask=ok)
+    put_modes(states + ((b * C + chunk + 1) * (2 * N)) * H + h, H, s, ok, N)
 
 
 @triton.jit(do_not_specialize=("C", "G", "rows", "first", "step"))
@@ -147,7 +146,7 @@ def outputs(
     first = chunk * T
     stop = tl.minimum(first + T, L)
     k2, k1, kv = windows_of(z, before, row_stride, first - (K - 1), L, column, W, ok, real, K, MASKED, WORK)
-    s = state_of(states, ((b * C + chunk) * (2 * N)) * H + h, H, ok, N, WORK)
+    s = modes_at(states + ((b * C + chunk) * (2 * N)) * H + h, H, ok, N, WORK)
     at = z + first.to(tl.int64) * row_stride
     to = y + (b * L + first) * H + h
     whole = first + (stop - first) // ROWS * ROWS
@@ -171,9 +170,7 @@ def outputs(
         tl.store(to, out.to(y.dtype.element_ty), mask=ok)
         at += row_stride
         to += H
-    ending = ok & (stop == L)
-    for i in tl.static_range(2 * N):
-        tl.store(last + (b * H + h) * (2 * N) + i, s[i], mask=ending)
+    put_modes(last + (b * H + h) * (2 * N), 1, s, ok & (stop == L), N)
 
 
 @triton.jit(do_not_specialize=("G",))
@@ -203,11 +200,7 @@ def step(
         gates = gates + (c,)
     u = gates[1] * gates[2]
     place = iir_state + (b * H + h) * (2 * N)
-    s = ()
-    for i in tl.static_range(2 * N):
-        s = s + (tl.load(place + i, mask=ok, other=0.0),)
-    s = advanced(s, p, u, N)
-    for i in tl.static_range(2 * N):
-        tl.store(place + i, s[i], mask=ok)
+    s = advanced(modes_at(place, 1, ok, N, WORK), p, u, N)
+    put_modes(place, 1, s, ok, N)
     skip = tl.load(skips + h, mask=ok, other=0.0).to(WORK)
     tl.store(y + b * H + h, (gates[0] * emitted(s, r, skip, u, N)).to(y.dtype.element_ty), mask=ok)

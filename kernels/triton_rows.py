@@ -1,7 +1,8 @@
 """How the Triton kernels take a row of z, the FIR, and the modes: device functions that forward and backward share.
 
-A thread has a channel; what it carries are tuples: K taps, a window of K-1 rows, real and imaginary parts of N modes in
-turn. `real` (B, L) bytes says which rows are no padding, and is read where MASKED. WORK is the dtype of the arithmetic.
+A thread has a channel; what it carries are tuples: K taps, a window of K-1 rows, the real parts of N modes and then the
+imaginary ones (so that a compiler which packs neighbours, as for sm_100, packs what is multiplied alike). `real` (B, L)
+bytes says which rows are no padding, and is read where MASKED. WORK is the dtype of the arithmetic.
 """
 
 import triton
@@ -22,12 +23,8 @@ def place_of(H, C, BLOCK: tl.constexpr):
 
 @triton.jit
 def system_of(numbers, h, ok, H, G, N: tl.constexpr, COUNT: tl.constexpr, WORK: tl.constexpr):
-    """The first COUNT poles or residues of (G, N, 1, 2), a channel's: real and imaginary parts in turn."""
-    first = h // (H // G) * (2 * N)
-    found = ()
-    for i in tl.static_range(2 * COUNT):
-        found = found + (tl.load(numbers + first + i, mask=ok, other=0.0).to(WORK),)
-    return found
+    """The first COUNT poles or residues of (G, N, 1, 2), a channel's."""
+    return modes_at(numbers + h // (H // G) * (2 * N), 1, ok, COUNT, WORK)
 
 
 @triton.jit
@@ -62,12 +59,19 @@ def three_of(row, column, W, kept, WORK: tl.constexpr):
 
 
 @triton.jit
-def state_of(states, place, H, ok, N: tl.constexpr, WORK: tl.constexpr):
-    """A chunk's state (N, 2, H) at a pointer to its channels."""
+def modes_at(place, stride, ok, N: tl.constexpr, WORK: tl.constexpr):
+    """N complex numbers of a channel, which lie as (N, 2) with a stride."""
     found = ()
     for i in tl.static_range(2 * N):
-        found = found + (tl.load(states + place + i * H, mask=ok, other=0.0).to(WORK),)
+        found = found + (tl.load(place + (i % N * 2 + i // N) * stride, mask=ok, other=0.0).to(WORK),)
     return found
+
+
+@triton.jit
+def put_modes(place, stride, modes, ok, N: tl.constexpr):
+    """Such numbers, to where they lie."""
+    for i in tl.static_range(2 * N):
+        tl.store(place + (i % N * 2 + i // N) * stride, modes[i], mask=ok)
 
 
 @triton.jit
@@ -153,13 +157,11 @@ def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr):
 @triton.jit
 def advanced(s, p, u, N: tl.constexpr):
     """p s + u, in every mode."""
-    made = ()
+    re, im = (), ()
     for n in tl.static_range(N):
-        made = made + (
-            p[2 * n] * s[2 * n] + (u - p[2 * n + 1] * s[2 * n + 1]),  # two fused multiply-adds
-            p[2 * n] * s[2 * n + 1] + p[2 * n + 1] * s[2 * n],
-        )
-    return made
+        re = re + (p[n] * s[n] + (u - p[N + n] * s[N + n]),)  # two fused multiply-adds
+        im = im + (p[n] * s[N + n] + p[N + n] * s[n],)
+    return re + im
 
 
 @triton.jit
@@ -167,6 +169,6 @@ def emitted(s, r, skip, u, N: tl.constexpr):
     """f = Re Σ R s + D u."""
     f = skip * u
     for n in tl.static_range(N):
-        f += r[2 * n] * s[2 * n]
-        f -= r[2 * n + 1] * s[2 * n + 1]
+        f += r[n] * s[n]
+        f -= r[N + n] * s[N + n]
     return f

@@ -209,14 +209,7 @@ def test_the_kernels_of_the_7b_compile_for_an_h100_without_spills(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "capability",
-    [
-        80,
-        90,
-        pytest.param(100, marks=pytest.mark.xfail(strict=True, reason="input_gradients of 16 modes spills there")),
-    ],
-)
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel_and_configuration_compiles_without_spills(capability):
     """The filters of the 7B and Evo, and the largest that are taken: 16 modes, 8 taps and a mask."""
     sm = ("--capability", capability)

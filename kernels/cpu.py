@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # before the extension: both use OpenMP, and the first to load decides which library serves the process
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from stripedrag.kernels import library
-from stripedrag.kernels.library import Gradients, Parameters, contiguous_like, other_gradients
+from stripedrag.kernels.library import (
+    Gradients,
+    Parameters,
+    contiguous_like,
+    is_ordinary,
+    is_plain,
+    is_watched,
+    other_gradients,
+)
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
 
 if TYPE_CHECKING:
@@ -68,7 +75,7 @@ def hyena_filter(
         y, after = hyena_filter(z.float(), parameters, HyenaState(state.fir.float(), state.iir), padding_mask)
         return y.half(), HyenaState(after.fir.half(), after.iir)
     tensors, heads = _tensors(z, parameters, state), parameters.heads or 1
-    if _is_plain(*tensors):
+    if is_plain(*tensors):
         y = _new(z, *z.shape[:2], parameters.channels)
         return y, HyenaState(*_Operands(z, tensors[1:6], *state, padding_mask, heads).filter(y, z.new_empty(0)))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -85,7 +92,7 @@ def hyena_filter_out(
         out.copy_(y)
         return after
     tensors, heads = _tensors(z, parameters, state), parameters.heads or 1
-    if _is_plain(*tensors, out):
+    if is_plain(*tensors, out):
         states = _Operands(z, tensors[1:6], *state, padding_mask, heads).filter(out, z.new_empty(0))
         torch.autograd.graph.increment_version(out)
         return HyenaState(*states)
@@ -106,31 +113,6 @@ def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Te
 def _tensors(z: Tensor, parameters: FilterParameters, state: HyenaState) -> tuple[Tensor, ...]:
     """What the operators take, the parameters in the dtype of the arithmetic."""
     return (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
-
-
-def is_watched() -> bool:
-    """Whether a compiler, tracer, dispatch mode, function transform (vmap) or forward-mode gradient is about, which
-    would miss a call."""
-    return (
-        torch.compiler.is_compiling()
-        or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether nothing would miss a call that goes past the dispatcher: no gradient, watcher or subclass.
-
-    The dispatcher takes 0.1 ms for an operator written in Python, which a call on a few hundred tokens would notice.
-    """
-    return not (torch.is_grad_enabled() or is_watched()) and all(_is_ordinary(t) for t in tensors)
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether the numbers are those in memory: no subclass, and no negation that torch has yet to carry out."""
-    return type(tensor) in (Tensor, Parameter) and not tensor.is_neg()
 
 
 def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor | None:
@@ -181,7 +163,7 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
         return None
     tensors = (z, fir_weight, fir_bias, poles, residues, skip, fir, iir)
     for tensor in tensors:
-        if not (tensor.is_cpu and tensor.is_contiguous() and _is_ordinary(tensor)):
+        if not (tensor.is_cpu and tensor.is_contiguous() and is_ordinary(tensor)):
             return None
     return _run_step(tensors, heads)
 
@@ -195,7 +177,7 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
         _native is None
         or is_watched()
         or type(weight) is not Parameter
-        or not (_is_ordinary(x) and _is_ordinary(weight))
+        or not (is_ordinary(x) and is_ordinary(weight))
         or torch.is_grad_enabled()
         or weight.ndim != 2
     ):
@@ -212,7 +194,7 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
         or not (
             bias is None
             or (
-                _is_ordinary(bias)
+                is_ordinary(bias)
                 and bias.dtype is dtype
                 and bias.is_cpu
                 and bias.shape == (rows,)
@@ -249,7 +231,7 @@ def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tens
         return None
     rows, added = len(weight), 0
     if bias is not None:
-        if not (_is_ordinary(bias) and bias.dtype is dtype and bias.is_cpu and bias.is_contiguous()):
+        if not (is_ordinary(bias) and bias.dtype is dtype and bias.is_cpu and bias.is_contiguous()):
             return None
         if bias.shape != (rows,):
             return None
@@ -274,7 +256,7 @@ def quantize_at_once(weight: Tensor, to: "QuantizedWeight", refits: int) -> bool
     """Whether `weight` (out, in), float32 or bfloat16, was written to a weight of 4 bits."""
     if weight.dtype not in _ROW_DTYPES or to.offset is None or is_watched() or not _reads(to):
         return False
-    if not (_is_ordinary(weight) and weight.is_cpu and weight.is_contiguous()):
+    if not (is_ordinary(weight) and weight.is_cpu and weight.is_contiguous()):
         return False
     sizes = *weight.shape, torch.get_num_threads(), refits
     addresses = (tensor.data_ptr() for tensor in (weight, *to[:3]) if tensor is not None)
@@ -292,9 +274,9 @@ def _reads(quantized: "QuantizedWeight") -> bool:
         and scale.is_cpu
         and weight.is_contiguous()
         and scale.is_contiguous()
-        and _is_ordinary(weight)
-        and _is_ordinary(scale)
-        and (offset is None or (offset.is_cpu and offset.is_contiguous() and _is_ordinary(offset)))
+        and is_ordinary(weight)
+        and is_ordinary(scale)
+        and (offset is None or (offset.is_cpu and offset.is_contiguous() and is_ordinary(offset)))
     )
 
 
@@ -311,7 +293,7 @@ def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     if not (
         has_attention()
         and q.dtype is k.dtype is v.dtype is torch.bfloat16
-        and _is_plain(q, k, v)
+        and is_plain(q, k, v)
         and q.is_cpu
         and k.is_cpu
         and v.is_cpu
@@ -335,7 +317,7 @@ def takes_rows(*tensors: Tensor) -> bool:
     return (
         _native is not None
         and not is_watched()
-        and all(t.is_cpu and t.dtype in _ROW_DTYPES and t.numel() and _is_ordinary(t) for t in tensors)
+        and all(t.is_cpu and t.dtype in _ROW_DTYPES and t.numel() and is_ordinary(t) for t in tensors)
     )
 
 

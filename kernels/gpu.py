@@ -7,22 +7,24 @@ With TRITON_INTERPRET=1 it runs on the CPU, kernel by kernel and block by block 
 import importlib.util
 import os
 import shutil
+import sysconfig
 import threading
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stripedrag.kernels import library
-from stripedrag.kernels.library import Gradients, Parameters, contiguous_like, other_gradients
+from stripedrag.kernels.library import Gradients, Parameters, contiguous_like, is_plain, other_gradients
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
 
 MAX_TAPS, MAX_MODES = 8, 16
 LEAST_TRITON = (3, 7)
 LEAST_CAPABILITY = (8, 0)  # the first with bfloat16, and the oldest that the kernels were compiled for
 CHUNK_TOKENS = (64, 512)  # least and most: states of chunks are 32 N bytes a channel, beside 12 a token in bfloat16
-PROGRAMS_A_MULTIPROCESSOR = 16  # of two warps each: enough loads in flight to cover the memory's latency
+PROGRAMS_A_MULTIPROCESSOR = 16  # of two warps each: as many as fit where registers are few, two or three rounds else
 INTERPRETED_MULTIPROCESSORS = 132
 BLOCK = 64  # channels a program, one a thread
 KERNELS = ("chunk_states", "carry", "outputs", "step", "chunk_adjoints", "gate_gradients", "input_gradients")
@@ -34,25 +36,33 @@ _ROWS_OF_MANY = {"outputs": (2,), "gate_gradients": (1,), "input_gradients": (1,
 
 def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
     """Why this backend cannot run on `device` with filters of so many taps and modes, or None."""
+    reason: str | None = _refuses_device(device)
+    if reason is not None:
+        return reason
+    if taps > MAX_TAPS or modes > MAX_MODES:
+        return f"it takes up to {MAX_TAPS} taps and {MAX_MODES} modes; this filter has {taps} and {modes}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # a graph looks at no file
+def _refuses_device(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install 'stripedrag[gpu]'` on Linux"
     if is_interpreted():
-        if device.type != "cpu":
-            return "TRITON_INTERPRET is set, which is for the CPU and for tests; unset it"
-    elif device.type != "cuda":
+        return None if device.type == "cpu" else "TRITON_INTERPRET is set, which is for the CPU and for tests; unset it"
+    if device.type != "cuda":
         return "it runs on CUDA devices"
-    elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         least, found = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
         return f"it needs a device of compute capability {least}; this one has {found}"
-    elif not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        return "Triton needs a C compiler to launch what it compiles, and there is none; install gcc"
-    else:
-        import triton  # whose distribution has several names
+    if not any(map(shutil.which, [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"])):
+        return "Triton needs a C compiler to launch what it compiles, gcc, clang or what CC names; install gcc"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Triton needs Python's headers to launch what it compiles; install python3-dev"
+    import triton  # whose distribution has several names
 
-        if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
-            return f"it needs triton {'.'.join(map(str, LEAST_TRITON))}; {triton.__version__} is installed"
-    if taps > MAX_TAPS or modes > MAX_MODES:
-        return f"it takes up to {MAX_TAPS} taps and {MAX_MODES} modes; this filter has {taps} and {modes}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+        return f"it needs triton {'.'.join(map(str, LEAST_TRITON))}; {triton.__version__} is installed"
     return None
 
 
@@ -65,15 +75,22 @@ def hyena_filter(
     z: Tensor, parameters: FilterParameters, state: HyenaState, padding_mask: Tensor | None
 ) -> tuple[Tensor, HyenaState]:
     """y (B, L, H) and the state after the last token, for z (B, L, 3H); differentiable in every input."""
-    tensors = (z, *(p.to(working_dtype(z)) for p in parameters[:5]), *state)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    y, fir, iir, _ = _OPERATORS.filter(*tensors, padding_mask, parameters.heads or 1, keep)
+    given: Parameters = tuple(p.to(working_dtype(z)) for p in parameters[:5])  # type: ignore[assignment]
+    heads = parameters.heads or 1
+    if is_plain(z, *given, *state):  # past the dispatcher, which for an operator in Python takes longer than a step
+        y, fir, iir, _ = _filter(z, given, *state, padding_mask, heads, False)
+    else:
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (z, *given, *state))
+        y, fir, iir, _ = _OPERATORS.filter(z, *given, *state, padding_mask, heads, keep)
     return y, HyenaState(fir, iir)
 
 
 def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Tensor:
     """y (B, H) for one token z (B, 3H); the state is overwritten."""
-    made: Tensor = _OPERATORS.step(z, *parameters[:5], *state, parameters.heads or 1)  # which its kernel casts
+    given, heads = parameters[:5], parameters.heads or 1  # which its kernel casts
+    if is_plain(z, *given, *state) and all(one.is_contiguous() for one in state):
+        return _step(z, given, *state, heads)
+    made: Tensor = _OPERATORS.step(z, *given, *state, heads)
     return made
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stripedrag.kernels import cpu
+from stripedrag.kernels import cpu, library
 
 BITS = (8, 4)
 GROUP_COLUMNS, BLOCK_COLUMNS = 32, 128
@@ -121,7 +121,7 @@ def linear(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None = None) ->
         return y
     if x.ndim == 0 or x.shape[-1] != quantized.columns:
         raise ValueError(f"x has shape {tuple(x.shape)}; for this weight it is (…, {quantized.columns})")
-    if cpu.is_watched() or not x.is_cpu:
+    if library.is_watched() or not x.is_cpu:
         return F.linear(x, dequantize(quantized, x.dtype), bias)
     if not torch.is_grad_enabled():
         return _by_tiles(x, quantized, bias)

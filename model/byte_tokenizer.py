@@ -6,7 +6,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 BYTE_VOCABULARY = 512  # of the published models: 256 bytes, and rows that nothing trained
-_EOS, _PAD = "\x00", "\x01"  # the bytes 0 and 1, which no text has
+BYTE_EOS, BYTE_PAD = 0, 1  # which no text has
+_EOS, _PAD = chr(BYTE_EOS), chr(BYTE_PAD)
 
 
 class ByteTokenizer(PreTrainedTokenizerFast):

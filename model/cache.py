@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from stripedrag.kernels.ops import HyenaState
+from stripedrag.model.config import StripedHyenaConfig
 
 _ANSWER_TOKENS = 256  # that there is room for after a prompt, before its buffers have to grow
 LEAST_BLOCK_TOKENS = 256  # of a block, but for the last: a state is worth the keys and values of some 30 tokens
@@ -108,15 +109,33 @@ def expect(cache: DynamicCache, tokens: int) -> None:
             layer.expected_tokens = max(layer.expected_tokens, tokens)
 
 
-def adopt(cache: DynamicCache) -> None:
-    """Give a cache that is still empty our key/value layers; `generate` makes its caches itself.
+def fit(cache: DynamicCache, config: StripedHyenaConfig) -> None:
+    """Make a cache that a caller or `generate` made one of a StripedHyena; one without layers gets them.
 
-    Raises `ValueError` for a cache of fixed size, whose empty slots this model would attend to.
+    Raises `ValueError` for a cache of fixed size, whose empty slots this model would attend to, and for one that was
+    made for another model.
     """
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"the cache is a {type(cache).__name__}; a StripedHyena takes a DynamicCache, as new_cache gives"
         )
+    if not cache.layers:
+        made = DynamicCache(config=config)
+        cache.layers, cache.layer_class_to_replicate = made.layers, made.layer_class_to_replicate
+    kinds = [
+        "linear_attention" if isinstance(layer, LinearAttentionCacheLayerMixin) else "full_attention"
+        for layer in cache.layers
+    ]
+    if kinds != config.layer_types:
+        raise ValueError(
+            f"the cache has {kinds.count('linear_attention')} layers of states among its {len(kinds)}, which are not "
+            "this StripedHyena's; make it by new_cache(model.config)"
+        )
+    adopt(cache)
+
+
+def adopt(cache: DynamicCache) -> None:
+    """Give a cache that is still empty our key/value layers."""
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = GrowingLayer()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig, PreTrainedConfig
 
 from stripedrag.errors import CheckpointError
+from stripedrag.model.byte_tokenizer import BYTE_EOS, BYTE_PAD, BYTE_VOCABULARY
 
 # Keys of published configs that choose among implementations, training set-ups or nothing at all.
 DEAD_KEYS = frozenset(
@@ -39,7 +40,8 @@ class StripedHyenaConfig(PreTrainedConfig):
 
     Keys are those of the published checkpoints; a default is what most of them say. `inner_mlp_size` None
     means `m * ceil(int(8 * hidden_size / 3) / m)` with m = `inner_size_multiple_of`. `hyena_layer_idxs` is optional and
-    must be what attention leaves over; the published 7B configs name a layer past the end, which is ignored.
+    must be what attention leaves over; the published 7B configs name a layer past the end, which is ignored. Ids of
+    control tokens that it does not name are those of the published tokenizers: Llama's, or with 512 tokens Evo's bytes.
 
     One key is ours: `rotary_emb_yarn_factor` s reads up to `max_seqlen` tokens with a model that was trained on
     `max_seqlen` / s, by YaRN (Peng et al. 2023, section 3.4).
@@ -84,8 +86,8 @@ class StripedHyenaConfig(PreTrainedConfig):
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -103,6 +105,11 @@ class StripedHyenaConfig(PreTrainedConfig):
             )
         if self.num_filters is None:
             self.num_filters = self.hidden_size
+        reads_bytes = self.vocab_size == BYTE_VOCABULARY
+        ends = {"bos": None, "eos": BYTE_EOS, "pad": BYTE_PAD} if reads_bytes else {"bos": 1, "eos": 2, "pad": None}
+        for name, token in ends.items():
+            if getattr(self, f"{name}_token_id") is None:
+                setattr(self, f"{name}_token_id", token)
         super().__post_init__(**kwargs)
         self._check()
 
@@ -121,6 +128,11 @@ class StripedHyenaConfig(PreTrainedConfig):
     def num_key_value_heads(self) -> int:
         """Key and value heads, each shared by `proj_groups` query heads."""
         return self.num_attention_heads // self.proj_groups
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens at a time the model was trained on, of which YaRN makes `max_seqlen`."""
+        return round(self.max_seqlen / self.rotary_emb_yarn_factor)
 
     @property
     def filter_systems(self) -> int:

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import LogitsProcessorList, Temperat
 
 from stripedrag.errors import UsageError
 from stripedrag.model.cache import expect
-from stripedrag.model.modeling import refuse_over_window
+from stripedrag.model.modeling import refuse_foreign_ids, refuse_over_window
 from stripedrag.model.shared import fork, join
 
 SEGMENT_TOKENS = 2048  # activations of so many tokens live at once
@@ -52,10 +52,11 @@ def prefill(
     """The logits (B, V) after input_ids (B, L), which follow whatever `cache` holds; the cache takes them in.
 
     `progress` hears how many tokens the cache holds, and how many it will. Raises `UsageError` for a StripedHyena whose
-    window is smaller.
+    window is smaller, `ValueError` for ids that the model's vocabulary lacks, before any is read.
     """
     begun, length = cache.get_seq_length(), input_ids.shape[1]
     refuse_over_window(model.config, begun + length)
+    refuse_foreign_ids(input_ids, model.get_input_embeddings().num_embeddings)
     expect(cache, begun + length)
     for number, segment in enumerate(input_ids.split(SEGMENT_TOKENS, dim=1), start=1):
         logits = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

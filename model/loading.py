@@ -24,10 +24,10 @@ from transformers.utils import cached_file
 
 from stripedrag.errors import CheckpointError, SetupError, StoreError, StripedragError, UsageError, said
 from stripedrag.hardware import fast_dtype
-from stripedrag.model.baselines import BASELINES, find, hub_id, revision, snapshot
+from stripedrag.model.baselines import BASELINES, find, hub_id, revision, snapshot, template_options
 from stripedrag.model.byte_tokenizer import BYTE_VOCABULARY, ByteTokenizer
 from stripedrag.model.config import StripedHyenaConfig
-from stripedrag.model.modeling import refuse_unfit
+from stripedrag.model.modeling import StripedHyenaForCausalLM, refuse_unfit
 from stripedrag.model.quantization import QUANTIZATIONS, Quantization, QuantizationConfig
 from stripedrag.model.smollm2 import PREPARED, STRIPED, prepared_dir
 
@@ -59,14 +59,14 @@ def load_model(
     Raises:
         SetupError: a prepared model that is not on this machine yet, or a baseline that the hub did not give.
         CheckpointError: tensors and a config that do not belong together, or are damaged.
-        UsageError: a dtype that weights cannot have; no such model, one without a tokenizer, one whose positions
-            cannot be stretched, or one that is quantized already where it is asked for.
+        UsageError: a dtype that weights cannot have; a device that is not there; no such model, one without a
+            tokenizer, one whose positions cannot be stretched, or one that is quantized already where it is asked for.
     """
     if quantize is not None and (not isinstance(quantize, str) or quantize not in QUANTIZATIONS):
         raise UsageError(f"quantize is {quantize!r}; weights can be {' or '.join(QUANTIZATIONS)}")
     if dtype not in (None, "auto", *_DTYPES):
         raise UsageError(f"dtype is {dtype}; weights are torch.float32, torch.bfloat16, torch.float16 or torch.float64")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     source = _source(name_or_path)
     is_folder, pinned = Path(source).is_dir(), {"revision": revision(str(name_or_path)) or "main"}
     if is_folder and not (Path(source) / "config.json").is_file():
@@ -96,6 +96,8 @@ def load_model(
         refuse_unfit(source, info)
         model = model.to(device).eval()
         model.has_stretched_window = stretched
+        if stretched and isinstance(model, StripedHyenaForCausalLM):
+            model.backbone.told_of_stretch = True
     except StripedragError:
         raise
     except _DAMAGES as error:
@@ -111,10 +113,7 @@ def load_model(
             f"no model {name!r}: it is not one of {', '.join([*PREPARED, *BASELINES])}, not a folder, and the hub did "
             f"not give it ({_first_line(error)})"
         ) from error
-    tokenizer = load_tokenizer(name_or_path)
-    if isinstance(config, StripedHyenaConfig):
-        _name_ends(model, tokenizer)
-    return model, tokenizer
+    return model, load_tokenizer(name_or_path)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
@@ -134,6 +133,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> PreT
         tokenizer = kind.from_pretrained(source, revision=wanted, trust_remote_code=False)
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"  # as what generates needs it
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = template_options(str(name_or_path)).get("chat_template")
     except StripedragError:
         raise
     except _DAMAGES as error:
@@ -190,6 +191,17 @@ def model_folder(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     return Path(source) if Path(source).is_dir() else snapshot(str(name_or_path))
 
 
+def _device(wanted: str | torch.device | None) -> torch.device:
+    """The device, or the best there is; raises `UsageError` for one that is not there."""
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"device is {wanted!r}; it is 'cpu', or for example 'cuda' or 'cuda:1'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device is {device}, and torch finds {torch.cuda.device_count()} CUDA devices; take 'cpu'")
+    return device
+
+
 def _refuse_damaged(folder: Path) -> None:
     """Look at the heads of the files of weights, before any is read: one that is cut short does not fit its own."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -215,7 +227,7 @@ def _stretch(config: PreTrainedConfig, window_tokens: int, name: str) -> bool:
             f"{'none' if window is None else f'at most {window} tokens'}."
         )
     if is_striped:
-        trained = round(window / config.rotary_emb_yarn_factor)
+        trained = config.trained_tokens
         config.rotary_emb_yarn_factor = window_tokens / trained
         config.max_seqlen = window_tokens
     else:
@@ -241,15 +253,6 @@ def _source(name_or_path: str | os.PathLike[str]) -> Any:
 def _has(source: Any, name: str, revision: str) -> bool:
     """Whether a folder, or the hub, has a file."""
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
-
-
-def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let `generate` end where the tokenizer's texts do: the published configs of StripedHyenas do not name all ids."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if isinstance(tokenizer, ByteTokenizer):
-            setattr(model.config, name, getattr(tokenizer, name))
-        if getattr(model.generation_config, name, None) is None:
-            setattr(model.generation_config, name, getattr(model.config, name))
 
 
 def _reads_bytes(config: PreTrainedConfig) -> bool:

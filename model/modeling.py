@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
     GenerationMixin,
@@ -28,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.kernels import ops
-from stripedrag.model.cache import adopt, hyena_state, new_cache, store_hyena_state
+from stripedrag.model.cache import fit, hyena_state, new_cache, store_hyena_state
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.shared import SharedLayer
 
@@ -156,6 +157,8 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         layer = None if cache is None else cache.layers[self.layer_idx]
         if isinstance(layer, SharedLayer):
+            if mask is not None:
+                raise ValueError("a forked cache takes no attention_mask with padding; its beginning has none")
             shared: Tensor = self.out_proj(layer.attend(q, k, v).transpose(1, 2).reshape(batch, length, -1))
             return shared
         if cache is not None:
@@ -244,7 +247,23 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
                 f"the checkpoint {str(pretrained_model_name_or_path)!r} has weights that are infinite or no numbers in "
                 f"{_listed(not_finite)}. Get a whole copy, or where {model.dtype} is too narrow for it another dtype"
             )
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:  # published configs do not name the ends, and `generate` looks here alone
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if getattr(generation, name) is None:
+                    setattr(generation, name, getattr(model.config, name))
         return (model, info) if wants_info else model
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers. Raises `UsageError` where the output is quantized, which cannot be resized."""
+        output = self.get_output_embeddings()
+        if output is not None and not isinstance(output, nn.Linear):
+            raise UsageError(
+                "the output layer is quantized and cannot be resized; resize the model that it was made from, save it, "
+                "and quantize that"
+            )
+        resized: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        return resized
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -269,6 +288,8 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
 class StripedHyenaModel(StripedHyenaPreTrainedModel):
     """The backbone: embedding, blocks, final norm; and the unembedding, which published names put inside it."""
 
+    _tied_weights_keys = {"unembed.weight": "embedding_layer.weight"}
+
     def __init__(self, config: StripedHyenaConfig) -> None:
         super().__init__(config)
         self.embedding_layer = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -276,6 +297,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         self.norm = RMSNorm(config)
         self.unembed: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
+        self.told_of_stretch = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -305,31 +327,46 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         assert x is not None
         if x.ndim != 3 or x.shape[1] == 0:
             raise ValueError(f"the input has shape {tuple(x.shape[:2])}; it is (B, L) with at least one token")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self.config)
         if past_key_values is not None:
-            adopt(past_key_values)
+            fit(past_key_values, self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = x.shape[1]
         if past + length > self.config.max_seqlen:
             if length > 1:
                 refuse_over_window(self.config, past + length)
             warnings.warn(f"the reply goes on beyond the window of {self.config.max_seqlen} tokens", stacklevel=2)
+        elif not self.told_of_stretch and past + length > (trained := self.config.trained_tokens):
+            self.told_of_stretch = True
+            warnings.warn(
+                f"{past + length} tokens are more than the {trained} that the model was trained on; its window of "
+                f"{self.config.max_seqlen} is stretched by YaRN",
+                stacklevel=2,
+            )
         if past and torch.is_grad_enabled() and (self.training or x.requires_grad):
             raise ValueError(
                 f"the cache holds {past} tokens, through which no gradient flows; call under torch.no_grad(), or feed "
                 "the whole sequence at once"
             )
-        real = _real_tokens(attention_mask, x.shape[:2], past, past_key_values is not None)
+        real = _real_tokens(attention_mask, x.shape[:2], past)
+        pads_left = real is None or _pads_left(real)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and pads_left
+        if use_cache and past_key_values is None:
+            past_key_values = new_cache(self.config)
+        if past_key_values is not None and not pads_left:
+            raise ValueError(
+                "attention_mask pads on the right or inside; a cache can be continued only from left-padded prompts "
+                "(tokenizer.padding_side = 'left'), or pass use_cache=False"
+            )
         if position_ids is None:
             if real is None:
                 position_ids = torch.arange(past, past + length, device=x.device).unsqueeze(0)
             else:
                 position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         rotary = self._rotary(position_ids, x.dtype)
-        padding_mask = None if real is None or real[:, past:].all() else real[:, past:]
+        padding_mask = None if real is None else real[:, past:]
+        if padding_mask is not None and (length == 1 if torch.compiler.is_compiling() else padding_mask.all()):
+            padding_mask = None
         mask = _attention_mask(real, length, past, x.device)
         for block in self.blocks:
             x = block(x, rotary, mask, padding_mask, past_key_values=past_key_values)
@@ -338,14 +375,15 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
     def _embedded(self, input_ids: Tensor) -> Tensor:
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids are {input_ids.dtype}; token ids are torch.int64 or torch.int32")
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise ValueError(
+                f"the input has shape {tuple(input_ids.shape)}; it is (B, L) with at least one row and one token"
+            )
         try:
             embedded: Tensor = self.embedding_layer(input_ids)
-        except IndexError as error:  # of a CPU; a GPU ends the process's use of it
-            least, most = map(int, input_ids.aminmax())
-            raise ValueError(
-                f"input_ids go from {least} to {most}; this model has the ids 0 to {self.config.vocab_size - 1}. "
-                "Its own tokenizer gives no others"
-            ) from error
+        except IndexError:  # of a CPU; a GPU ends the process's use of it
+            refuse_foreign_ids(input_ids, self.config.vocab_size)
+            raise
         return embedded
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -421,14 +459,14 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
             past_key_values: a cache from `new_cache`, an earlier call or `generate`; None begins one if `use_cache`.
             inputs_embeds: (B, L, H) in place of input_ids.
             labels: (B, L) token ids, -100 where there is none; gives the mean cross-entropy of the next token.
-            use_cache: by default the config's word in evaluation and False in training.
+            use_cache: by default the config's word in evaluation, False in training and with padding on the right.
             logits_to_keep: only the logits of so many last tokens, or of these positions; 0 is all.
             **kwargs: what transformers passes on: `output_hidden_states`, loss settings.
 
         Raises:
             ValueError: neither or both of ids and embeddings; ids that the vocabulary lacks; a prompt over the window;
-                a mask of another length; padding that is not on the left while a cache is kept; a cache that is not a
-                `DynamicCache`; a gradient through a warm cache.
+                a mask of another length, or with padding between real tokens; padding that is not on the left while a
+                cache is kept; a cache that is not a `DynamicCache`, or another model's; a gradient with a warm cache.
         """
         outputs = self.backbone(
             input_ids=input_ids,
@@ -458,8 +496,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: int, has_cache: bool) -> Tensor | None:
-    """The mask (B, past + L) as bool, or None where every token is real."""
+def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: int) -> Tensor | None:
+    """The mask (B, past + L) as bool, or None where every token is real; a graph, which does not look, keeps it."""
     if attention_mask is None:
         return None
     batch, length = shape
@@ -469,27 +507,35 @@ def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: in
             f"ones it is ({batch}, {past + length}): one entry for each token, also those in the cache"
         )
     real = attention_mask.bool()
+    if torch.compiler.is_compiling():
+        return real
     if real.all():
         return None
-    if has_cache and not (real[:, 1:] >= real[:, :-1]).all():
+    if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
         raise ValueError(
-            "attention_mask pads on the right or inside; a cache can be continued only from left-padded prompts "
-            "(tokenizer.padding_side = 'left'), or pass use_cache=False"
+            "attention_mask has padding between real tokens, through which a state would go on decaying; put a row's "
+            "tokens side by side"
         )
     return real
+
+
+def _pads_left(real: Tensor) -> bool:
+    """Whether all padding of a mask (B, L) stands before the real tokens."""
+    return torch.compiler.is_compiling() or bool((real[:, 1:] >= real[:, :-1]).all())
 
 
 def _attention_mask(real: Tensor | None, length: int, past: int, device: torch.device) -> Tensor | None:
     """Which keys a query may see, (B, 1, L, past + L) bool; None where it sees all up to its own."""
     if real is None:
         return None
-    allowed = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    keys = torch.arange(past + length, device=device)
+    queries = keys[past:, None]
     # A padded query sees itself alone: a row without any key would be NaN.
-    own = torch.zeros_like(allowed).diagonal_scatter(torch.ones(length, dtype=torch.bool, device=device), past)
-    return ((allowed & real[:, None, :]) | own)[:, None]
+    return (((keys <= queries) & real[:, None, :]) | (keys == queries))[:, None]
 
 
 AutoConfig.register("stripedhyena", StripedHyenaConfig)
+AutoModel.register(StripedHyenaConfig, StripedHyenaModel)
 AutoModelForCausalLM.register(StripedHyenaConfig, StripedHyenaForCausalLM)
 
 
@@ -507,6 +553,16 @@ def refuse_over_window(config: PreTrainedConfig, tokens: int) -> None:
         raise UsageError(
             f"the prompt has {tokens} tokens and the window {config.max_seqlen}; shorten it, or stretch the window "
             "with load_model(…, window_tokens=…)"
+        )
+
+
+def refuse_foreign_ids(input_ids: Tensor, vocabulary: int) -> None:
+    """Raises `ValueError` for token ids that a vocabulary of this size lacks."""
+    least, most = map(int, input_ids.aminmax())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"input_ids go from {least} to {most}; this model has the ids 0 to {vocabulary - 1}. "
+            "Its own tokenizer gives no others"
         )
 
 

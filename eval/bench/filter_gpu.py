@@ -1,7 +1,8 @@
 """The Hyena operator on a GPU: its rate against copying memory, the prediction of `roofline`, and torch's backend.
 
-Timed by the device's own events, after a warm-up in which kernels are compiled and tuned, over as many inputs in turn
-as pass the second-level cache. Run by `stripedrag bench filter --device cuda`.
+Results are compared with those of torch's backend first. Timed by the device's own events, after a warm-up in which
+kernels are compiled and tuned, over as many inputs in turn as pass the second-level cache. Run by
+`stripedrag bench filter --device cuda`.
 """
 
 import statistics
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from stripedrag.errors import BackendError
 from stripedrag.eval.bench.filter import parameters, rows_of
 from stripedrag.eval.bench.report import Report, commit, interleaved, medians, plot, seconds_of
 from stripedrag.eval.bench.roofline import DEVICES, TAPS, Device, backward, forward, passes
@@ -27,6 +29,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 GRADIENT_LENGTH = 8192
 WARM_UPS = 3
 SIDES = ("triton", "torch")
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _SLEEP_CYCLES = 10_000_000  # some milliseconds
 
 
@@ -85,17 +88,21 @@ def _forward(
     channels: int, modes: int, length: int, dtype: torch.dtype, repeats: int, device: torch.device
 ) -> dict[str, Any]:
     several, given = _inputs(channels, modes, length, dtype, device)
-    turns = {side: cycle(several) for side in (*SIDES, "copy")}
+    turn = cycle(several)
 
     def filtered(backend: str) -> Callable[[], object]:
-        return lambda: ops.hyena_filter(next(turns[backend]), **given, backend=backend)
+        return lambda: ops.hyena_filter(next(turn), **given, backend=backend)
 
     with torch.no_grad():
+        apart = _apart(
+            dtype,
+            *((y, *state) for y, state in (ops.hyena_filter(several[0], **given, backend=side) for side in SIDES)),
+        )
         seconds = interleaved(
             repeats,
             WARM_UPS,
             partial(_seconds_on, device),
-            copy=lambda: next(turns["copy"]).clone(),
+            copy=lambda: next(turn).clone(),
             **{side: filtered(side) for side in SIDES},
         )
     middle = medians(seconds)
@@ -107,6 +114,7 @@ def _forward(
         "length": length,
         "dtype": str(dtype).removeprefix("torch."),
         "inputs": len(several),
+        "apart": apart,
         "copy_bytes_per_s": copied,
         "least_s": 4 / 3 * z_bytes / copied,
         "of_least": 4 / 3 * z_bytes / copied / middle["triton"],
@@ -119,17 +127,22 @@ def _forward(
 def _gradient(channels: int, modes: int, dtype: torch.dtype, repeats: int, device: torch.device) -> dict[str, Any]:
     several, given = _inputs(channels, modes, GRADIENT_LENGTH, dtype, device)
     names = [name for name, value in given.items() if isinstance(value, Tensor)]
-    turns = {side: cycle(several) for side in SIDES}
+    turn = cycle(several)
+
+    def gradients(backend: str, z: Tensor, dy: Tensor | None = None, **more: Any) -> Sequence[Tensor]:
+        leaves = {name: given[name].detach().requires_grad_() for name in names}
+        z = z.detach().requires_grad_()
+        y, _ = ops.hyena_filter(z, **(given | leaves), **more, backend=backend)
+        return torch.autograd.grad(y, [z, *leaves.values()], y.detach() if dy is None else dy)
 
     def trained(backend: str) -> Callable[[], object]:
-        def both() -> Sequence[Tensor]:
-            leaves = {name: given[name].detach().requires_grad_() for name in names}
-            z = next(turns[backend]).detach().requires_grad_()
-            y, _ = ops.hyena_filter(z, **(given | leaves), backend=backend)
-            return torch.autograd.grad(y, [z, *leaves.values()], y.detach())
+        return lambda: gradients(backend, next(turn))
 
-        return both
-
+    one = several[0]
+    more = {"padding_mask": torch.arange(one.shape[1], device=device).expand(one.shape[:2]) >= one.shape[1] // 3}
+    with torch.no_grad():
+        dy, more["state"] = ops.hyena_filter(one, **given, backend="torch")
+    apart = _apart(dtype, *(gradients(side, one, dy, **more) for side in SIDES))
     seconds = interleaved(repeats, WARM_UPS, partial(_seconds_on, device), **{side: trained(side) for side in SIDES})
     middle = medians(seconds)
     listed = forward(modes, TAPS) + backward(modes, TAPS)
@@ -137,11 +150,29 @@ def _gradient(channels: int, modes: int, dtype: torch.dtype, repeats: int, devic
         "channels": channels,
         "modes": modes,
         "length": GRADIENT_LENGTH,
+        "apart": apart,
         "dtype": str(dtype).removeprefix("torch."),
         "predicted_s": _predicted(listed, channels, GRADIENT_LENGTH, dtype, device),
         "times_faster_than_torch": middle["torch"] / middle["triton"],
         "seconds": seconds,
     }
+
+
+def _apart(dtype: torch.dtype, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """How far the first of the `SIDES` is from the other, of the largest number.
+
+    Raises `BackendError` where that is more than rounding.
+    """
+    apart = max(
+        float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in zip(found, expected, strict=True)
+    )
+    if not apart <= ROUNDING[dtype]:
+        raise BackendError(
+            f"the {SIDES[0]} backend is {apart:.1e} of the largest number from the {SIDES[1]} backend, and rounding is "
+            f"at most {ROUNDING[dtype]:.0e}: its kernels are wrong on this device. Please report it with the output of "
+            "`stripedrag doctor`"
+        )
+    return apart
 
 
 def _predicted(listed: Any, channels: int, length: int, dtype: torch.dtype, device: torch.device) -> float | None:
@@ -161,26 +192,28 @@ def _table(figures: dict[str, Any]) -> str:
         f"{figures['device']}, torch {figures['torch']}, {figures['commit']}, medians of {figures['repeats']}",
         "",
         f"{'':9}{'H':>5}{'N':>4}{'L':>8}{'ms':>9}{'predicted':>11}{'least':>9}{'of least':>10}{'copy GB/s':>11}"
-        f"{'over torch':>12}",
+        f"{'over torch':>12}{'apart':>9}",
     ]
     for row in figures["forward"]:
         lines.append(
             f"{row['dtype']:9}{row['channels']:>5}{row['modes']:>4}{row['length']:>8}"
             f"{1e3 * statistics.median(row['seconds']['triton']):>9.3f}{_ms(row['predicted_s']):>11}"
             f"{1e3 * row['least_s']:>9.3f}{row['of_least']:>10.0%}{row['copy_bytes_per_s'] / 1e9:>11.0f}"
-            f"{row['times_faster_than_torch']:>11.1f}x"
+            f"{row['times_faster_than_torch']:>11.1f}x{row['apart']:>9.0e}"
         )
     lines += ["", "forward and backward"]
     for row in figures["gradient"]:
         lines.append(
             f"{row['dtype']:9}{row['channels']:>5}{row['modes']:>4}{row['length']:>8}"
             f"{1e3 * statistics.median(row['seconds']['triton']):>9.3f}{_ms(row['predicted_s']):>11}"
-            f"{row['times_faster_than_torch']:>11.1f}x over torch"
+            f"{row['times_faster_than_torch']:>11.1f}x over torch{row['apart']:>9.0e} apart"
         )
     lines += [
         "",
         f"Timed by the device's events after {WARM_UPS} rounds, over inputs in turn that pass its cache. least: z read",
-        "and y written once, at the rate of the copy. predicted: `stripedrag bench roofline`, by published peaks.",
+        "and y written once, at the rate of the copy. predicted: `stripedrag bench roofline`, by published peaks,",
+        "without latencies and small launches. apart: from torch's results, of the largest number; gradients with a",
+        "mask and a state.",
     ]
     return "\n".join(lines)
 

@@ -74,6 +74,8 @@ def layout(config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         model = StripedHyenaForCausalLM(StripedHyenaConfig(**config)).to(torch.bfloat16)
     rotary = torch.empty(model.config.head_dim // 2, device="meta")
     for name, tensor in model.state_dict().items():
+        if name.endswith("unembed.weight") and model.config.tie_embeddings:
+            continue
         yield name, tensor
         if name.endswith("inner_mha_cls.out_proj.weight"):
             yield name.replace("out_proj.weight", "rotary_emb.inv_freq"), rotary

@@ -3,8 +3,9 @@ issue, and what part of a layer of the 7B that is: a prediction, to be held agai
 `stripedrag bench filter --device cuda`.
 
 Nothing runs. A pass takes as long as its slower side at the device's published peak: of memory, which inputs that lie
-in the second-level cache pass, and of float32 multiply-adds, at which all instructions are counted (an A100 issues
-others beside them). Products and attention are taken at the peak of dense bfloat16, which flatters them.
+in the second-level cache pass, and of float32 multiply-adds, at which arithmetic, loads, stores and conversions are
+counted (an A100 issues others beside them), but not addresses, predicates and latencies: a bound from below. Products
+and attention are taken at the peak of dense bfloat16, which flatters them.
 """
 
 from pathlib import Path

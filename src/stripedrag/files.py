@@ -18,12 +18,15 @@ def written_whole(path: Path, *, by_many: bool = False) -> Iterator[Path]:
     scratch.unlink(missing_ok=True)  # of a process that was killed
     scratch.touch()
     mode = scratch.stat().st_mode
-    yield scratch
-    scratch.chmod(mode)  # some writers make files that nobody else can read
-    if not by_many:
-        with scratch.open("rb") as written:
-            os.fsync(written.fileno())
-    scratch.replace(path)
+    try:
+        yield scratch
+        scratch.chmod(mode)  # some writers make files that nobody else can read
+        if not by_many:
+            with scratch.open("rb") as written:
+                os.fsync(written.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)  # of a full disk, say
 
 
 @contextmanager

@@ -329,6 +329,23 @@ def test_the_published_layout_is_written_with_every_tensor_and_loaded_to_the_bit
     assert small["weight_bytes"] < row["weight_bytes"]
 
 
+def test_evos_layout_is_written_with_every_tensor_and_loaded_to_the_bit(golden_dir, tmp_path):
+    """The keys of Evo-1's published config (the 131k one), its 32 layers, and tensors without a prefix or an output."""
+    from stripedrag.eval.bench import load
+
+    small = json.loads((golden_dir / "evo_tiny.json").read_text())["config"]
+    attention = [8, 16, 24]
+    layers = {"num_layers": 32, "attn_layer_idxs": attention}
+    layers["hyena_layer_idxs"] = [i for i in range(32) if i not in attention]
+    published = (
+        small | layers | {"max_seqlen": 131072, "auto_map": {"AutoTokenizer": ["tokenizer.ByteTokenizer", None]}}
+    )
+    digests = load.write(tmp_path / "evo", published, shard_bytes=1_000_000)
+    assert len(digests) == 438 and len(list((tmp_path / "evo").glob("model-*.safetensors"))) > 1
+    row = load._loaded(tmp_path / "evo", digests)
+    assert (row["tensors_used"], row["wrong"], row["unused"], row["finite"]) == (438 - 3, [], [], True)
+
+
 def test_the_sides_of_attention_compute_the_same(monkeypatch):
     from stripedrag.eval.bench import attention
 

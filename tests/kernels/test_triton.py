@@ -3,9 +3,9 @@
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -157,8 +157,12 @@ def test_it_says_why_it_cannot_run(monkeypatch):
     assert backend.refuses(device) == "it needs a device of compute capability 8.0; this one has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert backend.refuses(device) is None
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "needs a C compiler to launch what it compiles, and there is none" in backend.refuses(device)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+    assert "Triton needs Python's headers to launch what it compiles; install python3-dev" in backend.refuses(device)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "Triton needs a C compiler to launch what it compiles, gcc, clang or what CC names" in backend.refuses(
+        device
+    )
     monkeypatch.undo()
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -178,6 +182,37 @@ def test_a_gpu_takes_it_and_where_it_cannot_run_torch_serves_and_says_so_once(mo
     with pytest.warns(UserWarning, match=r"triton kernels cannot be used: it needs .* 7\.0\. The torch backend serves"):
         assert select(None, torch.device("cuda", 8)).name == "torch"
     assert select(None, torch.device("cuda", 8)).name == "torch"  # a second warning would be an error here
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_graph_takes_what_was_chosen_and_looks_at_no_file(monkeypatch, dynamic):
+    """As a model on a GPU that is compiled whole; here the choice alone."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def chosen(x):
+        return x + len(select(None, torch.device("cuda", 9), *x.shape).name)
+
+    torch.compiler.reset()
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=dynamic)
+    assert compiled(torch.zeros(3, 2)).max().item() == len("triton")
+    assert compiled(torch.zeros(4, 8)).max().item() == len("triton")
+
+
+def test_calls_past_the_dispatcher_and_through_it_are_the_same():
+    inputs = make(9, batch=1, channels=4, modes=2, heads=2, dtype=torch.float32)
+    state = random_state(inputs)
+    with torch.no_grad():
+        y, after = ops.hyena_filter(**inputs, state=state, backend="triton")
+    graded, graded_after = ops.hyena_filter(**inputs, state=state, backend="triton")
+    assert torch.equal(y, graded) and all(map(torch.equal, after, graded_after))
+    z = inputs.pop("z")[:, 0]
+    apart = ops.HyenaState(state.fir.clone(), torch.cat([state.iir, state.iir], dim=-1)[..., :2])
+    assert not apart.iir.is_contiguous()  # so that the operator lays it out anew
+    with torch.no_grad():
+        kept = ops.HyenaState(*(t.clone() for t in state))
+        one, other = (ops.hyena_step(z, **inputs, state=s, backend="triton")[0] for s in (kept, apart))
+    assert torch.equal(one, other) and all(map(torch.equal, kept, apart))
 
 
 def test_tensors_of_the_cpu_never_take_the_interpreter_unasked():

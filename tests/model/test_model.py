@@ -3,15 +3,25 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_cache
 from stripedrag.model.baselines import window_tokens
 from stripedrag.model.cache import GrowingLayer
+from stripedrag.model.generation import prefill
 from stripedrag.model.loading import load_model
-from stripedrag.model.modeling import RMSNorm
+from stripedrag.model.modeling import RMSNorm, StripedHyenaModel
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
 
 
@@ -19,6 +29,17 @@ def test_auto_classes_know_the_model(golden, tmp_path):
     folder = golden.write(tmp_path)
     assert type(AutoConfig.from_pretrained(folder)) is StripedHyenaConfig
     assert type(AutoModelForCausalLM.from_pretrained(folder)) is StripedHyenaForCausalLM
+
+
+def test_the_backbone_alone_gives_the_hidden_states(golden, model, tmp_path):
+    backbone = AutoModel.from_pretrained(golden.write(tmp_path)).eval()
+    assert type(backbone) is StripedHyenaModel
+    with torch.no_grad():
+        hidden = backbone(golden.ids).last_hidden_state
+        assert torch.equal(backbone.unembed(hidden), model(golden.ids).logits)
+        embedded = model.get_input_embeddings()(golden.ids)
+        assert torch.equal(model(inputs_embeds=embedded).logits, model(golden.ids).logits)
+        assert torch.equal(model(golden.ids, logits_to_keep=3).logits, model(golden.ids).logits[:, -3:])
 
 
 def test_names_with_and_without_the_backbone_prefix_load_alike(golden, tmp_path):
@@ -142,8 +163,6 @@ def test_generate_repeats_our_own_greedy_steps(model, golden):
 
 
 def test_a_prefill_of_our_own_can_be_continued_by_generate(model, golden):
-    from stripedrag.model.generation import prefill
-
     options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     cache = new_cache(model.config)
     prefill(model, golden.ids[:1, :20], cache)
@@ -184,6 +203,34 @@ def test_generate_stops_at_eos(model, golden):
     assert torch.equal(stopped[0], free[0, : first + 1])
 
 
+def test_a_published_config_without_ends_has_its_tokenizers(golden, tmp_path):
+    ends = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    assert not ends & golden.config.keys()
+    model = AutoModelForCausalLM.from_pretrained(golden.write(tmp_path / "published"), dtype=torch.float32)
+    expected = (None, 0, 1) if golden.name == "evo_tiny" else (1, 2, None)
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == expected
+    prompt = golden.ids[:1, :20]
+    eos = int(model.generate(prompt, max_new_tokens=3, do_sample=False, min_new_tokens=3)[0, -1])
+    folder = golden.write(tmp_path / "named", config=golden.config | {"eos_token_id": eos})
+    named = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    made = named.generate(prompt, max_new_tokens=12, do_sample=False)[0, 20:].tolist()
+    assert made.index(eos) == len(made) - 1 <= 2
+
+
+def test_sampling_gives_several_rows_and_assistants_are_refused(model, golden):
+    prompt = golden.ids[:, :20]
+    options = dict(max_new_tokens=6, do_sample=True, temperature=1.5, eos_token_id=None, pad_token_id=0)
+    torch.manual_seed(0)
+    many = model.generate(prompt, num_return_sequences=3, **options)
+    assert many.shape == (6, 26) and torch.equal(many[::3, :20], prompt)
+    assert len({tuple(row) for row in many[:3].tolist()}) > 1
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(prompt, num_return_sequences=3, use_cache=False, **options), many)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(prompt, assistant_model=model, max_new_tokens=2)
+
+
 def test_generate_on_a_left_padded_batch_is_generate_on_each_row(model, golden):
     rows = [golden.ids[0, :20], golden.ids[1, :13]]
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -193,6 +240,8 @@ def test_generate_on_a_left_padded_batch_is_generate_on_each_row(model, golden):
     mask[1, :7] = 0
     together = model.generate(ids, attention_mask=mask, **options)[:, -8:]
     assert torch.equal(together, torch.stack(alone))
+    beams = [model.generate(row[None], num_beams=3, **options)[0, -8:] for row in rows]
+    assert torch.equal(model.generate(ids, attention_mask=mask, num_beams=3, **options)[:, -8:], torch.stack(beams))
 
 
 def test_beams_and_prefill_chunks_change_no_token(model, golden):
@@ -200,7 +249,8 @@ def test_beams_and_prefill_chunks_change_no_token(model, golden):
     options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     plain = model.generate(prompt, **options)
     assert torch.equal(model.generate(prompt, prefill_chunk_size=8, **options), plain)
-    assert torch.equal(model.generate(prompt, **options, past_key_values=new_cache(model.config)), plain)
+    for cache in (new_cache(model.config), DynamicCache(), DynamicCache(config=model.config)):
+        assert torch.equal(model.generate(prompt, **options, past_key_values=cache), plain)
     beams = model.generate(prompt, num_beams=3, **options)
     assert torch.equal(beams, model.generate(prompt, num_beams=3, use_cache=False, **options))
     assert not torch.equal(beams, plain)
@@ -259,6 +309,26 @@ def test_a_decode_step_compiles_without_graph_breaks_and_is_not_compiled_for_eve
     assert 1 <= counter.frame_count <= 4, "a length of its own"
 
 
+def test_a_decode_step_compiles_without_graph_breaks_beside_padding(sh_tiny, tmp_path):
+    """As `generate` calls it."""
+    golden = sh_tiny
+    model = StripedHyenaForCausalLM.from_pretrained(golden.write(tmp_path), dtype=torch.float32).eval()
+    torch.compiler.reset()
+    counter = CompileCounter()
+    step = torch.compile(model.forward, fullgraph=True, backend=counter)
+    compiled, plain = new_cache(model.config), new_cache(model.config)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        for cache in (compiled, plain):
+            model(golden.ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+        for place in range(20, 40):
+            given = dict(input_ids=golden.ids[:, place : place + 1], attention_mask=mask[:, : place + 1])
+            expected = model(**given, past_key_values=plain, use_cache=True).logits
+            torch.testing.assert_close(step(**given, past_key_values=compiled, use_cache=True).logits, expected)
+    assert 1 <= counter.frame_count <= 4, "a length of its own"
+
+
 @pytest.mark.parametrize("factor", [2.0, 4.0, 7.5])
 def test_a_stretched_window_turns_positions_as_transformers_does(factor):
     window = int(512 * factor)
@@ -310,11 +380,56 @@ def test_a_model_is_loaded_with_a_longer_window_and_says_so(golden, tmp_path, fa
             load_model(tmp_path, window_tokens=2048)
 
 
+def test_a_stretched_window_is_warned_of_where_it_is_used(golden, tmp_path):
+    """Also where the config is stretched, and nobody asked `load_model` for a window."""
+    config = StripedHyenaConfig(
+        hidden_size=32, num_attention_heads=2, num_layers=2, attn_layer_idxs=[1], vocab_size=64, max_seqlen=40,
+        rotary_emb_yarn_factor=2.5,
+    )  # fmt: skip
+    StripedHyenaForCausalLM(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    cache = new_cache(model.config)
+    ids = torch.ones(1, 16, dtype=torch.long)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.warns(
+            UserWarning, match="17 tokens are more than the 16 that the model was trained on; its window"
+        ):
+            model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)  # a second warning would be an error here
+
+
+def test_right_padding_is_read_without_a_cache_and_holes_are_refused(model, golden):
+    """As a tokenizer pads that was not told which side, for `Trainer.evaluate`."""
+    mask = (torch.arange(70)[None] < torch.tensor([[64], [50]])).long()
+    ids = torch.cat([golden.ids, torch.zeros(2, 6, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        outputs = model(ids, attention_mask=mask)
+        torch.testing.assert_close(outputs.logits[0, :64], golden.expected["full_logits"][0], rtol=0, atol=5e-5)
+        torch.testing.assert_close(outputs.logits[1, :50], golden.expected["full_logits"][1, :50], rtol=0, atol=5e-5)
+        assert outputs.past_key_values is None
+        with pytest.raises(ValueError, match="attention_mask has padding between real tokens"):
+            model(golden.ids[:, :3], attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]), use_cache=False)
+
+
+def test_more_tokens_can_be_embedded(golden, tmp_path):
+    model = StripedHyenaForCausalLM.from_pretrained(golden.write(tmp_path), dtype=torch.float32).eval()
+    before = model.config.vocab_size
+    with torch.no_grad():
+        expected = model(golden.ids).logits
+        model.resize_token_embeddings(before + 3)
+        logits = model(golden.ids).logits
+    assert logits.shape[-1] == model.config.vocab_size == before + 3
+    assert torch.equal(logits[..., :before], expected)
+
+
 def test_bad_calls_are_named(model, golden):
     with pytest.raises(ValueError, match="one of them and not both"):
         model()
     with pytest.raises(ValueError, match=r"the input has shape \(2, 0\)"):
         model(golden.ids[:, :0])
+    with pytest.raises(ValueError, match=r"the input has shape \(5,\)"):
+        model(golden.ids[0, :5])
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\); with 0 tokens in the cache and 5 new"):
         model(golden.ids[:, :5], attention_mask=torch.ones(2, 3))
     cache = new_cache(model.config)
@@ -323,12 +438,19 @@ def test_bad_calls_are_named(model, golden):
         model(golden.ids[:, 5:8], past_key_values=cache)
     with pytest.raises(ValueError, match="the cache is a StaticCache; a StripedHyena takes a DynamicCache"):
         model(golden.ids[:, :5], past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    other = new_cache(LlamaConfig(num_hidden_layers=4))
+    with pytest.raises(ValueError, match=r"the cache has 0 layers of states among its 4, which are not this Striped"):
+        model(golden.ids[:, :5], past_key_values=other)
     with pytest.raises(ValueError, match="pads on the right or inside"):
         model(golden.ids[:, :3], attention_mask=torch.tensor([[1, 1, 0]] * 2), use_cache=True)
     vocabulary, window = model.config.vocab_size, model.config.max_seqlen
     for wrong in (vocabulary, -1):
         with pytest.raises(ValueError, match=rf"{wrong}.*this model has the ids 0 to {vocabulary - 1}"):
             model(torch.tensor([[0, wrong]]))
+        cache = new_cache(model.config)
+        with pytest.raises(ValueError, match=rf"{wrong}.*this model has the ids 0 to {vocabulary - 1}"):
+            prefill(model, torch.tensor([[0] * 40 + [wrong]]), cache)
+        assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match=r"input_ids are torch\.float32"):
         model(golden.ids.float())
     with pytest.raises(ValueError, match=f"the prompt has {window + 1} tokens and the window {window}; shorten it"):
@@ -344,7 +466,7 @@ def test_a_reply_beyond_the_window_is_warned_of(model, golden):
             model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
 
 
-def test_damaged_weights_are_named_before_the_model_is_made(sh_tiny, tmp_path):
+def test_damaged_weights_are_named(sh_tiny, tmp_path):
     name = "blocks.0.mlp.l1.weight"
     for bad in (torch.nan, torch.inf):
         damaged = sh_tiny.weights[name].clone()
@@ -358,6 +480,13 @@ def test_damaged_weights_are_named_before_the_model_is_made(sh_tiny, tmp_path):
         load_model(tmp_path / "cut")
     with pytest.raises(UsageError, match=r"dtype is torch\.int8; weights are torch\.float32"):
         load_model(sh_tiny.write(tmp_path / "whole"), dtype=torch.int8)
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UsageError, match="device is 'gpu'; it is 'cpu', or for example 'cuda'"):
+        load_model(tmp_path / "no-folder", device="gpu")
+    with pytest.raises(UsageError, match=r"device is cuda:7, and torch finds \d+ CUDA devices; take 'cpu'"):
+        load_model(tmp_path / "no-folder", device="cuda:7")
 
 
 def assert_same_tensors(one, other):

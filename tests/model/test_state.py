@@ -47,6 +47,30 @@ def test_forks_generate_what_each_continuation_gets_alone_and_share_the_prefix(g
     )
 
 
+def test_a_fork_takes_no_padding(sh_tiny, tmp_path):
+    model = StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path), dtype=torch.float32).eval()
+    forked = StripedHyenaState.read(model, sh_tiny.ids[:1, :8]).fork(2)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    with torch.no_grad(), pytest.raises(ValueError, match="a forked cache takes no attention_mask with padding"):
+        model(sh_tiny.ids[:, 8:9], attention_mask=mask, past_key_values=forked)
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing(sh_tiny, tmp_path, monkeypatch):
+    model = StripedHyenaForCausalLM.from_pretrained(sh_tiny.write(tmp_path / "m"), dtype=torch.float32).eval()
+    state = StripedHyenaState.read(model, sh_tiny.ids[:1, :8])
+
+    def full(tensors, path, **options):
+        path.write_bytes(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stripedrag.model.state.save_file", full)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        state.save(tmp_path / "out" / "state.safetensors")
+    assert [*(tmp_path / "out").iterdir()] == []
+
+
 def test_a_state_of_another_model_is_refused_by_name(sh_tiny, model, golden, tmp_path):
     prefix, _ = split(golden, 8)
     path = tmp_path / "state.safetensors"

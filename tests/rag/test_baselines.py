@@ -253,6 +253,13 @@ def test_the_template_alone_is_tokenized_as_the_tokenizer_does_it(loaded, family
     assert chat.chat_ids([("user", mark)]) == tokenizer(whole, add_special_tokens=False).input_ids
 
 
+@of("stripedhyena-nous-7b")
+def test_the_tokenizer_has_the_template_that_its_card_tells(loaded):
+    _, tokenizer = loaded
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+    assert asked == "<s>### Instruction:\nWhy?\n\n### Response:\n"
+
+
 def test_what_a_document_says_makes_no_control_token(loaded, family, prompt, ids):
     _, tokenizer = loaded
     controls = ["<s>", "</s>", "[INST]", "<|im_start|>", "<|im_end|>", "<|startoftext|>", "<think>"]

@@ -120,8 +120,8 @@ def _put(written: Path, to: Path) -> None:
     (to / _CONFIG).unlink(missing_ok=True)
     for file in sorted(written.iterdir(), key=lambda file: file.name == _CONFIG):
         with written_whole(to / file.name) as scratch:
-            shutil.move(file, scratch)  # from another disk, where the folder of the run is a link to one
-    written.rmdir()
+            shutil.copyfile(file, scratch)
+    shutil.rmtree(written)
 
 
 @dataclass(frozen=True)

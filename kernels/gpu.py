@@ -57,7 +57,8 @@ def _refuses_device(device: torch.device) -> str | None:
         return f"it needs a device of compute capability {least}; this one has {found}"
     if not any(map(shutil.which, [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"])):
         return "Triton needs a C compiler to launch what it compiles, gcc, clang or what CC names; install gcc"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton takes Debian's
+    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists():
         return "Triton needs Python's headers to launch what it compiles; install python3-dev"
     import triton  # whose distribution has several names
 
@@ -89,7 +90,9 @@ def hyena_step(z: Tensor, parameters: FilterParameters, state: HyenaState) -> Te
     """y (B, H) for one token z (B, 3H); the state is overwritten."""
     given, heads = parameters[:5], parameters.heads or 1  # which its kernel casts
     if is_plain(z, *given, *state) and all(one.is_contiguous() for one in state):
-        return _step(z, given, *state, heads)
+        y = _step(z, given, *state, heads)
+        torch.autograd.graph.increment_version(state)
+        return y
     made: Tensor = _OPERATORS.step(z, *given, *state, heads)
     return made
 

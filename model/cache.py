@@ -112,8 +112,8 @@ def expect(cache: DynamicCache, tokens: int) -> None:
 def fit(cache: DynamicCache, config: StripedHyenaConfig) -> None:
     """Make a cache that a caller or `generate` made one of a StripedHyena; one without layers gets them.
 
-    Raises `ValueError` for a cache of fixed size, whose empty slots this model would attend to, and for one that was
-    made for another model.
+    Raises `ValueError` for a cache of fixed size, whose empty slots this model would attend to, and for one whose
+    layers are of other kinds than this model's.
     """
     if not isinstance(cache, DynamicCache):
         raise ValueError(

@@ -29,6 +29,8 @@ _COUNTS = (
     "vocab_size hidden_size num_layers num_attention_heads proj_groups state_size short_filter_length "
     "hyena_filter_groups inner_size_multiple_of max_seqlen"
 ).split()
+_BY_VOCABULARY = -1  # an id of a control token that the config does not name
+
 _SWITCHES = (
     "short_filter_bias column_split_hyena use_flash_rmsnorm final_norm mha_out_proj_bias qkv_proj_bias "
     "use_interpolated_rotary_pos_emb tie_embeddings use_cache"
@@ -41,7 +43,8 @@ class StripedHyenaConfig(PreTrainedConfig):
     Keys are those of the published checkpoints; a default is what most of them say. `inner_mlp_size` None
     means `m * ceil(int(8 * hidden_size / 3) / m)` with m = `inner_size_multiple_of`. `hyena_layer_idxs` is optional and
     must be what attention leaves over; the published 7B configs name a layer past the end, which is ignored. Ids of
-    control tokens that it does not name are those of the published tokenizers: Llama's, or with 512 tokens Evo's bytes.
+    control tokens about which a config is silent are those of the published tokenizers: Llama's, or with 512 tokens
+    Evo's bytes. None is none.
 
     One key is ours: `rotary_emb_yarn_factor` s reads up to `max_seqlen` tokens with a model that was trained on
     `max_seqlen` / s, by YaRN (Peng et al. 2023, section 3.4).
@@ -86,9 +89,9 @@ class StripedHyenaConfig(PreTrainedConfig):
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    bos_token_id: int | None = _BY_VOCABULARY
+    eos_token_id: int | list[int] | None = _BY_VOCABULARY
+    pad_token_id: int | None = _BY_VOCABULARY
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in DEAD_KEYS & kwargs.keys():
@@ -108,7 +111,7 @@ class StripedHyenaConfig(PreTrainedConfig):
         reads_bytes = self.vocab_size == BYTE_VOCABULARY
         ends = {"bos": None, "eos": BYTE_EOS, "pad": BYTE_PAD} if reads_bytes else {"bos": 1, "eos": 2, "pad": None}
         for name, token in ends.items():
-            if getattr(self, f"{name}_token_id") is None:
+            if getattr(self, f"{name}_token_id") == _BY_VOCABULARY:
                 setattr(self, f"{name}_token_id", token)
         super().__post_init__(**kwargs)
         self._check()

@@ -195,10 +195,12 @@ def _device(wanted: str | torch.device | None) -> torch.device:
     """The device, or the best there is; raises `UsageError` for one that is not there."""
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"device is {wanted!r}; it is 'cpu', or for example 'cuda' or 'cuda:1'") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device is {device}, and torch finds {torch.cuda.device_count()} CUDA devices; take 'cpu'")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device is {str(wanted)!r}, which torch does not have here ({_first_line(error)}); take 'cpu', or for "
+            "example 'cuda:0' where there is one"
+        ) from error
     return device
 
 

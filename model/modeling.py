@@ -157,7 +157,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         layer = None if cache is None else cache.layers[self.layer_idx]
         if isinstance(layer, SharedLayer):
-            if mask is not None:
+            if mask is not None and not torch.compiler.is_compiling():
                 raise ValueError("a forked cache takes no attention_mask with padding; its beginning has none")
             shared: Tensor = self.out_proj(layer.attend(q, k, v).transpose(1, 2).reshape(batch, length, -1))
             return shared
@@ -254,15 +254,17 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
                     setattr(generation, name, getattr(model.config, name))
         return (model, info) if wants_info else model
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """As in transformers. Raises `UsageError` where the output is quantized, which cannot be resized."""
-        output = self.get_output_embeddings()
-        if output is not None and not isinstance(output, nn.Linear):
+        is_change = new_num_tokens is not None or pad_to_multiple_of is not None
+        if is_change and not isinstance(self.get_output_embeddings(), nn.Linear):
             raise UsageError(
                 "the output layer is quantized and cannot be resized; resize the model that it was made from, save it, "
                 "and quantize that"
             )
-        resized: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        resized: nn.Embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         return resized
 
     @torch.no_grad()
@@ -308,6 +310,14 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         """Replace the embedding."""
         self.embedding_layer = value
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The unembedding."""
+        return self.unembed
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the unembedding."""
+        self.unembed = new_embeddings
+
     @capture_outputs
     def forward(
         self,
@@ -335,7 +345,11 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             if length > 1:
                 refuse_over_window(self.config, past + length)
             warnings.warn(f"the reply goes on beyond the window of {self.config.max_seqlen} tokens", stacklevel=2)
-        elif not self.told_of_stretch and past + length > (trained := self.config.trained_tokens):
+        elif (
+            not torch.compiler.is_compiling()
+            and not self.told_of_stretch
+            and past + length > (trained := self.config.trained_tokens)
+        ):
             self.told_of_stretch = True
             warnings.warn(
                 f"{past + length} tokens are more than the {trained} that the model was trained on; its window of "
@@ -347,8 +361,9 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
                 f"the cache holds {past} tokens, through which no gradient flows; call under torch.no_grad(), or feed "
                 "the whole sequence at once"
             )
-        real = _real_tokens(attention_mask, x.shape[:2], past)
-        pads_left = real is None or _pads_left(real)
+        trusts_mask = torch.compiler.is_compiling() and length == 1 and past > 0  # a step's graph branches on no number
+        real = _real_tokens(attention_mask, x.shape[:2], past, trusts_mask)
+        pads_left = real is None or trusts_mask or bool((real[:, 1:] >= real[:, :-1]).all())
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and pads_left
         if use_cache and past_key_values is None:
@@ -365,7 +380,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
                 position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         rotary = self._rotary(position_ids, x.dtype)
         padding_mask = None if real is None else real[:, past:]
-        if padding_mask is not None and (length == 1 if torch.compiler.is_compiling() else padding_mask.all()):
+        if padding_mask is not None and (trusts_mask or padding_mask.all()):
             padding_mask = None
         mask = _attention_mask(real, length, past, x.device)
         for block in self.blocks:
@@ -454,7 +469,8 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, L); with a warm cache, the tokens that follow what it holds, any number of them.
-            attention_mask: (B, past + L), 1 for a real token. With a cache, padding stands on the left.
+            attention_mask: (B, past + L), 1 for a real token. With a cache, padding stands on the left, which a
+                compiled step takes on trust.
             position_ids: (B or 1, L); by default counted over the real tokens.
             past_key_values: a cache from `new_cache`, an earlier call or `generate`; None begins one if `use_cache`.
             inputs_embeds: (B, L, H) in place of input_ids.
@@ -496,8 +512,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: int) -> Tensor | None:
-    """The mask (B, past + L) as bool, or None where every token is real; a graph, which does not look, keeps it."""
+def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: int, trusts_mask: bool) -> Tensor | None:
+    """The mask (B, past + L) as bool; None where there is none, or a look at it shows that every token is real."""
     if attention_mask is None:
         return None
     batch, length = shape
@@ -507,7 +523,7 @@ def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: in
             f"ones it is ({batch}, {past + length}): one entry for each token, also those in the cache"
         )
     real = attention_mask.bool()
-    if torch.compiler.is_compiling():
+    if trusts_mask:
         return real
     if real.all():
         return None
@@ -517,11 +533,6 @@ def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: in
             "tokens side by side"
         )
     return real
-
-
-def _pads_left(real: Tensor) -> bool:
-    """Whether all padding of a mask (B, L) stands before the real tokens."""
-    return torch.compiler.is_compiling() or bool((real[:, 1:] >= real[:, :-1]).all())
 
 
 def _attention_mask(real: Tensor | None, length: int, past: int, device: torch.device) -> Tensor | None:
@@ -558,6 +569,8 @@ def refuse_over_window(config: PreTrainedConfig, tokens: int) -> None:
 
 def refuse_foreign_ids(input_ids: Tensor, vocabulary: int) -> None:
     """Raises `ValueError` for token ids that a vocabulary of this size lacks."""
+    if not input_ids.numel():
+        return
     least, most = map(int, input_ids.aminmax())
     if least < 0 or most >= vocabulary:
         raise ValueError(

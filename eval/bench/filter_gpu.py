@@ -163,9 +163,12 @@ def _apart(dtype: torch.dtype, found: Sequence[Tensor], expected: Sequence[Tenso
 
     Raises `BackendError` where that is more than rounding.
     """
-    apart = max(
-        float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in zip(found, expected, strict=True)
-    )
+    least = torch.finfo(torch.float32).tiny
+    each = [
+        (a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=least)
+        for a, b in zip(found, expected, strict=True)
+    ]
+    apart = float(torch.stack(each).max())  # no number where one of them is none
     if not apart <= ROUNDING[dtype]:
         raise BackendError(
             f"the {SIDES[0]} backend is {apart:.1e} of the largest number from the {SIDES[1]} backend, and rounding is "

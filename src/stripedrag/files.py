@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,8 +25,10 @@ def written_whole(path: Path, *, by_many: bool = False) -> Iterator[Path]:
             with scratch.open("rb") as written:
                 os.fsync(written.fileno())
         scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)  # of a full disk, say
+    except BaseException:  # a full disk, say
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hyena_inputs import assert_close, make
-from stripedrag.errors import CorpusError, UsageError
+from stripedrag.errors import BackendError, CorpusError, UsageError
 from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
 from stripedrag.eval.bench.filter import parameters, rows_of
 from stripedrag.eval.bench.passages import reciprocal_ranks
@@ -376,7 +376,7 @@ def test_a_gpus_benchmark_runs_and_predicts(monkeypatch):
 
     monkeypatch.setattr(filter_gpu, "SHAPES", ((4, 1),))
     monkeypatch.setattr(filter_gpu, "LENGTHS", (2, 3))
-    monkeypatch.setattr(filter_gpu, "GRADIENT_LENGTH", 2)
+    monkeypatch.setattr(filter_gpu, "GRADIENT_LENGTH", 3)
     monkeypatch.setattr(filter_gpu, "WARM_UPS", 1)
     monkeypatch.setitem(roofline.DEVICES, "cpu", roofline.DEVICES["H100"]._replace(name="cpu"))
     report = filter_gpu.run(2, torch.device("cpu"))
@@ -387,6 +387,11 @@ def test_a_gpus_benchmark_runs_and_predicts(monkeypatch):
         assert all(len(runs) == 2 and min(runs) > 0 for runs in row["seconds"].values())
         assert (row["predicted_s"] is not None) == (row["dtype"] == "bfloat16")
     assert "bfloat16     4   1       3" in report.table
+    right = (torch.ones(2), torch.tensor([1.0, 2.0]), torch.zeros(3))
+    assert filter_gpu._apart(torch.float32, right, right) == 0
+    for wrong, told in ((right[1] * 1.001, "1.0e-03"), (right[1] * torch.nan, "nan")):
+        with pytest.raises(BackendError, match=rf"the triton backend is {told} of the largest number from the torch"):
+            filter_gpu._apart(torch.float32, (right[0], wrong, right[2]), right)
     run = CliRunner().invoke(app, ["bench", "filter", "--device", "cuda"])
     assert run.exit_code and "torch finds no CUDA device here" in str(run.exception)
     run = CliRunner().invoke(app, ["bench", "rows", "--device", "cuda"])

@@ -157,7 +157,7 @@ def test_it_says_why_it_cannot_run(monkeypatch):
     assert backend.refuses(device) == "it needs a device of compute capability 8.0; this one has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert backend.refuses(device) is None
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *asked: "/nowhere")
     assert "Triton needs Python's headers to launch what it compiles; install python3-dev" in backend.refuses(device)
     monkeypatch.setenv("CC", "no-such-compiler")
     assert "Triton needs a C compiler to launch what it compiles, gcc, clang or what CC names" in backend.refuses(

@@ -216,6 +216,11 @@ def test_a_published_config_without_ends_has_its_tokenizers(golden, tmp_path):
     named = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     made = named.generate(prompt, max_new_tokens=12, do_sample=False)[0, 20:].tolist()
     assert made.index(eos) == len(made) - 1 <= 2
+    none = StripedHyenaForCausalLM(type(model.config)(**golden.config | dict.fromkeys(ends)))
+    none.save_pretrained(tmp_path / "none")
+    none = AutoModelForCausalLM.from_pretrained(tmp_path / "none")
+    for config in (none.config, none.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
 def test_sampling_gives_several_rows_and_assistants_are_refused(model, golden):
@@ -413,14 +418,16 @@ def test_right_padding_is_read_without_a_cache_and_holes_are_refused(model, gold
 
 
 def test_more_tokens_can_be_embedded(golden, tmp_path):
-    model = StripedHyenaForCausalLM.from_pretrained(golden.write(tmp_path), dtype=torch.float32).eval()
-    before = model.config.vocab_size
-    with torch.no_grad():
-        expected = model(golden.ids).logits
-        model.resize_token_embeddings(before + 3)
-        logits = model(golden.ids).logits
-    assert logits.shape[-1] == model.config.vocab_size == before + 3
-    assert torch.equal(logits[..., :before], expected)
+    folder = golden.write(tmp_path)
+    for kind in (AutoModelForCausalLM, AutoModel):
+        model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        output, before = model.get_output_embeddings, model.config.vocab_size
+        with torch.no_grad():
+            expected = output()(model(golden.ids, output_hidden_states=True).hidden_states[-1])
+            model.resize_token_embeddings(before + 3)
+            logits = output()(model(golden.ids, output_hidden_states=True).hidden_states[-1])
+        assert logits.shape[-1] == model.config.vocab_size == before + 3
+        assert torch.equal(logits[..., :before], expected)
 
 
 def test_bad_calls_are_named(model, golden):
@@ -430,6 +437,8 @@ def test_bad_calls_are_named(model, golden):
         model(golden.ids[:, :0])
     with pytest.raises(ValueError, match=r"the input has shape \(5,\)"):
         model(golden.ids[0, :5])
+    with pytest.raises(ValueError, match=r"the input has shape \(2, 0\)"):
+        prefill(model, golden.ids[:, :0], new_cache(model.config))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\); with 0 tokens in the cache and 5 new"):
         model(golden.ids[:, :5], attention_mask=torch.ones(2, 3))
     cache = new_cache(model.config)
@@ -483,10 +492,9 @@ def test_damaged_weights_are_named(sh_tiny, tmp_path):
 
 
 def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(tmp_path):
-    with pytest.raises(UsageError, match="device is 'gpu'; it is 'cpu', or for example 'cuda'"):
-        load_model(tmp_path / "no-folder", device="gpu")
-    with pytest.raises(UsageError, match=r"device is cuda:7, and torch finds \d+ CUDA devices; take 'cpu'"):
-        load_model(tmp_path / "no-folder", device="cuda:7")
+    for name in ("gpu", "cuda:7", "xpu"):
+        with pytest.raises(UsageError, match=rf"device is '{name}', which torch does not have here \(.+\); take 'cpu'"):
+            load_model(tmp_path / "no-folder", device=name)
 
 
 def assert_same_tensors(one, other):

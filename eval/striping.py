@@ -121,7 +121,8 @@ def _put(written: Path, to: Path) -> None:
     for file in sorted(written.iterdir(), key=lambda file: file.name == _CONFIG):
         with written_whole(to / file.name) as scratch:
             shutil.copyfile(file, scratch)
-    shutil.rmtree(written)
+        file.unlink()
+    written.rmdir()
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,8 @@ class StripedHyenaConfig(PreTrainedConfig):
             )
         if self.num_filters is None:
             self.num_filters = self.hidden_size
-        reads_bytes = self.vocab_size == BYTE_VOCABULARY
-        ends = {"bos": None, "eos": BYTE_EOS, "pad": BYTE_PAD} if reads_bytes else {"bos": 1, "eos": 2, "pad": None}
-        for name, token in ends.items():
+        bytes_, words = {"bos": None, "eos": BYTE_EOS, "pad": BYTE_PAD}, {"bos": 1, "eos": 2, "pad": None}
+        for name, token in (bytes_ if self.reads_bytes else words).items():
             if getattr(self, f"{name}_token_id") == _BY_VOCABULARY:
                 setattr(self, f"{name}_token_id", token)
         super().__post_init__(**kwargs)
@@ -131,6 +130,11 @@ class StripedHyenaConfig(PreTrainedConfig):
     def num_key_value_heads(self) -> int:
         """Key and value heads, each shared by `proj_groups` query heads."""
         return self.num_attention_heads // self.proj_groups
+
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether the vocabulary is that of Evo's, whose tokens are bytes."""
+        return self.vocab_size == BYTE_VOCABULARY
 
     @property
     def trained_tokens(self) -> int:

@@ -161,7 +161,8 @@ def decode_together(
 def stop_ids(model: PreTrainedModel) -> frozenset[int]:
     """The ids that end an answer, by the model's generation config, or by its config where that names none.
 
-    The published StripedHyena-7B have a generation_config.json without one, which transformers takes at its word.
+    A published generation_config.json may name none, which transformers takes at its word; a StripedHyena's is filled
+    while it is loaded.
     """
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     if eos is None:

@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from stripedrag.errors import CheckpointError, SetupError, StoreError, StripedragError, UsageError, said
 from stripedrag.hardware import fast_dtype
 from stripedrag.model.baselines import BASELINES, find, hub_id, revision, snapshot, template_options
-from stripedrag.model.byte_tokenizer import BYTE_VOCABULARY, ByteTokenizer
+from stripedrag.model.byte_tokenizer import ByteTokenizer
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.modeling import StripedHyenaForCausalLM, refuse_unfit
 from stripedrag.model.quantization import QUANTIZATIONS, Quantization, QuantizationConfig
@@ -126,8 +126,10 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> PreT
     source, wanted = _source(name_or_path), revision(str(name_or_path)) or "main"
     try:
         has_file, has_settings = (_has(source, name, wanted) for name in ("tokenizer.json", "tokenizer_config.json"))
-        if not has_file and _reads_bytes(AutoConfig.from_pretrained(source, revision=wanted)):
-            return ByteTokenizer()
+        if not has_file:
+            config = AutoConfig.from_pretrained(source, revision=wanted)
+            if isinstance(config, StripedHyenaConfig) and config.reads_bytes:
+                return ByteTokenizer()
         # By the file as it is. AutoTokenizer makes Llama's and Mistral's anew: it drops spaces that begin a text.
         kind = PreTrainedTokenizerFast if has_file and has_settings else AutoTokenizer
         tokenizer = kind.from_pretrained(source, revision=wanted, trust_remote_code=False)
@@ -255,10 +257,6 @@ def _source(name_or_path: str | os.PathLike[str]) -> Any:
 def _has(source: Any, name: str, revision: str) -> bool:
     """Whether a folder, or the hub, has a file."""
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
-
-
-def _reads_bytes(config: PreTrainedConfig) -> bool:
-    return isinstance(config, StripedHyenaConfig) and config.vocab_size == BYTE_VOCABULARY
 
 
 # what transformers raises of a damaged folder

@@ -482,7 +482,8 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: neither or both of ids and embeddings; ids that the vocabulary lacks; a prompt over the window;
                 a mask of another length, or with padding between real tokens; padding that is not on the left while a
-                cache is kept; a cache that is not a `DynamicCache`, or another model's; a gradient with a warm cache.
+                cache is kept; a cache that is not a `DynamicCache`, or of layers of other kinds; a gradient through a
+                warm cache.
         """
         outputs = self.backbone(
             input_ids=input_ids,

@@ -6,6 +6,7 @@ extension directly: at a decode step's few microseconds of work, the dispatcher 
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch  # before the extension: both use OpenMP, and the first to load decides which library serves the process
@@ -25,6 +26,7 @@ from stripedrag.kernels.library import (
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype
 
 if TYPE_CHECKING:
+    from stripedrag.kernels.blocks import BlockWeights, LinearWeights
     from stripedrag.kernels.quantized import QuantizedWeight
 
 try:
@@ -169,7 +171,8 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
 
 
 def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`F.linear` for a single row in float32 or bfloat16, or None where that is not what is asked for.
+    """`F.linear` for a few rows in float32 or bfloat16, or None where that is not what is asked for. A row's bits do
+    not depend on the others.
 
     torch's own takes three times as long on one row in bfloat16, which is most of a decode step.
     """
@@ -182,10 +185,9 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
         or weight.ndim != 2
     ):
         return None
-    dtype, (rows, columns) = x.dtype, weight.shape
+    dtype, numbers, (rows, columns) = x.dtype, x.numel(), weight.shape
     if (
-        x.numel() != columns
-        or not columns
+        not 0 < numbers <= _native.max_batch * columns
         or (dtype is not torch.bfloat16 and dtype is not torch.float32)
         or weight.dtype is not dtype
         or torch.is_autocast_enabled("cpu")
@@ -205,7 +207,8 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
         return None
     y = x.new_empty(*x.shape[:-1], rows)
     threads, added = torch.get_num_threads(), 0 if bias is None else bias.data_ptr()
-    _native.linear(_ELEMENTS[dtype], rows, columns, threads, weight.data_ptr(), added, x.data_ptr(), y.data_ptr())
+    sizes = numbers // columns, rows, columns, threads
+    _native.linear(_ELEMENTS[dtype], *sizes, weight.data_ptr(), added, x.data_ptr(), y.data_ptr())
     return y
 
 
@@ -310,6 +313,105 @@ def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     addresses = (tensor.data_ptr() for tensor in (q, k, v, y))
     _native.attention(sizes, strides, width**-0.5, *addresses)
     return y.transpose(1, 2)
+
+
+def token_attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Attention of one token, q (B, G · Hkv, 1, D), over all of k and v (B, Hkv, P, D) in float32 or bfloat16, or None
+    where that is not what is asked for.
+    """
+    if not (
+        _native is not None
+        and q.dtype is k.dtype is v.dtype
+        and q.dtype in _ROW_DTYPES
+        and is_plain(q, k, v)
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and q.numel()
+        and k.stride() == v.stride()
+        and k.stride()[2:] == (k.shape[3], 1)
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    q = q.contiguous()
+    (batch, heads, _, width), (kv_heads, keys) = q.shape, k.shape[1:3]
+    y = torch.empty_like(q)
+    sizes = batch, heads, kv_heads, keys, width, torch.get_num_threads(), heads * width, *k.stride()[:2]
+    addresses = (tensor.data_ptr() for tensor in (q, k, v, y))
+    _native.attend(_ELEMENTS[q.dtype], sizes, width**-0.5, *addresses)
+    return y
+
+
+def takes_token(x: Tensor) -> bool:
+    """Whether x (B, 1, H) can be taken through native blocks: ordinary, float32 or bfloat16, with nobody who would
+    miss what goes past the dispatcher.
+    """
+    return (
+        _native is not None
+        and type(x) is Tensor
+        and x.dtype in _ROW_DTYPES
+        and is_plain(x)
+        and x.is_cpu
+        and 0 < x.shape[0] <= _native.max_batch
+        and x.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def lie_plainly(*tensors: Tensor) -> bool:
+    """Whether the numbers of these are those in memory, one after another, on a CPU."""
+    return all(is_ordinary(t) and t.is_cpu and t.is_contiguous() for t in tensors)
+
+
+def are_registered(dictionaries: tuple[dict[str, Any], ...], names: tuple[str, ...], found: tuple[Any, ...]) -> bool:
+    """Whether each name stands in its dictionary for the very object that was found there, None if for none."""
+    return bool(_native.are_registered(dictionaries, names, found))
+
+
+def native_blocks(blocks: "Sequence[BlockWeights]", dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
+    """The extension's own of blocks for an x of `dtype`, and the tensors whose addresses it holds.
+
+    Raises `ValueError` where the extension cannot be given them as they are.
+    """
+    made, tensors = _native.Blocks(_ELEMENTS[dtype]), list[Tensor]()
+
+    def address(tensor: Tensor | None, *allowed: torch.dtype) -> int:
+        if tensor is None:
+            return 0
+        if not (lie_plainly(tensor) and tensor.dtype in allowed):
+            raise ValueError(f"{tensor.dtype} of {type(tensor).__name__}; it is a contiguous one of {allowed} on a CPU")
+        tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def weights(linear: "LinearWeights") -> tuple[int, ...]:
+        weight, bias = linear
+        if isinstance(weight, Tensor):
+            return 0, *weight.shape, address(weight, dtype), 0, 0, address(bias, dtype)
+        stored = address(weight.weight, torch.int8, torch.int16), address(weight.scale, torch.float32, torch.bfloat16)
+        sizes = weight.bits, len(weight.weight), weight.columns
+        return *sizes, *stored, address(weight.offset, torch.bfloat16), address(bias, dtype)
+
+    for block in blocks:
+        scales = address(block.pre_norm, dtype, torch.float32), address(block.post_norm, dtype, torch.float32)
+        if block.pre_norm.dtype is not block.post_norm.dtype:
+            raise ValueError(f"the norms are {block.pre_norm.dtype} and {block.post_norm.dtype}; they are alike")
+        width, is_wide = block.pre_norm.shape[0], block.pre_norm.dtype is torch.float32
+        linears = block.into, block.out, block.gate, block.up, block.down
+        described = (width, block.gate.rows, block.eps, *scales, is_wide, *map(weights, linears))
+        if not isinstance(block.mixer, FilterParameters):
+            made.add_attention(described, *block.mixer)
+            continue
+        fir_weight, fir_bias, poles, residues, skip, heads = block.mixer
+        taps, (groups, modes) = fir_weight.shape[2], poles.shape[:2]
+        if taps > MAX_TAPS or modes > MAX_MODES or fir_weight.dtype is not fir_bias.dtype:
+            raise ValueError(f"{taps} taps and {modes} modes; it takes up to {MAX_TAPS} and {MAX_MODES}")
+        narrow = dtype, torch.float32
+        firs = address(fir_weight, *narrow), address(fir_bias, *narrow)
+        systems = address(poles, torch.float32), address(residues, torch.float32)
+        elements = _ELEMENTS[fir_weight.dtype], _ELEMENTS[skip.dtype]
+        sizes = width // (heads or 1), groups, modes, taps
+        made.add_hyena(described, *elements, *sizes, (*firs, *systems, address(skip, *narrow)))
+    return made, tensors
 
 
 def takes_rows(*tensors: Tensor) -> bool:

@@ -44,19 +44,30 @@ class GrowingLayer(DynamicLayer):
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self._keys is not None and self._values is not None
+        assert self._keys is not None
         if self._keys.shape[0] != key_states.shape[0]:
             raise ValueError(f"the cache holds {self._keys.shape[0]} rows, and {key_states.shape[0]} are to be added")
-        filled, length = self._filled, self._filled + key_states.shape[-2]
+        filled = self._filled
+        keys, values, length = self.with_room(key_states.shape[-2])
+        keys[:, :, filled:length] = key_states
+        values[:, :, filled:length] = value_states
+        self.fill(length)
+        return keys[:, :, :length], values[:, :, :length]
+
+    def with_room(self, tokens: int = 1) -> tuple[Tensor, Tensor, int]:
+        """The buffers, with room for so many tokens more, and how many are then filled: `fill` says that they are."""
+        assert self._keys is not None and self._values is not None
+        filled, length = self._filled, self._filled + tokens
         if length > self._keys.shape[-2]:
             is_expected = length <= self.expected_tokens
             room = max(self.expected_tokens + _ANSWER_TOKENS if is_expected else length, filled + filled // 2)
-            grown = _grown(self._keys[:, :, :filled], room), _grown(self._values[:, :, :filled], room)
-            self._keys, self._values = grown
-        self._keys[:, :, filled:length] = key_states
-        self._values[:, :, filled:length] = value_states
+            self._keys = _grown(self._keys[:, :, :filled], room)
+            self._values = _grown(self._values[:, :, :filled], room)
+        return self._keys, self._values, length
+
+    def fill(self, length: int) -> None:
+        """So many tokens are filled."""
         self._filled = self._filled_values = length
-        return self._keys[:, :, :length], self._values[:, :, :length]
 
     @property
     def keys(self) -> Tensor | None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
 from stripedrag.model.config import StripedHyenaConfig
-from stripedrag.model.modeling import StripedHyenaBlock, StripedHyenaModel
+from stripedrag.model.layers import StripedHyenaBlock
+from stripedrag.model.modeling import StripedHyenaModel
 
 LENGTHS = (8192, 32_768)
 WIDTHS: tuple[dict[str, Any], ...] = (

@@ -5,6 +5,7 @@
 #include "quantized.h"
 #include "rows.h"
 #include "step.h"
+#include "token.h"
 
 namespace stripedrag::STRIPEDRAG_ISA {
 namespace {
@@ -64,6 +65,15 @@ void run_gate(Element element, const Gate& f) {
 void run_gate_gradient(Element element, const GateGradient& f) {
   by_narrow_element(element, [&](auto t) { gate_gradient<decltype(t)>(f); });
 }
+bool run_attend(Element element, const TokenAttention& f) {
+  return by_narrow_element(element, [&](auto t) { return attend<decltype(t)>(f); });
+}
+void run_rotate(Element element, const Rotation& f) {
+  by_narrow_element(element, [&](auto t) { rotate<decltype(t)>(f); });
+}
+void run_add(Element element, int64_t numbers, const void* x, void* y) {
+  by_narrow_element(element, [&](auto t) { add<decltype(t)>(numbers, x, y); });
+}
 int64_t checkpoint_numbers(Element element, const Shape& shape) {
   int64_t numbers = 0;
   by_element(element, [&](auto t) {
@@ -79,6 +89,6 @@ int64_t checkpoint_numbers(Element element, const Shape& shape) {
 extern const Kernels kernels;
 const Kernels kernels = {run_filter,     run_gradient, run_step, run_linear,        run_quantized_linear,
                          run_dequantize, run_quantize, run_norm, run_norm_gradient, run_gate,
-                         run_gate_gradient, checkpoint_numbers};
+                         run_gate_gradient, run_attend, run_rotate, run_add, checkpoint_numbers};
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

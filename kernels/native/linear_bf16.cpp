@@ -1,4 +1,5 @@
-// The linear layer on a few rows with weights of 4 bits (`quantized.h` says how they lie) for processors with AVX-512 BF16.
+// Linear layers on a few rows for processors with AVX-512 BF16: in bfloat16, 32 numbers of the weight meet 32 of x in one
+// instruction; and with weights of 4 bits (`quantized.h` says how they lie).
 //
 // 128 + q is a bfloat16 whose last four bits are q, so four bits become a number by one operation, and 32 of them meet 32
 // numbers of x in one instruction. What that is too much, 128 scale times the sum of x, is taken from the offset: of the
@@ -63,7 +64,53 @@ STRIPEDRAG_INLINE void dot_int4(float (&dots)[R], const uint16_t* words, const b
     dots[r] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][1]), _mm512_add_ps(sums[r][2], sums[r][3])));
 }
 
-bool linear(const QuantizedLinear& f) {
+// One output of each of R rows of x, from row b on.
+template <int R>
+STRIPEDRAG_INLINE void dot_bf16(const Linear& f, int64_t row, int64_t b) {
+  constexpr int kSums = 2;
+  constexpr int64_t kStep = 32;
+  const auto* weight = static_cast<const bfloat16*>(f.weight) + row * f.columns;
+  const auto* x = static_cast<const bfloat16*>(f.x) + b * f.columns;
+  __m512 sums[R][kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kStep <= f.columns; i += kSums * kStep)
+#pragma GCC unroll 2
+    for (int s = 0; s < kSums; s++) {
+      const int64_t at = i + s * kStep;
+      if constexpr (R > 2) __builtin_prefetch(weight + at + kAheadBytes / int64_t(sizeof(bfloat16)));
+      const auto w = (__m512bh)_mm512_loadu_si512(weight + at);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sums[r][s] = _mm512_dpbf16_ps(sums[r][s], w, (__m512bh)_mm512_loadu_si512(x + r * f.columns + at));
+    }
+  for (; i < f.columns; i += kStep) {
+    const __mmask32 there = f.columns - i >= kStep ? 0xffffffff : (1u << (f.columns - i)) - 1;
+    const auto w = (__m512bh)_mm512_maskz_loadu_epi16(there, weight + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], w, (__m512bh)_mm512_maskz_loadu_epi16(there, x + r * f.columns + i));
+  }
+  const float bias = f.bias == nullptr ? 0 : widen(static_cast<const bfloat16*>(f.bias)[row]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    const __m512 sum = _mm512_add_ps(sums[r][0], sums[r][1]);
+    static_cast<bfloat16*>(f.y)[(b + r) * f.rows + row] = narrow<bfloat16>(sum_of_lanes<float>((Vector<float>)sum) + bias);
+  }
+}
+
+bool run_linear(const Linear& f) {
+  const int threads = threads_for(f.threads, f.rows * f.columns * int64_t(sizeof(bfloat16)));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < f.rows; row++) {
+    int64_t b = 0;
+    for (; b + 8 <= f.batch; b += 8) dot_bf16<8>(f, row, b);
+    for (; b + 4 <= f.batch; b += 4) dot_bf16<4>(f, row, b);
+    for (; b + 2 <= f.batch; b += 2) dot_bf16<2>(f, row, b);
+    for (; b < f.batch; b++) dot_bf16<1>(f, row, b);
+  }
+  return true;
+}
+
+bool run_linear_int4(const QuantizedLinear& f) {
   const int64_t blocks = divide_up(f.columns, kBlockColumns), padded = blocks * kBlockColumns, groups = blocks * kBlockGroups;
   const Scratch<bfloat16> x(f.batch * padded);
   const Scratch<float> x_sums(f.batch * groups);
@@ -87,7 +134,9 @@ bool linear(const QuantizedLinear& f) {
 
 }  // namespace
 
+extern bool (*const linear_bf16)(const Linear&);
+bool (*const linear_bf16)(const Linear&) = run_linear;
 extern bool (*const linear_int4_bf16)(const QuantizedLinear&);
-bool (*const linear_int4_bf16)(const QuantizedLinear&) = linear;
+bool (*const linear_int4_bf16)(const QuantizedLinear&) = run_linear_int4;
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

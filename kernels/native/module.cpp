@@ -13,8 +13,9 @@
 #include <cstdlib>
 #include <new>
 #include <string>
+#include <vector>
 
-#include "operator.h"
+#include "blocks.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -33,6 +34,7 @@ namespace native { extern const Kernels kernels; }
 #if defined(STRIPEDRAG_BF16)
 namespace bf16 {
 extern bool (*const attention)(const Attention&);
+extern bool (*const linear_bf16)(const Linear&);
 extern bool (*const linear_int4_bf16)(const QuantizedLinear&);
 }
 #endif
@@ -74,21 +76,29 @@ const Choice& choose() {
   throw nb::import_error(("STRIPEDRAG_ISA is '" + std::string(wanted) + "'; this processor runs " + runnable).c_str());
 }
 
-const Choice* chosen = nullptr;
+// Those of the set that was chosen, but for what AVX-512 BF16 has its own.
+Kernels kernels;
 
-// What only AVX-512 BF16 has, else null. Attention is not tried with AMX, which torch's own uses.
+// What only AVX-512 BF16 has, else null. It is not tried with AMX, which torch's own uses.
 bool (*attention)(const Attention&) = nullptr;
-bool (*linear_int4_bf16)(const QuantizedLinear&) = nullptr;
 
-void choose_bf16() {
+void choose_bf16(const Choice& chosen) {
 #if defined(STRIPEDRAG_BF16)
   unsigned a = 0, b, c, d = 0;
   constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22;
   const bool has_amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16);
   const bool has_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
-  if (std::string(chosen->name) != "v4" || !has_bf16) return;
-  linear_int4_bf16 = bf16::linear_int4_bf16;
+  if (std::string(chosen.name) != "v4" || !has_bf16) return;
+  kernels.linear = [](Element element, const Linear& f) {
+    return element == Element::bfloat16 ? bf16::linear_bf16(f) : v4::kernels.linear(element, f);
+  };
+  kernels.quantized_linear = [](Element element, const QuantizedLinear& f) {
+    const bool has_own = element == Element::bfloat16 && f.bits == 4;
+    return has_own ? bf16::linear_int4_bf16(f) : v4::kernels.quantized_linear(element, f);
+  };
   if (!has_amx) attention = bf16::attention;
+#else
+  (void)chosen;
 #endif
 }
 
@@ -149,7 +159,7 @@ void run_filter(int element, const nb::tuple& sizes, int64_t batch_stride, int64
   f.fir_state_out = at<void>(a());
   f.iir_state_out = at<void>(a());
   f.checkpoints = at<void>(a());
-  if (!run_kernel(true, [&] { return chosen->kernels->filter(Element(element), f); })) throw std::bad_alloc();
+  if (!run_kernel(true, [&] { return kernels.filter(Element(element), f); })) throw std::bad_alloc();
 }
 
 void run_gradient(int element, const nb::tuple& sizes, int64_t batch_stride, int64_t row_stride,
@@ -170,7 +180,7 @@ void run_gradient(int element, const nb::tuple& sizes, int64_t batch_stride, int
   g.dskip = at<void>(a());
   g.dfir_state = at<void>(a());
   g.diir_state = at<void>(a());
-  if (!run_kernel(true, [&] { return chosen->kernels->gradient(Element(element), g); })) throw std::bad_alloc();
+  if (!run_kernel(true, [&] { return kernels.gradient(Element(element), g); })) throw std::bad_alloc();
 }
 
 // Large new memory in pages of 2 MiB where the system gives them on request: in pages of 4 KiB, being mapped takes longer
@@ -198,14 +208,14 @@ void run_step(int element, int fir_element, int skip_element, int64_t batch, int
   s.fir_element = Element(fir_element), s.skip_element = Element(skip_element);
   s.z = at<void>(z), s.y = at<void>(y);
   s.fir_state = at<void>(fir_state), s.iir_state = at<void>(iir_state);
-  run_kernel(batch * channels * modes > kNumbersUnderTheLock, [&] { chosen->kernels->step(Element(element), s); });
+  run_kernel(batch * channels * modes > kNumbersUnderTheLock, [&] { kernels.step(Element(element), s); });
 }
 
-void run_linear(int element, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t bias, uintptr_t x,
-                uintptr_t y) {
-  const Linear f = {rows, columns, threads, at<void>(weight), at<void>(bias), at<void>(x), at<void>(y)};
+void run_linear(int element, int64_t batch, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t bias,
+                uintptr_t x, uintptr_t y) {
+  const Linear f = {batch, rows, columns, threads, at<void>(weight), at<void>(bias), at<void>(x), at<void>(y)};
   const bool takes_long = rows * columns > kNumbersUnderTheLock;
-  if (!run_kernel(takes_long, [&] { return chosen->kernels->linear(Element(element), f); })) throw std::bad_alloc();
+  if (!run_kernel(takes_long, [&] { return kernels.linear(Element(element), f); })) throw std::bad_alloc();
 }
 
 QuantizedLinear quantized(int bits, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t scale,
@@ -217,48 +227,46 @@ void run_quantized_linear(int element, int bits, int64_t rows, int64_t columns, 
                           uintptr_t scale, uintptr_t offset, int64_t batch, uintptr_t bias, uintptr_t x, uintptr_t y) {
   QuantizedLinear f = quantized(bits, rows, columns, threads, weight, scale, offset);
   f.batch = batch, f.bias = at<void>(bias), f.x = at<void>(x), f.y = at<void>(y);
-  const bool is_bf16 = bits == 4 && Element(element) == Element::bfloat16 && linear_int4_bf16 != nullptr;
   const bool takes_long = rows * columns > kNumbersUnderTheLock;
-  const auto run = [&] { return is_bf16 ? linear_int4_bf16(f) : chosen->kernels->quantized_linear(Element(element), f); };
-  if (!run_kernel(takes_long, run)) throw std::bad_alloc();
+  if (!run_kernel(takes_long, [&] { return kernels.quantized_linear(Element(element), f); })) throw std::bad_alloc();
 }
 
 void run_dequantize(int element, int bits, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t scale,
                     uintptr_t offset, uintptr_t y) {
   QuantizedLinear f = quantized(bits, rows, columns, threads, weight, scale, offset);
   f.y = at<void>(y);
-  run_kernel(true, [&] { chosen->kernels->dequantize(Element(element), f); });
+  run_kernel(true, [&] { kernels.dequantize(Element(element), f); });
 }
 
 void run_quantize(int element, int64_t rows, int64_t columns, int threads, int refits, uintptr_t from, uintptr_t weight,
                   uintptr_t scale, uintptr_t offset) {
   const Quantize f = {rows, columns, threads, refits, at<void>(from), at<void>(weight), at<void>(scale), at<void>(offset)};
-  run_kernel(true, [&] { chosen->kernels->quantize(Element(element), f); });
+  run_kernel(true, [&] { kernels.quantize(Element(element), f); });
 }
 
 void run_norm(int element, int64_t rows, int64_t columns, int threads, double eps, bool scale_is_wide, uintptr_t x,
               uintptr_t scale, uintptr_t y) {
   const Norm f = {rows, columns, threads, eps, scale_is_wide, at<void>(x), at<void>(scale), at<void>(y)};
   const bool takes_long = rows * columns > kNumbersUnderTheLock;
-  if (!run_kernel(takes_long, [&] { return chosen->kernels->norm(Element(element), f); })) throw std::bad_alloc();
+  if (!run_kernel(takes_long, [&] { return kernels.norm(Element(element), f); })) throw std::bad_alloc();
 }
 
 void run_norm_gradient(int element, int64_t rows, int64_t columns, int threads, double eps, bool scale_is_wide,
                        uintptr_t x, uintptr_t scale, uintptr_t dy, uintptr_t dx, uintptr_t dscale) {
   const NormGradient f = {{rows, columns, threads, eps, scale_is_wide, at<void>(x), at<void>(scale), nullptr},
                           at<void>(dy), at<void>(dx), at<void>(dscale)};
-  if (!run_kernel(true, [&] { return chosen->kernels->norm_gradient(Element(element), f); })) throw std::bad_alloc();
+  if (!run_kernel(true, [&] { return kernels.norm_gradient(Element(element), f); })) throw std::bad_alloc();
 }
 
 void run_gate(int element, int64_t numbers, int threads, uintptr_t a, uintptr_t b, uintptr_t y) {
   const Gate f = {numbers, threads, at<void>(a), at<void>(b), at<void>(y)};
-  run_kernel(numbers > kNumbersUnderTheLock, [&] { chosen->kernels->gate(Element(element), f); });
+  run_kernel(numbers > kNumbersUnderTheLock, [&] { kernels.gate(Element(element), f); });
 }
 
 void run_gate_gradient(int element, int64_t numbers, int threads, uintptr_t a, uintptr_t b, uintptr_t dy, uintptr_t da,
                        uintptr_t db) {
   const GateGradient f = {{numbers, threads, at<void>(a), at<void>(b), nullptr}, at<void>(dy), at<void>(da), at<void>(db)};
-  run_kernel(true, [&] { chosen->kernels->gate_gradient(Element(element), f); });
+  run_kernel(true, [&] { kernels.gate_gradient(Element(element), f); });
 }
 
 void run_attention(const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k, uintptr_t v,
@@ -272,14 +280,101 @@ void run_attention(const nb::tuple& sizes, const nb::tuple& strides, double scal
   if (!run_kernel(true, [&] { return attention(f); })) throw std::bad_alloc();
 }
 
+void run_attend(int element, const nb::tuple& sizes, double scale, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t y) {
+  const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
+  const TokenAttention f = {size(0), size(1), size(2), size(3), size(4), int(size(5)), scale, at<void>(q),
+                            size(6), at<void>(k), at<void>(v), {size(7), size(8)}, at<void>(y)};
+  if (!run_kernel(true, [&] { return kernels.attend(Element(element), f); })) throw std::bad_alloc();
+}
+
+// From (bits, rows, columns, weight, scale, offset, bias).
+Weights weights_of(const nb::tuple& w) {
+  const auto address = [&](size_t i) { return at<void>(nb::cast<uintptr_t>(w[i])); };
+  return {nb::cast<int>(w[0]), nb::cast<int64_t>(w[1]), nb::cast<int64_t>(w[2]), address(3), address(4), address(5), address(6)};
+}
+
+// From (H, width of the MLP, eps, scales of both norms, whether these are wide, weights: in, out, gate, up, down).
+Block block_of(const nb::tuple& b) {
+  const auto weights = [&](size_t i) { return weights_of(nb::cast<nb::tuple>(b[i])); };
+  const auto address = [&](size_t i) { return at<void>(nb::cast<uintptr_t>(b[i])); };
+  Block block = {};
+  block.width = nb::cast<int64_t>(b[0]), block.mlp_width = nb::cast<int64_t>(b[1]), block.eps = nb::cast<double>(b[2]);
+  block.pre_scale = address(3), block.post_scale = address(4), block.scales_are_wide = nb::cast<bool>(b[5]);
+  block.in = weights(6), block.out = weights(7), block.gate = weights(8), block.up = weights(9), block.down = weights(10);
+  return block;
+}
+
+// Whether each name still stands in its dictionary for what was found there, None for what is not there. Of a decode step's time this is a part:
+// what it looks at has left the caches, and here several lines are waited for at once.
+bool are_registered(const nb::tuple& dictionaries, const nb::tuple& names, const nb::tuple& found) {
+  for (size_t i = 0; i < dictionaries.size(); i++) {
+    PyObject* const one = PyDict_GetItem(dictionaries[i].ptr(), names[i].ptr());
+    if ((one == nullptr ? Py_None : one) != found[i].ptr()) return false;
+  }
+  return true;
+}
+
+// Blocks as Python holds them: what stays the same from step to step.
+class Blocks {
+ public:
+  explicit Blocks(int element) : element_(Element(element)) {}
+
+  void add_attention(const nb::tuple& described, int64_t heads, int64_t kv_heads) {
+    Block block = block_of(described);
+    block.heads = heads, block.kv_heads = kv_heads;
+    blocks_.push_back(block);
+  }
+
+  void add_hyena(const nb::tuple& described, int fir_element, int skip_element, int64_t head_width, int64_t groups, int modes,
+                 int taps, const nb::tuple& parameters) {
+    Block block = block_of(described);
+    Addresses a{parameters};
+    block.hyena.shape = {1, 1, block.width, head_width, groups, modes, taps, 1};
+    block.hyena.parameters = parameters_of(a);
+    block.hyena.fir_element = Element(fir_element), block.hyena.skip_element = Element(skip_element);
+    blocks_.push_back(block);
+  }
+
+  // x (B, H) becomes the last block's output. `places` are of each block in turn (FIR state, modal state), or (keys, values,
+  // their strides of rows and heads, tokens).
+  void run(int64_t batch, int threads, uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t angle_stride,
+           const nb::tuple& places) const {
+    const Token token = {element_, batch, threads, at<void>(cos), at<void>(sin), angle_stride};
+    Addresses a{places};
+    std::vector<Memory> memories;
+    for (const Block& block : blocks_) {
+      Memory memory = {};
+      if (block.heads == 0) {
+        memory.fir_state = at<void>(a()), memory.iir_state = at<void>(a());
+      } else {
+        memory.keys = at<void>(a()), memory.values = at<void>(a());
+        memory.kv_strides[0] = int64_t(a()), memory.kv_strides[1] = int64_t(a()), memory.tokens = int64_t(a());
+      }
+      memories.push_back(memory);
+    }
+    nb::gil_scoped_release release;
+    std::vector<char> scratch;
+    for (size_t i = 0; i < blocks_.size(); i++) {
+      const BlockStep step(blocks_[i], token, memories[i], kernels);
+      if (scratch.size() < size_t(step.scratch_bytes())) scratch.resize(size_t(step.scratch_bytes()));
+      if (!step.run(at<char>(x), scratch.data())) throw std::bad_alloc();
+    }
+  }
+
+ private:
+  Element element_;
+  std::vector<Block> blocks_;
+};
+
 }  // namespace
 }  // namespace stripedrag
 
 NB_MODULE(_native, m) {
   using namespace stripedrag;
-  chosen = &choose();
-  m.attr("isa") = chosen->name;
-  choose_bf16();
+  const Choice& chosen = choose();
+  m.attr("isa") = chosen.name;
+  kernels = *chosen.kernels;
+  choose_bf16(chosen);
   m.attr("has_attention") = attention != nullptr;
   m.def("filter", &run_filter, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "y_batch_stride"_a,
         "y_row_stride"_a, "addresses"_a);
@@ -295,9 +390,16 @@ NB_MODULE(_native, m) {
   m.def("norm_gradient", &run_norm_gradient);
   if (attention != nullptr)
     m.def("attention", &run_attention, "sizes"_a, "strides"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "y"_a);
+  m.def("attend", &run_attend);
+  m.def("are_registered", &are_registered);
+  nb::class_<Blocks>(m, "Blocks")
+      .def(nb::init<int>())
+      .def("add_attention", &Blocks::add_attention)
+      .def("add_hyena", &Blocks::add_hyena)
+      .def("run", &Blocks::run);
   m.def("gate", &run_gate);
   m.def("gate_gradient", &run_gate_gradient);
   m.def("checkpoint_numbers", [](int element, const nb::tuple& sizes) {
-    return chosen->kernels->checkpoint_numbers(Element(element), shape_of(sizes));
+    return kernels.checkpoint_numbers(Element(element), shape_of(sizes));
   });
 }

@@ -74,19 +74,19 @@ struct Step {
   void* iir_state;
 };
 
-// y = W x + b for one row, all of one element.
+// y = W x + b for up to kMaxBatch rows of x, all of one element.
+constexpr int64_t kMaxBatch = 8;
 struct Linear {
-  int64_t rows, columns;
+  int64_t batch, rows, columns;
   int threads;
   const void* weight;  // (rows, columns)
   const void* bias;    // (rows), or null
-  const void* x;       // (columns)
-  void* y;             // (rows)
+  const void* x;       // (batch, columns)
+  void* y;             // (batch, rows)
 };
 
-// The same for up to kMaxBatch rows with weights of few bits (`quantized.h` says how they lie), for x, bias and y in float32
-// or bfloat16; or those weights made wide again, (rows, columns) in y.
-constexpr int64_t kMaxBatch = 8;
+// The same with weights of few bits (`quantized.h` says how they lie), for x, bias and y in float32 or bfloat16; or those
+// weights made wide again, (rows, columns) in y.
 struct QuantizedLinear {
   int bits;  // 8 or 4
   int64_t batch, rows, columns;
@@ -145,6 +145,27 @@ struct Attention {
   void* y;                                            // (B, L, heads, D)
 };
 
+// Attention of one token over `keys` tokens, itself among them; float32 or bfloat16.
+struct TokenAttention {
+  int64_t batch, heads, kv_heads, keys, width;  // B, G · Hkv, Hkv, P, D
+  int threads;
+  double scale;           // of the scores
+  const void* q;          // (B, heads, D), the last two contiguous
+  int64_t q_stride;
+  const void *k, *v;      // (B, Hkv, P, D), the last two contiguous
+  int64_t kv_strides[2];  // of the first two, in numbers
+  void* y;                // (B, heads, D)
+};
+
+// Rotary positions of one token, in place; float32 or bfloat16.
+struct Rotation {
+  int64_t batch, heads, width;
+  void* x;                // (B, heads, D), the last two contiguous
+  int64_t stride;
+  const void *cos, *sin;  // (B, D / 2)
+  int64_t angle_stride;   // 0: all rows stand at one position
+};
+
 // One instruction set's kernels. Those that return a bool return false where scratch memory could not be had.
 struct Kernels {
   bool (*filter)(Element, const Filter&);
@@ -158,6 +179,9 @@ struct Kernels {
   bool (*norm_gradient)(Element, const NormGradient&);
   void (*gate)(Element, const Gate&);
   void (*gate_gradient)(Element, const GateGradient&);
+  bool (*attend)(Element, const TokenAttention&);
+  void (*rotate)(Element, const Rotation&);
+  void (*add)(Element, int64_t numbers, const void* x, void* y);  // y += x
   int64_t (*checkpoint_numbers)(Element, const Shape&);
 };
 

@@ -39,7 +39,7 @@ STRIPEDRAG_INLINE Integers integers(const uint16_t* q) {
 STRIPEDRAG_INLINE Floats floats(Integers q) { return __builtin_convertvector(q, Floats); }
 STRIPEDRAG_INLINE Floats floats(const float* x) { return *reinterpret_cast<const VectorOf<float>::loose*>(x); }
 
-STRIPEDRAG_INLINE float sum_of(const Floats& x) { return sum_of(Pair<float>{{x, Floats{}}}); }
+STRIPEDRAG_INLINE float sum_of(const Floats& x) { return sum_of_lanes<float>(x); }
 
 // Rows of the weight that meet x together where it is longer than half of the first-level cache: else each would fetch x
 // from the second. One at a time is faster where x stays there.

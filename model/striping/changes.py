@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stripedrag.errors import CheckpointError
 from stripedrag.model.config import StripedHyenaConfig
-from stripedrag.model.modeling import HyenaFilter, StripedHyenaForCausalLM
+from stripedrag.model.layers import HyenaFilter
+from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping.families import striped_tensors
 from stripedrag.model.striping.student import LORA_SCALE
 

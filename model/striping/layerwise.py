@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stripedrag.model.modeling import StripedHyenaBlock, StripedHyenaForCausalLM
+from stripedrag.model.layers import StripedHyenaBlock
+from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping.data import PADDING, Windows
 from stripedrag.model.striping.processes import Processes
 from stripedrag.model.striping.student import blocks

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from stripedrag.model.modeling import HyenaFilter, StripedHyenaBlock, StripedHyenaForCausalLM
+from stripedrag.model.layers import HyenaFilter, StripedHyenaBlock
+from stripedrag.model.modeling import StripedHyenaForCausalLM
 from stripedrag.model.striping.families import striped_config, striped_tensors
 
 FASTEST_TOKENS, SLOWEST_TOKENS = 1.5, 1000.0  # time constants at the start, log-spaced

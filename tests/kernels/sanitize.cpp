@@ -6,6 +6,7 @@
 #include <memory>
 #include <random>
 
+#include "blocks.h"
 #include "isa.cpp"
 
 using namespace stripedrag;
@@ -85,16 +86,46 @@ bool run(Shape shape, bool with_mask, int64_t row_padding) {
 }
 
 template <class T>
-bool run_linear(int64_t rows, int64_t columns) {
-  auto weight = numbers<T>(rows * columns), bias = numbers<T>(rows), x = numbers<T>(columns), y = numbers<T>(rows);
-  if (!kernels.linear(element_of<T>, {rows, columns, 2, weight.get(), bias.get(), x.get(), y.get()})) return false;
-  for (int64_t r = 0; r < rows; r++) {
-    double sum = STRIPEDRAG_ISA::widen(bias[r]);
-    for (int64_t i = 0; i < columns; i++)
-      sum += double(STRIPEDRAG_ISA::widen(weight[r * columns + i])) * STRIPEDRAG_ISA::widen(x[i]);
-    if (!(std::abs(sum - STRIPEDRAG_ISA::widen(y[r])) <= 2e-2 * (1 + std::abs(sum)))) return false;
-  }
+bool run_linear(int64_t batch, int64_t rows, int64_t columns) {
+  auto weight = numbers<T>(rows * columns), bias = numbers<T>(rows), x = numbers<T>(batch * columns), y = numbers<T>(batch * rows);
+  if (!kernels.linear(element_of<T>, {batch, rows, columns, 2, weight.get(), bias.get(), x.get(), y.get()})) return false;
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t r = 0; r < rows; r++) {
+      double sum = STRIPEDRAG_ISA::widen(bias[r]);
+      for (int64_t i = 0; i < columns; i++)
+        sum += double(STRIPEDRAG_ISA::widen(weight[r * columns + i])) * STRIPEDRAG_ISA::widen(x[b * columns + i]);
+      if (!(std::abs(sum - STRIPEDRAG_ISA::widen(y[b * rows + r])) <= 2e-2 * (1 + std::abs(sum)))) return false;
+    }
   return true;
+}
+
+// A block with attention, or with the Hyena operator of N modes and K taps: its numbers are held to the model's elsewhere.
+template <class T>
+bool run_block(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_width, int64_t tokens, int modes, int taps) {
+  const int64_t H = heads * head_width, mlp = H + 3, in_rows = modes ? 3 * H : (heads + 2 * kv_heads) * head_width;
+  const auto scale = numbers<float>(H);
+  const auto in = numbers<T>(in_rows * H), out = numbers<T>(H * H), gate = numbers<T>(mlp * H), down = numbers<T>(H * mlp);
+  const auto weights = [](const auto& w, int64_t rows, int64_t columns) {
+    return Weights{0, rows, columns, w.get(), nullptr, nullptr, nullptr};
+  };
+  Block block = {H, mlp, 1e-5, scale.get(), scale.get(), true, weights(in, in_rows, H), weights(out, H, H),
+                 weights(gate, mlp, H), weights(gate, mlp, H), weights(down, H, mlp), heads, kv_heads, {}};
+  const auto fir_weight = numbers<float>(3 * H * taps), fir_bias = numbers<float>(3 * H), skip = numbers<float>(H);
+  const auto systems = numbers<float>(H * modes * 2);
+  if (modes) {
+    block.heads = 0;
+    block.hyena.shape = {1, 1, H, H, H, modes, taps, 1};
+    block.hyena.parameters = {fir_weight.get(), fir_bias.get(), systems.get(), systems.get(), skip.get()};
+    block.hyena.fir_element = block.hyena.skip_element = Element::float32;
+  }
+  const auto fir = numbers<T>(batch * 3 * H * (taps - 1)), keys = numbers<T>(batch * kv_heads * tokens * head_width);
+  const auto iir = numbers<float>(batch * H * modes * 2), values = numbers<T>(batch * kv_heads * tokens * head_width);
+  const auto cos = numbers<T>(batch * head_width / 2), sin = numbers<T>(batch * head_width / 2), x = numbers<T>(batch * H);
+  const Token token = {element_of<T>, batch, 2, cos.get(), sin.get(), head_width / 2};
+  const Memory memory = {fir.get(), iir.get(), keys.get(), values.get(), {kv_heads * tokens * head_width, tokens * head_width}, tokens};
+  const BlockStep step(block, token, memory, kernels);
+  const auto scratch = std::make_unique<char[]>(size_t(step.scratch_bytes()));
+  return step.run(reinterpret_cast<char*>(x.get()), scratch.get());
 }
 
 template <class T>
@@ -175,7 +206,15 @@ int main() {
       }
     }
   for (const int64_t columns : {1, 31, 33, 576})
-    if (!run_linear<float>(37, columns) || !run_linear<bfloat16>(300, columns)) return 1;
+    for (const int64_t batch : {1, 3, 8})
+      if (!run_linear<float>(batch, 37, columns) || !run_linear<bfloat16>(batch, 300, columns)) return 1;
+  for (const int64_t head_width : {2, 10, 64})
+    for (const int64_t tokens : {1, 255, 513})
+      for (const int64_t kv_heads : {1, 2})
+        if (!run_block<float>(2, 6, kv_heads, head_width, tokens, 0, 1) || !run_block<bfloat16>(1, 6, kv_heads, head_width, tokens, 0, 1))
+          return 1;
+  for (const int modes : {1, 3, 8})
+    if (!run_block<float>(2, 1, 1, 34, 1, modes, 3) || !run_block<bfloat16>(3, 1, 1, 34, 1, modes, 2)) return 1;
   for (const int64_t columns : {1, 31, 33, 576, 4700})  // the last is long: rows of the weight go by fours
     for (const int bits : {8, 4})
       if (!run_quantized<float>(bits, 1, 7, columns) || !run_quantized<bfloat16>(bits, 3, 9, columns)) return 1;

@@ -14,6 +14,7 @@ from stripedrag.kernels import cpu, ops
 from stripedrag.kernels.attention import attend, in_parts
 
 native = pytest.mark.skipif(not cpu.has_attention(), reason="no AVX-512 BF16, or AMX")
+has_kernels = pytest.mark.skipif(cpu.instruction_set() is None, reason="no native kernels")
 
 
 def _made(heads=6, kv_heads=2, new=70, past=300, width=64, batch=1, seed=0):
@@ -31,8 +32,65 @@ def _exact(q, k, v):
 def _read(q, k, v):
     with torch.no_grad():
         attended = cpu.attention_at_once(q, k, v)
+        assert attended is not None
+        if q.shape[2] > 1:  # one token is for another kernel
+            assert torch.equal(attended.nan_to_num(), ops.attend(q, k, v).nan_to_num())
+    return attended
+
+
+def _read_one(q, k, v):
+    with torch.no_grad():
+        attended = cpu.token_attention_at_once(q, k, v)
         assert attended is not None and torch.equal(attended.nan_to_num(), ops.attend(q, k, v).nan_to_num())
     return attended
+
+
+@has_kernels
+@given(
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 9),
+    keys=st.integers(1, 900),
+    width=st.sampled_from([1, 3, 16, 31, 48, 64, 80, 128, 144]),
+    batch=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_one_token_reads_all_keys_for_any_threads(kv_heads, groups, keys, width, batch, dtype):
+    q, k, v = (t.to(dtype) for t in _made(groups * kv_heads, kv_heads, 1, keys + 8, width, batch))
+    k, v = k[:, :, :keys], v[:, :, :keys]  # as in a buffer: heads are not contiguous
+    runs, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(_read_one(q, k, v))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3}[dtype]
+    assert (runs[0] - exact).abs().max() <= tolerance * max(1.0, v.abs().max().item())
+
+
+@has_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_sees_what_is_no_number_and_overlooks_what_is_infinitely_far(dtype):
+    q, k, v = (t.to(dtype) for t in _made(heads=2, kv_heads=1, new=1, past=299))
+    far = k.clone()
+    far[:, :, ::2] = -torch.inf * q[:, :1].sign()
+    expected = _read_one(q[:, :1], k[:, :, 1::2].contiguous(), v[:, :, 1::2].contiguous())
+    torch.testing.assert_close(_read_one(q[:, :1], far, v), expected, rtol=0, atol=1e-2)
+    v[0, 0, 17, 5] = torch.nan
+    seen = _read_one(q, k, v).isnan()
+    assert seen[..., 5].all() and seen.sum() == 2
+
+
+def test_gradients_of_grouped_queries_are_those_of_attention():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 16, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    dy = torch.randn(2, 6, 9, 16, dtype=torch.float64)
+    wide = [t.repeat_interleave(3, dim=1) for t in (k, v)]
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, *wide, is_causal=True), (q, k, v), dy)
+    for got, wanted in zip(torch.autograd.grad(ops.attend(q, k, v), (q, k, v), dy), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 @native

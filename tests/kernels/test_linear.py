@@ -1,4 +1,4 @@
-"""A linear layer on one row: torch's numbers, from the native kernel only where it is meant."""
+"""A linear layer on a few rows: torch's numbers, from the native kernel only where it is meant."""
 
 import pytest
 import torch
@@ -33,6 +33,20 @@ def test_one_row_is_multiplied_as_in_float64(rows, columns, dtype, with_bias, to
 
 
 @native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [31, 64, 576, 1000])
+@pytest.mark.parametrize("batch", [2, 3, 4, 5, 7, 8])
+def test_a_row_has_the_bits_that_it_has_alone(dtype, columns, batch):
+    _, weight, bias = layer(70, columns, dtype)
+    x = torch.randn(batch, 1, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        together = cpu.linear_at_once(x, weight, bias)
+        alone = [cpu.linear_at_once(row, weight, bias) for row in x]
+    assert together.shape == (batch, 1, 70)
+    assert torch.equal(together, torch.stack(alone))
+
+
+@native
 def test_the_number_of_threads_changes_no_bit():
     x, weight, bias = layer(1500, 576, torch.bfloat16)
     before, runs = torch.get_num_threads(), []
@@ -50,14 +64,15 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x, w, b: (x.expand(1, 3, -1), w, b),  # several rows
+        lambda x, w, b: (x.repeat(1, 9, 1), w, b),  # many rows
+        lambda x, w, b: (x[:, :0], w, b),  # none
         lambda x, w, b: (x.double(), torch.nn.Parameter(w.double()), b.double()),
         lambda x, w, b: (x, torch.nn.Parameter(w.detach().t().contiguous().t()), b),
         lambda x, w, b: (x, w.detach(), b),  # no parameter: perhaps a view, perhaps of a quantized kind
         lambda x, w, b: (torch.cat([x, x], dim=-1)[..., ::2], w, b),  # strided
     ],
 )
-def test_what_is_not_one_plain_row_goes_to_torch(change):
+def test_what_is_not_a_few_plain_rows_goes_to_torch(change):
     x, weight, bias = change(*layer(6, 32, torch.float32))
     with torch.no_grad():
         assert cpu.linear_at_once(x, weight, bias) is None

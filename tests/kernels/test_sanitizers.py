@@ -26,7 +26,7 @@ def test_odd_shapes_stay_within_their_arrays(level, tmp_path):
 
 
 @pytest.mark.skipif(COMPILER is None or "avx512_bf16" not in FLAGS, reason="no compiler, or no AVX-512 BF16")
-def test_odd_shapes_of_4_bits_stay_within_their_arrays(tmp_path):
+def test_odd_shapes_in_bfloat16_stay_within_their_arrays(tmp_path):
     run("sanitize_bf16.cpp", "bf16", ["-march=x86-64-v4", "-mavx512bf16"], tmp_path)
 
 

@@ -20,8 +20,9 @@ from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, new_ca
 from stripedrag.model.baselines import window_tokens
 from stripedrag.model.cache import GrowingLayer
 from stripedrag.model.generation import prefill
+from stripedrag.model.layers import RMSNorm
 from stripedrag.model.loading import load_model
-from stripedrag.model.modeling import RMSNorm, StripedHyenaModel
+from stripedrag.model.modeling import StripedHyenaModel
 from stripedrag.model.smollm2 import STRIPED, prepared_dir
 
 

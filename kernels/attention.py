@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     q is (B, G · Hkv, L, D), k and v are (B, Hkv, P + L, D), `mask` is bool (B or 1, 1, L, P + L). Scores are over
     sqrt(D). Differentiable. Without a mask or a gradient native kernels serve one token in float32 and bfloat16, and
     more in bfloat16, D a multiple of 16, on processors with AVX-512 BF16 and without AMX; of finite numbers they give
-    the same bits for any number of threads, and wherever a prompt is split.
+    the same bits for any number of threads, and wherever a prompt is split into parts of more than one token.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -54,7 +54,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not torch.is_grad_enabled():
             return in_parts(q, k, v)  # not under autocast, which mixes dtypes; log-sum-exps have no gradient
         mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+    if (
+        heads != kv_heads
+        and q.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in (q, k, v))
+    ):
         # The gradient with enable_gqa takes four times as long (9.1 to 2.3 s at 8,192 tokens of 4 heads of 128).
         k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
         kv_heads = heads

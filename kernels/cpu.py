@@ -375,42 +375,64 @@ def native_blocks(blocks: "Sequence[BlockWeights]", dtype: torch.dtype) -> tuple
     """
     made, tensors = _native.Blocks(_ELEMENTS[dtype]), list[Tensor]()
 
-    def address(tensor: Tensor | None, *allowed: torch.dtype) -> int:
-        if tensor is None:
-            return 0
-        if not (lie_plainly(tensor) and tensor.dtype in allowed):
-            raise ValueError(f"{tensor.dtype} of {type(tensor).__name__}; it is a contiguous one of {allowed} on a CPU")
+    def address(tensor: Tensor, shape: tuple[int, ...], *allowed: torch.dtype) -> int:
+        if not (lie_plainly(tensor) and tensor.shape == shape and tensor.dtype in allowed):
+            raise ValueError(
+                f"a {type(tensor).__name__} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; it is "
+                f"one of {allowed} of shape {shape}, contiguous, on a CPU"
+            )
         tensors.append(tensor)
         return tensor.data_ptr()
 
-    def weights(linear: "LinearWeights") -> tuple[int, ...]:
-        weight, bias = linear
+    def weights(linear: "LinearWeights", rows: int, columns: int) -> tuple[int, ...]:
+        weight, added = linear.weight, 0 if linear.bias is None else address(linear.bias, (rows,), dtype)
         if isinstance(weight, Tensor):
-            return 0, *weight.shape, address(weight, dtype), 0, 0, address(bias, dtype)
-        stored = address(weight.weight, torch.int8, torch.int16), address(weight.scale, torch.float32, torch.bfloat16)
-        sizes = weight.bits, len(weight.weight), weight.columns
-        return *sizes, *stored, address(weight.offset, torch.bfloat16), address(bias, dtype)
+            return 0, rows, columns, address(weight, (rows, columns), dtype), 0, 0, added
+        if not weight.fits or (len(weight.weight), weight.columns) != (rows, columns):
+            raise ValueError(f"a quantized weight is no one of shape {(rows, columns)}")
+        stored = [0 if t is None else address(t, tuple(t.shape), t.dtype) for t in weight[:3]]
+        return weight.bits, rows, columns, *stored, added
 
+    narrow = dtype, torch.float32
     for block in blocks:
-        scales = address(block.pre_norm, dtype, torch.float32), address(block.post_norm, dtype, torch.float32)
-        if block.pre_norm.dtype is not block.post_norm.dtype:
-            raise ValueError(f"the norms are {block.pre_norm.dtype} and {block.post_norm.dtype}; they are alike")
-        width, is_wide = block.pre_norm.shape[0], block.pre_norm.dtype is torch.float32
-        linears = block.into, block.out, block.gate, block.up, block.down
-        described = (width, block.gate.rows, block.eps, *scales, is_wide, *map(weights, linears))
-        if not isinstance(block.mixer, FilterParameters):
-            made.add_attention(described, *block.mixer)
+        width, inner, mixer = block.pre_norm.numel(), block.gate.rows, block.mixer
+        wide = block.pre_norm.dtype
+        scales = address(block.pre_norm, (width,), *narrow), address(block.post_norm, (width,), wide)
+        rows = 3 * width if isinstance(mixer, FilterParameters) else (mixer[0] + 2 * mixer[1]) * (width // mixer[0])
+        described = (
+            width,
+            inner,
+            block.eps,
+            *scales,
+            wide is torch.float32,
+            weights(block.into, rows, width),
+            weights(block.out, width, width),
+            weights(block.gate, inner, width),
+            weights(block.up, inner, width),
+            weights(block.down, width, inner),
+        )
+        if not isinstance(mixer, FilterParameters):
+            heads, kv_heads = mixer
+            if width % heads or heads % kv_heads or width // heads % 2:
+                raise ValueError(f"a width of {width} is not that of {heads} heads on {kv_heads}, each of even width")
+            made.add_attention(described, heads, kv_heads)
             continue
-        fir_weight, fir_bias, poles, residues, skip, heads = block.mixer
-        taps, (groups, modes) = fir_weight.shape[2], poles.shape[:2]
-        if taps > MAX_TAPS or modes > MAX_MODES or fir_weight.dtype is not fir_bias.dtype:
-            raise ValueError(f"{taps} taps and {modes} modes; it takes up to {MAX_TAPS} and {MAX_MODES}")
-        narrow = dtype, torch.float32
-        firs = address(fir_weight, *narrow), address(fir_bias, *narrow)
-        systems = address(poles, torch.float32), address(residues, torch.float32)
+        fir_weight, fir_bias, poles, residues, skip, columns = mixer
+        taps, (groups, modes) = fir_weight.shape[-1], poles.shape[:2]
+        if taps > MAX_TAPS or modes > MAX_MODES or width % groups or width % (columns or 1):
+            raise ValueError(
+                f"{taps} taps, {modes} modes, {groups} groups and {columns} heads of {width} channels; it takes up to "
+                f"{MAX_TAPS} and {MAX_MODES}, and divisors of the channels"
+            )
+        addresses = (
+            address(fir_weight, (3 * width, 1, taps), *narrow),
+            address(fir_bias, (3 * width,), fir_weight.dtype),
+            address(poles, (groups, modes, 1, 2), torch.float32),
+            address(residues, (groups, modes, 1, 2), torch.float32),
+            address(skip, (width,), *narrow),
+        )
         elements = _ELEMENTS[fir_weight.dtype], _ELEMENTS[skip.dtype]
-        sizes = width // (heads or 1), groups, modes, taps
-        made.add_hyena(described, *elements, *sizes, (*firs, *systems, address(skip, *narrow)))
+        made.add_hyena(described, *elements, width // (columns or 1), groups, modes, taps, addresses)
     return made, tensors
 
 

@@ -1,5 +1,5 @@
 """The public door of the kernels: the whole Hyena operator between the two Linear layers of a block, and what blocks
-need beside it: a linear layer on one row, attention (`attention.py`), RMSNorm, SwiGLU.
+need beside it: a linear layer on a few rows, attention (`attention.py`), RMSNorm, SwiGLU.
 
 B batch, L length, H channels, G filter groups, N modes, K taps. Inputs are checked here, once for every backend.
 The operator's equations stand in `reference.py`.
@@ -139,7 +139,7 @@ def writes_out(z: Tensor, taps: int, modes: int) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `torch.nn.functional.linear`: (…, out) for x (…, in) and weight (out, in).
 
-    One row on a CPU without a gradient, which is a decode step, goes to the native kernels where these are there; its
+    Up to 8 rows on a CPU without a gradient, as of a decode step, go to the native kernels where these are there; their
     sums are float32 whatever the dtype.
     """
     y = cpu.linear_at_once(x, weight, bias)

@@ -208,6 +208,8 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         if padding_mask is not None and (trusts_mask or padding_mask.all()):
             padding_mask = None
         mask = _attention_mask(real, length, past, x.device)
+        if length > 1 and self.decode_step is not None:
+            self.decode_step = None  # what it holds of weights that were replaced can go
         stepped = step_at_once(self, x, rotary, past_key_values) if is_step else None
         if stepped is None:
             for block in self.blocks:
@@ -236,10 +238,11 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         scales = config.rotary_emb_base, config.rotary_emb_yarn_factor, config.rotary_emb_scaling_factor
         begin = position - position % _ANGLES
         made_for = (begin, x.dtype, x.device, config.max_seqlen, config.use_interpolated_rotary_pos_emb, *scales)
-        if self.angles is None or self.angles[0] != made_for:
+        angles = self.angles
+        if angles is None or angles[0] != made_for:
             positions = torch.arange(begin, begin + _ANGLES, device=x.device).unsqueeze(0)
-            self.angles = made_for, *self._rotary(positions, x.dtype)
-        _, cos, sin = self.angles
+            angles = self.angles = made_for, *self._rotary(positions, x.dtype)
+        _, cos, sin = angles
         place = position - begin
         return cos[:, :, place : place + 1], sin[:, :, place : place + 1]
 

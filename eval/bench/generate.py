@@ -1,99 +1,303 @@
-"""Prefill and decoding of the default model against the transformer it was made from, in the same pipeline loop."""
+"""Reading a prompt and writing an answer: the default model, the transformer it was made from in torch, and that in
+llama.cpp, in turn; and needles in a prompt of 131,072 tokens, which the default model reads once and is asked three
+times.
 
-import statistics
+Prompts are text of novels, the same ids for all. The default model is run as a pipeline runs it. The transformer reads
+its prompt at once, without a mask: in segments, as the pipeline would, it takes longer. Its cache is ours, which does
+not copy itself. llama.cpp is left out where `llama-cpp-python` (the extra `llama-cpp`) is not installed.
+"""
+
+import itertools
 import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from random import Random
+from statistics import median
+from typing import Any, Protocol, cast
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stripedrag.eval.bench.report import Report, machine
+from stripedrag.eval.bench.report import Report, machine, plot
+from stripedrag.eval.data_formats import Chapter
+from stripedrag.eval.haystack import Haystack, plant, with_margin
+from stripedrag.eval.meter import Meter
+from stripedrag.eval.metrics import string_match_all
+from stripedrag.eval.resources import span_of
+from stripedrag.eval.tasks.needle import needle
+from stripedrag.eval.tasks.planted import HAYSTACK
+from stripedrag.eval.tasks.vocabulary import ADJECTIVES, NOUNS
+from stripedrag.jsonl import read_lines
+from stripedrag.model import generation
 from stripedrag.model.cache import cache_bytes, new_cache
-from stripedrag.model.generation import Sampling, decode, prefill
+from stripedrag.model.generation import Sampling, decode_together, prefill
 from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import BASELINE, STRIPED
+from stripedrag.model.state import StripedHyenaState
+from stripedrag.rag.prompt import PromptFormat
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-PROMPT_TOKENS = (1024, 4096, 8000)
+LENGTHS = (1024, 8192, 32_768)
+LONGEST = 131_072  # for ours alone; attention alone would take the others hours
+ROWS, ROW_TOKENS = 8, 1024  # of a batch
 ANSWER_TOKENS = 32
-CORPUS = Path(__file__).parents[1] / "data" / "xquad"
+DEPTHS = (0.1, 0.5, 0.9)
+GGUF, GGUF_8 = "llama.cpp, Q4_1 as published", "llama.cpp, Q8_0"
+_HOURS = 6 * 3600.0  # that a reading may take
+
+
+class System(Protocol):
+    """What is measured."""
+
+    weight_bytes: int
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, tell: Callable[[float], None]) -> int:
+        """Read prompts of one length, then write so many tokens after each, greedily and side by side. `tell` hears
+        the time when the first are there, and when all are. Gives the bytes of the cache.
+        """
+
+
+class InTorch:
+    """A model in torch, as the pipeline runs it; a transformer without segments."""
+
+    def __init__(self, model: PreTrainedModel, *, at_once: bool) -> None:
+        self.model = model
+        self.weight_bytes = sum(tensor.nbytes for tensor in model.parameters())
+        self._at_once = at_once
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, tell: Callable[[float], None]) -> int:
+        """See `System`."""
+        ids, cache = torch.tensor(prompts), new_cache(self.model.config)
+        if self._at_once:
+            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        else:
+            logits = prefill(self.model, ids, cache)
+        tokens = logits.argmax(-1, keepdim=True)
+        tell(time.perf_counter())
+        for _ in range(new_tokens - 1):
+            logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+            tokens = logits.argmax(-1, keepdim=True)
+        tell(time.perf_counter())
+        return cache_bytes(cache)
+
+
+class InLlamaCpp:
+    """A GGUF in llama.cpp, with as many threads as torch has."""
+
+    def __init__(self, path: Path) -> None:
+        from stripedrag.eval.bench.llama_cpp import LlamaCpp
+
+        self._runs = LlamaCpp(path, torch.get_num_threads())
+        self.weight_bytes = self._runs.weight_bytes
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, tell: Callable[[float], None]) -> int:
+        """See `System`."""
+        self._runs.generate(prompts, new_tokens, tell)
+        tokens: int = len(prompts) * (len(prompts[0]) + new_tokens)
+        return tokens * int(self._runs.token_bytes)
 
 
 def run(repeats: int) -> Report:
-    """Tokens a second of prefill and of decoding, and cache bytes, at several prompt lengths, with their ratios."""
-    systems, ids = {}, torch.empty(1, 0, dtype=torch.long)
-    for name in (STRIPED, BASELINE):
-        model, tokenizer = load_model(name, device="cpu")  # nothing here waits for a GPU: its times would be wrong
-        systems[name] = model
-        text = "\n\n".join(path.read_text() for path in sorted(CORPUS.glob("*.txt"))[:12])
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
-    rows = []
-    for length in PROMPT_TOKENS:
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
-        for _ in range(repeats):
-            for name, model in systems.items():
-                runs[name].append(speed(model, ids[:, :length]))
-        rows.append({"prompt_tokens": length, "runs": runs, "medians": {n: _medians(r) for n, r in runs.items()}})
+    """For each system and length tokens a second of both, seconds to the first token, bytes of the cache and peak."""
+    systems, tokenizer = _systems()
+    ids = _text(tokenizer, max(LONGEST, ROWS * ROW_TOKENS))
     here = machine()
-    weights = {name: sum(p.nbytes for p in model.parameters()) for name, model in systems.items()}
-    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in systems.items()}
-    limits = {
-        name: {
-            "prefill_tokens_per_s": here["matmul_flop_per_s"] / (2 * parameters[name]),
-            "decode_tokens_per_s": here["read_bytes_per_s"] / weights[name],
-        }
-        for name in systems
+    limits = {name: _limits(system, here) for name, system in systems.items() if isinstance(system, InTorch)}
+    ours, rows = cast(InTorch, systems[STRIPED]), list[dict[str, Any]]()
+    asked = [(1, length) for length in LENGTHS[:-1]] + [(ROWS, ROW_TOKENS), (1, LENGTHS[-1]), (1, LONGEST)]
+    for batch, length in track(asked, "reading", console=Console(stderr=True)):
+        runs = repeats
+        if length == LENGTHS[-1] and GGUF in systems:  # the slower in llama.cpp would take another hour
+            slower = max((GGUF, GGUF_8), key=lambda name: _first_token_s(rows, name, LENGTHS[-2]))
+            systems = {name: system for name, system in systems.items() if name != slower}
+        elif length == LONGEST:
+            systems, runs = {STRIPED: systems[STRIPED]}, 1
+        rows += _measured(systems, ids, batch, length, runs)
+    figures = {
+        "bench": "generate",
+        "machine": here,
+        "llama_cpp": _llama_cpp_version(),
+        "repeats": repeats,
+        "limits": limits,
+        "rows": rows,
+        "needles": needles(ours.model, tokenizer, LONGEST),
     }
-    figures = {"bench": "generate", "machine": here, "repeats": repeats, "limits": limits, "lengths": rows}
-    return Report(figures, _table(figures))
+    return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
 
-def speed(model: "PreTrainedModel", ids: Tensor) -> dict[str, float]:
-    """Tokens a second of reading ids (1, L) and of writing `ANSWER_TOKENS` more, and the cache's bytes after them."""
-    cache = new_cache(model.config)
-    start = time.perf_counter()
-    logits = prefill(model, ids, cache)
-    prefilled = time.perf_counter()
-    steps = decode(model, logits, cache, max_new_tokens=ANSWER_TOKENS + 1, stop_ids=(), sampling=Sampling())
-    made = sum(1 for _ in steps) - 1  # the first token is the prefill's
-    end = time.perf_counter()
+def needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, Any]:
+    """A prompt of up to so many tokens with a number planted at each of `DEPTHS`, read once; each is then asked for by
+    a fork of what was read.
+    """
+    prompt = PromptFormat(tokenizer)
+    rng = Random(0)
+    names = rng.sample([f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS], len(DEPTHS))
+    numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), len(DEPTHS))]
+    planted = [needle(name, number) for name, number in zip(names, numbers, strict=True)]
+    questions = [prompt.question_ids(f"{question} Answer with the number only.") for _, question in planted]
+    room = tokens - max(map(len, questions))
+    haystack = Haystack.read(HAYSTACK, lambda text: len(prompt.encode(text)))
+    (window,) = haystack.windows(rng, 1, with_margin(tokens))
+    facts = [(depth, sentence) for depth, (sentence, _) in zip(DEPTHS, planted, strict=True)]
+    passage, _ = plant(
+        window, facts, fits=lambda passage: len(prompt.prefix_ids([span_of(passage)])) <= room, capacity_tokens=tokens
+    )
+    ids = torch.tensor([prompt.prefix_ids([span_of(passage)])])
+    meter = Meter(trim=True)
+    with meter.running(_HOURS):
+        state = StripedHyenaState.read(model, ids)
+        begun = time.perf_counter()
+        stop = generation.stop_ids(model)
+        answers = decode_together(
+            model, state.copy(), questions, max_new_tokens=ANSWER_TOKENS, stop_ids=stop, sampling=Sampling()
+        )
+        asked_s = time.perf_counter() - begun
+    texts = [tokenizer.decode(answer) for answer in answers]
     return {
-        "prefill_tokens_per_s": ids.shape[1] / (prefilled - start),
-        "decode_tokens_per_s": made / (end - prefilled),
-        "cache_bytes": cache_bytes(cache),
+        "tokens": len(state) + max(map(len, questions)),
+        "read_s": meter.total_s - asked_s,
+        "asked_s": asked_s,
+        "peak_bytes": meter.peak_bytes,
+        "answers": [
+            {"depth": depth, "number": number, "answer": text, "right": string_match_all(text, [number]) == 1}
+            for depth, number, text in zip(DEPTHS, numbers, texts, strict=True)
+        ],
     }
 
 
-def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+def _systems() -> tuple[dict[str, System], PreTrainedTokenizerBase]:
+    systems: dict[str, System] = {}
+    for name in (STRIPED, BASELINE):  # nothing here waits for a GPU: its times would be wrong
+        model, tokenizer = load_model(name, device="cpu", window_tokens=2 * LONGEST if name == STRIPED else None)
+        systems[name] = InTorch(model, at_once=name == BASELINE)
+    if find_spec("llama_cpp") is not None:
+        from stripedrag.eval.bench.llama_cpp import published, requantised
+
+        systems |= {GGUF: InLlamaCpp(published()), GGUF_8: InLlamaCpp(requantised())}
+    return systems, tokenizer
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
+    prompt = PromptFormat(tokenizer)
+    ids: list[int] = []
+    for chapter in itertools.cycle(read_lines(HAYSTACK, Chapter)):
+        ids += prompt.encode(chapter.text)
+        if len(ids) >= tokens:
+            return ids[:tokens]
+    raise AssertionError("there is text")
+
+
+def _measured(systems: dict[str, System], ids: list[int], rows: int, length: int, repeats: int) -> list[dict[str, Any]]:
+    """Each system's figures at one length, from runs in turn."""
+    prompts = [ids[row * length : (row + 1) * length] for row in range(rows)]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    for system in systems.values():
+        system.generate([prompt[:64] for prompt in prompts], 4, lambda _: None)  # weights come into memory
+    for _ in range(repeats):
+        for name, system in systems.items():
+            runs[name].append(timed(system, prompts))
+    return [
+        {
+            "system": name,
+            "rows": rows,
+            "prompt_tokens": length,
+            "weight_bytes": systems[name].weight_bytes,
+            **{key: median(run[key] for run in taken) for key in taken[0]},
+            "runs": taken,
+        }
+        for name, taken in runs.items()
+    ]
+
+
+def timed(system: System, prompts: list[list[int]]) -> dict[str, float]:
+    """Seconds to the first token, tokens a second of both, bytes of the cache and at most, of one run."""
+    told: list[float] = []
+    meter = Meter(trim=True)
+    with meter.running(_HOURS):
+        begun = time.perf_counter()
+        held = system.generate(prompts, ANSWER_TOKENS, told.append)
+    first, last = told
+    tokens, made = sum(map(len, prompts)), len(prompts) * (ANSWER_TOKENS - 1)
+    return {
+        "first_token_s": first - begun,
+        "prefill_tokens_per_s": tokens / (first - begun),
+        "decode_tokens_per_s": made / (last - first),
+        "cache_bytes": held,
+        "peak_bytes": meter.peak_bytes or 0,
+    }
+
+
+def _first_token_s(rows: list[dict[str, Any]], name: str, length: int) -> float:
+    places = {(row["system"], row["rows"], row["prompt_tokens"]): float(row["first_token_s"]) for row in rows}
+    return places[name, 1, length]
+
+
+def _limits(system: InTorch, here: dict[str, Any]) -> dict[str, float]:
+    """What products with the weights alone allow when a prompt is read, and reading them when a token is written."""
+    model = system.model
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    parameters = sum(tensor.numel() for tensor in model.parameters()) - embedding.numel()  # its output is one row
+    return {
+        "prefill_tokens_per_s": here["matmul_flop_per_s"] / (2 * parameters),
+        "decode_tokens_per_s": here["read_bytes_per_s"] / system.weight_bytes,
+    }
+
+
+def _llama_cpp_version() -> str | None:
+    if find_spec("llama_cpp") is None:
+        return None
+    import llama_cpp
+
+    return str(llama_cpp.__version__)
 
 
 def _table(figures: dict[str, Any]) -> str:
-    here, limits = figures["machine"], figures["limits"]
+    here = figures["machine"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, {here['commit']}",
+        f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, "
+        f"llama-cpp-python {figures['llama_cpp'] or 'not installed'}, {here['commit']}",
         f"reads {here['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies {here['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s",
         "",
-        f"{'prompt':>7}  {'':24}{STRIPED:>24}{BASELINE:>24}{'ratio':>8}{'limit':>9}",
+        f"{'':30}{'rows':>5}{'prompt':>8}{'first, s':>10}{'prefill/s':>11}{'ours is':>9}{'decode/s':>10}{'ours is':>9}"
+        f"{'cache MB':>10}{'peak MB':>9}",
     ]
-    for row in figures["lengths"]:
-        ours, theirs = row["medians"][STRIPED], row["medians"][BASELINE]
-        for key, label in (("prefill_tokens_per_s", "prefill tokens/s"), ("decode_tokens_per_s", "decode tokens/s")):
-            lines.append(
-                f"{row['prompt_tokens']:>7}  {label:24}{ours[key]:>24.1f}{theirs[key]:>24.1f}"
-                f"{ours[key] / theirs[key]:>8.2f}{limits[STRIPED][key]:>9.0f}"
-            )
-        cache = ours["cache_bytes"], theirs["cache_bytes"]
+    ours = {(row["rows"], row["prompt_tokens"]): row for row in figures["rows"] if row["system"] == STRIPED}
+    for row in figures["rows"]:
+        own = ours[row["rows"], row["prompt_tokens"]]
+        faster = [own[key] / row[key] for key in ("prefill_tokens_per_s", "decode_tokens_per_s")]
+        times = [f"{ratio:.2f}x" if row is not own else "" for ratio in faster]
         lines.append(
-            f"{row['prompt_tokens']:>7}  {'cache MB':24}{cache[0] / 1e6:>24.1f}{cache[1] / 1e6:>24.1f}"
-            f"{cache[0] / cache[1]:>8.2f}"
+            f"{row['system']:30}{row['rows']:>5}{row['prompt_tokens']:>8}{row['first_token_s']:>10.2f}"
+            f"{row['prefill_tokens_per_s']:>11.0f}{times[0]:>9}{row['decode_tokens_per_s']:>10.1f}{times[1]:>9}"
+            f"{row['cache_bytes'] / 1e6:>10.0f}{row['peak_bytes'] / 1e6:>9.0f}"
         )
+    lines += ["", "limits by the weights alone, tokens/s of prefill and of decoding:"]
+    lines += [
+        f"  {name:30}{limit['prefill_tokens_per_s']:>8.0f}{limit['decode_tokens_per_s']:>8.0f}"
+        for name, limit in figures["limits"].items()
+    ]
+    found = figures["needles"]
     lines += [
         "",
-        f"medians of {figures['repeats']}, interleaved. limit: weights at the read rate, products at the other;",
+        f"needles in {found['tokens']:,} tokens, read in {found['read_s']:.0f} s, {found['peak_bytes'] / 1e6:.0f} MB "
+        f"beyond the weights; all asked in {found['asked_s']:.1f} s:",
     ]
-    lines += ["attention and the Hyena operator come on top of both."]
+    lines += [
+        f"  at {one['depth']:.0%}: {one['number']}, answered {one['answer']!r}{'' if one['right'] else ' (wrong)'}"
+        for one in found["answers"]
+    ]
+    lines += ["", f"medians of {figures['repeats']} in turn; peak MB beyond what the process had before."]
     return "\n".join(lines)
+
+
+def _plot(figures: dict[str, Any], path: Path) -> None:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in figures["rows"]:
+        if row["rows"] == 1:
+            series.setdefault(row["system"], []).append((row["prompt_tokens"], row["first_token_s"]))
+    plot(path, series, "time to the first token", "tokens of prompt", "seconds", log_x=True, log_y=True)

@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stripedrag.eval.bench.generate import ANSWER_TOKENS, speed
+from stripedrag.eval.bench.generate import ANSWER_TOKENS, InTorch, timed
 from stripedrag.eval.bench.recall import CORPUS
 from stripedrag.eval.bench.report import Report, machine
 from stripedrag.eval.corpus.build import parts_of_documents
@@ -32,11 +32,12 @@ def run(repeats: int) -> Report:
     """Perplexity, divergence from the model as it is, bytes, and tokens/s of prompts and replies, in turn."""
     models = dict(_models())
     ids = load_tokenizer(STRIPED)("\n\n".join(unseen_articles()), return_tensors="pt", verbose=False).input_ids
+    prompts = [ids[0, :PROMPT_TOKENS].tolist()]
     apart = (ids.shape[1] - WINDOW_TOKENS) // max(1, WINDOWS - 1)  # all over the text
     windows = ids.unfold(1, WINDOW_TOKENS, apart).transpose(0, 1)[:WINDOWS]
     losses = [_losses(models, window) for window in track(windows, "reading", console=Console(stderr=True))]
     rows = [
-        {name: speed(model, ids[:, :PROMPT_TOKENS]) for name, model in models.items()}
+        {name: timed(InTorch(model, at_once=False), prompts) for name, model in models.items()}
         for _ in track(range(repeats), "timing", console=Console(stderr=True))
     ]
     figures: dict[str, Any] = {

@@ -101,10 +101,14 @@ def plot(
     y_label: str,
     *,
     log_x: bool = False,
+    log_y: bool = False,
     bars: bool = False,
     bottom: float = 0,
 ) -> None:
-    """Draw lines, or bars, of (x, y) points into `path`, y from `bottom` on. Needs matplotlib (the `bench` extra)."""
+    """Draw lines, or bars, of (x, y) points into `path`, y from `bottom` on or by its logarithm.
+
+    Needs matplotlib (the `bench` extra).
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -118,7 +122,10 @@ def plot(
     if log_x:
         axes.set_xscale("log", base=2)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    axes.set_ylim(bottom=bottom)
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=bottom)
     axes.grid(alpha=0.3)
     if not bars:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -33,13 +33,12 @@ class NeedleTask(PlantedTask):
         if self.variant in ("single", "multi-key"):
             beside = list(zip(scattered[1:], map(_sentence, drawn[1:], numbers[1:]), strict=True))
             facts = beside if self.variant == "multi-key" else []
-            needle = _sentence(drawn[0], numbers[0])
-            question = f"What is the registry number of the {drawn[0]}?"
+            sentence, question = needle(drawn[0], numbers[0])
             return [
                 (
                     {"depth": depth},
                     Riddle(
-                        facts=((depth, needle), *facts),
+                        facts=((depth, sentence), *facts),
                         question=question,
                         instruction="Answer with the number only.",
                         references=(numbers[0],),
@@ -63,6 +62,11 @@ class NeedleTask(PlantedTask):
             needed=tuple(range(len(numbers))),
         )
         return [({}, riddle)]
+
+
+def needle(name: str, number: str) -> tuple[str, str]:
+    """A sentence that gives a number by its name, and the question for it."""
+    return _sentence(name, number), f"What is the registry number of the {name}?"
 
 
 def _sentence(name: str, number: str) -> str:

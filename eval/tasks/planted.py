@@ -14,6 +14,7 @@ from stripedrag.eval.resources import Resources
 from stripedrag.eval.schema import Axis, Passage, Question, Record, asked
 from stripedrag.eval.tasks.base import ReadingTask
 
+HAYSTACK = DATA / "haystack" / "novels.jsonl.xz"
 Length = Annotated[int, Field(ge=64)]
 Depth = Annotated[float, Field(ge=0, le=1)]
 
@@ -31,7 +32,7 @@ class Riddle(Record):
 class HaystackFields(Record):
     """The field of tasks over a haystack."""
 
-    haystack: Path = DATA / "haystack" / "novels.jsonl.xz"
+    haystack: Path = HAYSTACK
 
     def data(self) -> Mapping[str, str]:
         """The haystack, for the manifest."""

@@ -353,12 +353,15 @@ class Blocks {
       memories.push_back(memory);
     }
     nb::gil_scoped_release release;
-    std::vector<char> scratch;
+    std::vector<BlockStep> steps;
+    int64_t bytes = 0;
     for (size_t i = 0; i < blocks_.size(); i++) {
-      const BlockStep step(blocks_[i], token, memories[i], kernels);
-      if (scratch.size() < size_t(step.scratch_bytes())) scratch.resize(size_t(step.scratch_bytes()));
-      if (!step.run(at<char>(x), scratch.data())) throw std::bad_alloc();
+      steps.emplace_back(blocks_[i], token, memories[i], kernels);
+      if (bytes < steps[i].scratch_bytes()) bytes = steps[i].scratch_bytes();
     }
+    std::vector<char> scratch(static_cast<size_t>(bytes));
+    for (const BlockStep& step : steps)
+      if (!step.run(at<char>(x), scratch.data())) throw std::bad_alloc();
   }
 
  private:

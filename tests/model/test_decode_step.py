@@ -11,6 +11,7 @@ from hyena_inputs import CPU
 from stripedrag.kernels import cpu
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, decode_step, modeling
 from stripedrag.model.cache import new_cache
+from stripedrag.model.layers import Linear
 from stripedrag.model.quantization import QuantizationConfig
 
 pytestmark = pytest.mark.skipif(cpu.refuses(CPU) is not None, reason=str(cpu.refuses(CPU)))
@@ -142,12 +143,16 @@ def test_whoever_watches_a_module_is_heard(make, steps):
         hook.remove()
 
 
-def test_hidden_states_are_those_of_every_block(make):
+def test_hidden_states_are_those_of_every_block_and_only_then_heard(make, steps):
     model = make()
     _, cache = decoded(model)
+    steps.clear()
     with torch.no_grad():
         outputs = model(input_ids=ids(1)[:, :1], past_key_values=cache, use_cache=True, output_hidden_states=True)
     assert len(outputs.hidden_states) == model.config.num_layers + 1
+    assert steps == []
+    decoded(model)
+    assert steps == [True] * (TOKENS - READ)
 
 
 def _moved(model):
@@ -207,10 +212,76 @@ def _wider(model):
     model.double().float()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [_moved, _written, _replaced, _another_module, _of_another_kind, _another_forward, _transposed, _fewer, _wider],
-)
+def _other_blocks(model):
+    other = copy.deepcopy(model.backbone.blocks)
+    for parameter in other.parameters():
+        parameter.data *= 1.1
+    model.backbone.blocks = other
+
+
+def _another_order(model):
+    blocks = model.backbone.blocks
+    blocks[1], blocks[3] = blocks[3], blocks[1]
+    blocks[0], blocks[2] = blocks[2], blocks[0]
+
+
+def _another_eps(model):
+    for block in model.backbone.blocks:
+        block.pre_norm.eps = block.post_norm.eps = 1.0
+
+
+def _another_activation(model):
+    model.backbone.blocks[1].mlp.activation = "gelu"
+
+
+def _another_class(model):
+    class Doubled(Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.backbone.blocks[0].mlp.l2.__class__ = Doubled
+
+
+def _no_parameter(model):
+    module = model.backbone.blocks[0].mlp.l2
+    weight = module.weight.detach()
+    del module.weight
+    module.weight = weight
+    with torch.no_grad():
+        model(input_ids=ids(1)[:, :1], past_key_values=decoded(model)[1], use_cache=True)
+    module.weight = 2 * weight
+
+
+def _one_bias_for_all(model):
+    model.backbone.blocks[0].out_filter_dense.bias.data = torch.ones(1)
+
+
+def _half_a_skip(model):
+    model.backbone.blocks[0].filter.D.data = model.backbone.blocks[0].filter.D.data.half()
+
+
+CHANGES = [
+    _moved,
+    _written,
+    _replaced,
+    _another_module,
+    _of_another_kind,
+    _another_forward,
+    _transposed,
+    _fewer,
+    _wider,
+    _other_blocks,
+    _another_order,
+    _another_eps,
+    _another_activation,
+    _another_class,
+    _no_parameter,
+    _one_bias_for_all,
+    _half_a_skip,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_was_changed_in_between_runs_as_it_is(make, monkeypatch, change):
     model = make()
     _, cache = decoded(model)
@@ -222,6 +293,22 @@ def test_a_model_that_was_changed_in_between_runs_as_it_is(make, monkeypatch, ch
         monkeypatch.setattr(modeling, "step_at_once", lambda *arguments: None)
         expected = model(input_ids=token, past_key_values=other, use_cache=True).logits
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [16, 400_000])
+def test_weights_that_do_not_fit_together_get_the_blocks_error(make, width):
+    model = make()
+    _, cache = decoded(model)
+    model.backbone.blocks[0].mlp.l2.weight.data = torch.randn(width, 96)
+    with torch.no_grad(), pytest.raises(ValueError, match="they go in pairs"):
+        model(input_ids=ids(1)[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_a_model_of_its_first_blocks_decodes(make, steps):
+    model = make()
+    model.backbone.blocks = model.backbone.blocks[:3]
+    decoded(model)
+    assert steps == []
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

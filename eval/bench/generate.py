@@ -34,10 +34,9 @@ from stripedrag.eval.tasks.vocabulary import ADJECTIVES, NOUNS
 from stripedrag.jsonl import read_lines
 from stripedrag.model import generation
 from stripedrag.model.cache import cache_bytes, new_cache
-from stripedrag.model.generation import Sampling, decode_together, prefill
+from stripedrag.model.generation import Sampling, decode, decode_together, prefill
 from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import BASELINE, STRIPED
-from stripedrag.model.state import StripedHyenaState
 from stripedrag.rag.prompt import PromptFormat
 
 LENGTHS = (1024, 8192, 32_768)
@@ -104,19 +103,16 @@ class InLlamaCpp:
 def run(repeats: int) -> Report:
     """For each system and length tokens a second of both, seconds to the first token, bytes of the cache and peak."""
     systems, tokenizer = _systems()
-    ids = _text(tokenizer, max(LONGEST, ROWS * ROW_TOKENS))
+    ids = _text(tokenizer, max(*LENGTHS, ROWS * ROW_TOKENS))
     here = machine()
     limits = {name: _limits(system, here) for name, system in systems.items() if isinstance(system, InTorch)}
     ours, rows = cast(InTorch, systems[STRIPED]), list[dict[str, Any]]()
-    asked = [(1, length) for length in LENGTHS[:-1]] + [(ROWS, ROW_TOKENS), (1, LENGTHS[-1]), (1, LONGEST)]
+    asked = [(1, length) for length in LENGTHS[:-1]] + [(ROWS, ROW_TOKENS), (1, LENGTHS[-1])]
     for batch, length in track(asked, "reading", console=Console(stderr=True)):
-        runs = repeats
         if length == LENGTHS[-1] and GGUF in systems:  # the slower in llama.cpp would take another hour
             slower = max((GGUF, GGUF_8), key=lambda name: _first_token_s(rows, name, LENGTHS[-2]))
             systems = {name: system for name, system in systems.items() if name != slower}
-        elif length == LONGEST:
-            systems, runs = {STRIPED: systems[STRIPED]}, 1
-        rows += _measured(systems, ids, batch, length, runs)
+        rows += _measured(systems, ids, batch, length, repeats)
     figures = {
         "bench": "generate",
         "machine": here,
@@ -131,7 +127,7 @@ def run(repeats: int) -> Report:
 
 def needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, Any]:
     """A prompt of up to so many tokens with a number planted at each of `DEPTHS`, read once; each is then asked for by
-    a fork of what was read.
+    a fork of what was read. What reading took, decoding after it, and the answers.
     """
     prompt = PromptFormat(tokenizer)
     rng = Random(0)
@@ -146,21 +142,27 @@ def needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: 
     passage, _ = plant(
         window, facts, fits=lambda passage: len(prompt.prefix_ids([span_of(passage)])) <= room, capacity_tokens=tokens
     )
-    ids = torch.tensor([prompt.prefix_ids([span_of(passage)])])
-    meter = Meter(trim=True)
+    ids, cache = torch.tensor([prompt.prefix_ids([span_of(passage)])]), new_cache(model.config)
+    meter, stop = Meter(trim=True), generation.stop_ids(model)
     with meter.running(_HOURS):
-        state = StripedHyenaState.read(model, ids)
-        begun = time.perf_counter()
-        stop = generation.stop_ids(model)
+        times = [time.perf_counter()]
+        logits = prefill(model, ids, cache)
+        times.append(time.perf_counter())
         answers = decode_together(
-            model, state.copy(), questions, max_new_tokens=ANSWER_TOKENS, stop_ids=stop, sampling=Sampling()
+            model, cache, questions, max_new_tokens=ANSWER_TOKENS, stop_ids=stop, sampling=Sampling()
         )
-        asked_s = time.perf_counter() - begun
+        times.append(time.perf_counter())
+        made = list(decode(model, logits, cache, max_new_tokens=ANSWER_TOKENS, stop_ids=(), sampling=Sampling()))
+        times.append(time.perf_counter())
+    read_s, asked_s, wrote_s = (end - begin for begin, end in itertools.pairwise(times))
     texts = [tokenizer.decode(answer) for answer in answers]
     return {
-        "tokens": len(state) + max(map(len, questions)),
-        "read_s": meter.total_s - asked_s,
+        "tokens": ids.shape[1] + max(map(len, questions)),
+        "first_token_s": read_s,
+        "prefill_tokens_per_s": ids.shape[1] / read_s,
+        "decode_tokens_per_s": (len(made) - 1) / wrote_s,
         "asked_s": asked_s,
+        "cache_bytes": cache_bytes(cache),
         "peak_bytes": meter.peak_bytes,
         "answers": [
             {"depth": depth, "number": number, "answer": text, "right": string_match_all(text, [number]) == 1}
@@ -284,8 +286,10 @@ def _table(figures: dict[str, Any]) -> str:
     found = figures["needles"]
     lines += [
         "",
-        f"needles in {found['tokens']:,} tokens, read in {found['read_s']:.0f} s, {found['peak_bytes'] / 1e6:.0f} MB "
-        f"beyond the weights; all asked in {found['asked_s']:.1f} s:",
+        f"needles in {found['tokens']:,} tokens: read in {found['first_token_s']:.0f} s "
+        f"({found['prefill_tokens_per_s']:.0f} tokens/s), then {found['decode_tokens_per_s']:.1f} tokens/s; cache "
+        f"{found['cache_bytes'] / 1e6:.0f} MB, peak {found['peak_bytes'] / 1e6:.0f} MB beyond the weights; all three "
+        f"asked in {found['asked_s']:.1f} s:",
     ]
     lines += [
         f"  at {one['depth']:.0%}: {one['number']}, answered {one['answer']!r}{'' if one['right'] else ' (wrong)'}"
@@ -300,4 +304,5 @@ def _plot(figures: dict[str, Any], path: Path) -> None:
     for row in figures["rows"]:
         if row["rows"] == 1:
             series.setdefault(row["system"], []).append((row["prompt_tokens"], row["first_token_s"]))
+    series[STRIPED].append((figures["needles"]["tokens"], figures["needles"]["first_token_s"]))
     plot(path, series, "time to the first token", "tokens of prompt", "seconds", log_x=True, log_y=True)

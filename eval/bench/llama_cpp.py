@@ -1,7 +1,7 @@
 """SmolLM2 as a user of llama.cpp runs it: the GGUF as it is published, and 8 bits a weight requantised from that.
 
 By the low-level functions of llama-cpp-python, so that nothing but llama.cpp takes time: prompts in batches of 2,048,
-flash attention, keys and values in float16, which are its own choices or its faster ones.
+flash attention, keys and values in float16, each row's apart, which are its own choices or its faster ones.
 """
 
 import ctypes
@@ -18,6 +18,12 @@ from stripedrag.errors import StoreError
 from stripedrag.weights import SMOLLM2, cache_dir, fetch
 
 BATCH_TOKENS = 2048
+_CELLS = 256  # of which a row's part of the cache has a whole number
+
+
+def built_for() -> str:
+    """The version, and the instruction sets that the library was built for."""
+    return f"{lib.__version__}: {lib.llama_print_system_info().decode()}"
 
 
 @lib.llama_log_callback
@@ -66,36 +72,40 @@ class LlamaCpp:
         self.token_bytes = 2 * 2 * lib.llama_model_n_layer(self._model) * heads[1] * width  # keys and values, float16
         self.weight_bytes = int(lib.llama_model_size(self._model))
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, tell: Callable[[float], None]) -> None:
-        """Read all prompts, which are of one length, then write `new_tokens` greedily after each, side by side. `tell`
-        hears the time when all first tokens are there, and when all are.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, tell: Callable[[float], None]
+    ) -> list[list[int]]:
+        """Read all prompts, which are of one length, then write `new_tokens` greedily after each, side by side: these.
+        `tell` hears the time when there is a context to read in, when all first tokens are there, and when all are.
 
         Raises `StoreError` where llama.cpp refuses.
         """
         rows, length = len(prompts), len(prompts[0])
         options = lib.llama_context_default_params()
-        options.n_ctx = rows * (length + new_tokens)
+        options.n_ctx = rows * -(-(length + new_tokens) // _CELLS) * _CELLS
         options.n_batch, options.n_seq_max = BATCH_TOKENS, rows
         options.n_threads = options.n_threads_batch = self._threads
-        options.flash_attn_type, options.kv_unified = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, rows > 1
+        options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context = lib.llama_init_from_model(self._model, options)
         if not context:
             raise StoreError(f"llama.cpp has no context of {options.n_ctx} tokens")
         batch = lib.llama_batch_init(BATCH_TOKENS, 0, 1)
         try:
-            tokens = []
+            written: list[list[int]] = []
+            tell(time.perf_counter())
             for row, prompt in enumerate(prompts):
                 for start in range(0, length, BATCH_TOKENS):
                     part = prompt[start : start + BATCH_TOKENS]
                     self._decode(context, batch, [(token, start + i, row) for i, token in enumerate(part)])
-                tokens.append(self._likeliest(context, -1))
+                written.append([self._likeliest(context, -1)])
             tell(time.perf_counter())
             for made in range(new_tokens - 1):
-                self._decode(
-                    context, batch, [(token, length + made, row) for row, token in enumerate(tokens)], all_=True
-                )
-                tokens = [self._likeliest(context, row) for row in range(rows)]
+                lasts = [(tokens[-1], length + made, row) for row, tokens in enumerate(written)]
+                self._decode(context, batch, lasts, all_=True)
+                for row, tokens in enumerate(written):
+                    tokens.append(self._likeliest(context, row))
             tell(time.perf_counter())
+            return written
         finally:
             lib.llama_batch_free(batch)
             lib.llama_free(context)

@@ -227,7 +227,11 @@ def bench(
         Path | None, typer.Option(help="`recall` and `stream`: the questions on it, JSON lines.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="`filter`: 'cuda' measures the Triton kernels on a GPU.", metavar="cpu|cuda")
+        str,
+        typer.Option(
+            help="`filter`: 'cuda' measures the Triton kernels on a GPU; `train`: whole 7B shapes there.",
+            metavar="cpu|cuda",
+        ),
     ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -238,8 +242,8 @@ def bench(
         raise UsageError(f"repeats is {repeats}; it is at least 1")
     if (corpus is None) != (questions is None) or (corpus is not None and name not in ("recall", "stream")):
         raise UsageError("--corpus and --questions go together, and with `recall` or `stream`")
-    if device != "cpu" and (name != "filter" or device.partition(":")[0] != "cuda"):
-        raise UsageError(f"--device is {device!r}; it is cpu, or with `filter` cuda")
+    if device != "cpu" and (name not in ("filter", "train") or device.partition(":")[0] != "cuda"):
+        raise UsageError(f"--device is {device!r}; it is cpu, or with `filter` and `train` cuda")
     data: dict[str, Any] = {} if corpus is None else {"corpus": corpus, "questions": questions}
     data |= {} if device == "cpu" else {"device": device}
     if to is not None and to.suffix == ".svg":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stripedrag.kernels import cpu
+from stripedrag.kernels.library import is_ordinary
 from stripedrag.kernels.operands import FilterParameters, HyenaState
 from stripedrag.kernels.quantized import QuantizedWeight
 
@@ -25,7 +26,7 @@ class LinearWeights(NamedTuple):
     @property
     def rows(self) -> int:
         """How many outputs it has."""
-        return len(self.weight if isinstance(self.weight, Tensor) else self.weight.weight)
+        return (self.weight if isinstance(self.weight, Tensor) else self.weight.weight).shape[:1].numel()
 
 
 class BlockWeights(NamedTuple):
@@ -138,7 +139,11 @@ class _Mixer:
             and shape[3] == self._head_width == 2 * angles
             and strides == values.stride()
             and strides[2:] == (shape[3], 1)
+            and (batch == 1 or strides[0] > 0)  # of rows that are there once the token's places would be one
+            and (shape[1] == 1 or strides[1] > 0)
             and keys.dtype is values.dtype is dtype
+            and is_ordinary(keys)
+            and is_ordinary(values)
             and keys.is_cpu
             and values.is_cpu
         )

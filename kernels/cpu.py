@@ -171,7 +171,7 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
 
 
 def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`F.linear` for a few rows in float32 or bfloat16, or None where that is not what is asked for. A row's bits do
+    """`F.linear` for up to 8 rows in float32 or bfloat16, or None where that is not what is asked for. A row's bits do
     not depend on the others.
 
     torch's own takes three times as long on one row in bfloat16, which is most of a decode step.
@@ -395,7 +395,7 @@ def native_blocks(blocks: "Sequence[BlockWeights]", dtype: torch.dtype) -> tuple
 
     narrow = dtype, torch.float32
     for block in blocks:
-        width, inner, mixer = block.pre_norm.numel(), block.gate.rows, block.mixer
+        width, inner, mixer = blocks[0].pre_norm.numel(), block.gate.rows, block.mixer
         wide = block.pre_norm.dtype
         scales = address(block.pre_norm, (width,), *narrow), address(block.post_norm, (width,), wide)
         rows = 3 * width if isinstance(mixer, FilterParameters) else (mixer[0] + 2 * mixer[1]) * (width // mixer[0])
@@ -418,7 +418,9 @@ def native_blocks(blocks: "Sequence[BlockWeights]", dtype: torch.dtype) -> tuple
             made.add_attention(described, heads, kv_heads)
             continue
         fir_weight, fir_bias, poles, residues, skip, columns = mixer
-        taps, (groups, modes) = fir_weight.shape[-1], poles.shape[:2]
+        if fir_weight.ndim != 3 or poles.ndim != 4 or not poles.numel():
+            raise ValueError(f"the FIR weight has shape {tuple(fir_weight.shape)} and the poles {tuple(poles.shape)}")
+        taps, (groups, modes) = fir_weight.shape[2], poles.shape[:2]
         if taps > MAX_TAPS or modes > MAX_MODES or width % groups or width % (columns or 1):
             raise ValueError(
                 f"{taps} taps, {modes} modes, {groups} groups and {columns} heads of {width} channels; it takes up to "

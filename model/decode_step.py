@@ -37,7 +37,7 @@ def step_at_once(
     """The last block's output (B, 1, H) for x (B, 1, H), the states, keys and values in `cache` moved on; None where
     something is not as a decoding loop has it. After a `MemoryError` the cache is good for nothing.
     """
-    if not cpu.takes_token(x):
+    if not cpu.takes_token(x) or type(cache) is not DynamicCache:  # another may do more when it is given a token
         return None
     step = model.decode_step
     if step is None or not step.holds(x):
@@ -48,7 +48,7 @@ def step_at_once(
     for i, layer in enumerate(cache.layers):
         if type(layer) is GrowingLayer and layer.is_initialized:
             memories.append(native.KeysAndValues(*layer.with_room()))
-        elif isinstance(layer, LinearAttentionLayer) and (state := hyena_state(cache, i)) is not None:
+        elif type(layer) is LinearAttentionLayer and (state := hyena_state(cache, i)) is not None:
             memories.append(state)
         else:
             return None
@@ -66,16 +66,16 @@ class DecodeStep:
     """
 
     def __init__(self, model: "StripedHyenaModel", x: Tensor) -> None:
-        self._found: list[tuple[dict[str, Any], str, Any]] = [(model._modules, "blocks", model.blocks)]
         self._modules: list[nn.Module] = []
         self._dtype = x.dtype
         self._blocks = model.blocks._modules
         self._count = len(self._blocks)
-        self._note(model.blocks)
+        found: list[tuple[dict[str, Any], str, Any]] = [(model._modules, "blocks", model.blocks)]
+        self._note(model.blocks, found)
         self._types = list(map(type, self._modules))
         self._hooks = [hooks for one in self._modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
-        dictionaries, names, found = zip(*self._found, strict=True)
-        self._where = dictionaries, names, found
+        dictionaries, names, ones = zip(*found, strict=True)
+        self._where = dictionaries, names, ones
         self.native: native.Blocks | None = None
         is_ours = set(self._types) <= set(_KINDS) and not any("forward" in one.__dict__ for one in self._modules)
         if is_ours and [kind.forward for kind in _KINDS] == _FORWARDS:
@@ -106,22 +106,23 @@ class DecodeStep:
             for hooks in self._hooks
             for hook in hooks.values()
         )
-        return foreign or bool(output_capturing._active_collector.get())
+        collector = getattr(output_capturing, "_active_collector", None)
+        return foreign or collector is None or bool(collector.get())
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
 
-    def _note(self, parent: nn.Module) -> None:
-        """Note what is below a module."""
+    def _note(self, parent: nn.Module, found: list[tuple[dict[str, Any], str, Any]]) -> None:
+        """Note what is below a module, and where it is registered."""
         for registered in (parent._parameters, parent._modules):
-            self._found += [(registered, name, one) for name, one in registered.items()]
+            found += [(registered, name, one) for name, one in registered.items()]
         for module in parent.children():
             self._modules.append(module)
             own = module.__dict__
-            self._found += [(own, name, own[name]) for name in _NUMBERS if name in own]
+            found += [(own, name, own[name]) for name in _NUMBERS if name in own]
             if "forward" not in own:
-                self._found.append((own, "forward", None))
-            self._note(module)
+                found.append((own, "forward", None))
+            self._note(module, found)
 
 
 def _weights(block: StripedHyenaBlock, place: int) -> native.BlockWeights:

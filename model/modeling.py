@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from stripedrag.errors import CheckpointError, UsageError
+from stripedrag.kernels.library import is_watched
 from stripedrag.model.cache import fit, new_cache
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.decode_step import DecodeStep, step_at_once
@@ -109,6 +110,8 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
     """The backbone: embedding, blocks, final norm; and the unembedding, which published names put inside it."""
 
     _tied_weights_keys = {"unembed.weight": "embedding_layer.weight"}
+    decode_step: DecodeStep | None = None
+    angles: tuple[Any, Tensor, Tensor] | None = None  # of the tokens that are decoded
 
     def __init__(self, config: StripedHyenaConfig) -> None:
         super().__init__(config)
@@ -118,8 +121,6 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         self.unembed: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.told_of_stretch = False
-        self.decode_step: DecodeStep | None = None
-        self.angles: tuple[Any, Tensor, Tensor] | None = None  # of the tokens that are decoded
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -193,7 +194,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
                 "attention_mask pads on the right or inside; a cache can be continued only from left-padded prompts "
                 "(tokenizer.padding_side = 'left'), or pass use_cache=False"
             )
-        is_step = length == 1 and past > 0 and real is None and not torch.compiler.is_compiling()
+        is_step = length == 1 and past > 0 and real is None and not is_watched()
         rotary = None
         if position_ids is None:
             if is_step and not torch.is_grad_enabled():
@@ -208,7 +209,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         if padding_mask is not None and (trusts_mask or padding_mask.all()):
             padding_mask = None
         mask = _attention_mask(real, length, past, x.device)
-        if length > 1 and self.decode_step is not None:
+        if length > 1 and self.decode_step is not None and not torch.compiler.is_compiling():
             self.decode_step = None  # what it holds of weights that were replaced can go
         stepped = step_at_once(self, x, rotary, past_key_values) if is_step else None
         if stepped is None:

@@ -17,4 +17,5 @@ BENCHES = {
     "scale": "stripedrag.eval.bench.scale",
     "stream": "stripedrag.eval.bench.stream",
     "stripe": "stripedrag.eval.bench.stripe",
+    "train": "stripedrag.eval.bench.train",
 }

@@ -1,30 +1,41 @@
-"""One token: the decode step of the operator against eager torch, and its share of the default model's whole step."""
+"""One token: the operator's step against eager torch, and where the default model's whole step goes."""
 
-from collections.abc import Callable
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+from stripedrag.errors import BackendError
 from stripedrag.eval.bench.filter import SHAPES, parameters
-from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
+from stripedrag.eval.bench.generate import novel_ids
+from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot, seconds_of
+from stripedrag.hardware import fast_dtype
 from stripedrag.kernels import ops
-from stripedrag.model.cache import hyena_state, new_cache
+from stripedrag.kernels.cpu import refuses
+from stripedrag.model.cache import cache_bytes, new_cache
 from stripedrag.model.generation import prefill
 from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import STRIPED
 
 CALLS = 100  # of each side in a repetition: a step takes microseconds
-PROMPT_TOKENS = 1024
+PROMPT_TOKENS = (1024, 8000)
+TEXT_TOKENS = 512
 
 
 @torch.no_grad()
 def run(repeats: int) -> Report:
     """Microseconds of a step through the public op, native and eager, and the profile of a model's decode step."""
     steps = [_step(*shape, dtype, repeats) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
-    figures = {"bench": "decode", "machine": machine(), "repeats": repeats, "steps": steps, "model": _model(repeats)}
+    models = [_model(tokens, repeats) for tokens in PROMPT_TOKENS]
+    figures = {
+        "bench": "decode",
+        "machine": machine(),
+        "repeats": repeats,
+        "steps": steps,
+        "models": models,
+        "nats": _nats(),
+    }
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
 
@@ -50,66 +61,82 @@ def _step(channels: int, modes: int, dtype: torch.dtype, repeats: int) -> dict[s
     }
 
 
-def _model(repeats: int) -> dict[str, Any]:
-    """What one decode step of the default model spends where, each part run as the model runs it, interleaved."""
+def _model(tokens: int, repeats: int) -> dict[str, Any]:
+    """What a decode step of the default model takes after so many tokens, where, and against its modules one by one.
+
+    Raises `BackendError` where the native kernels are not there.
+    """
     model, _ = load_model(STRIPED, device="cpu")
     cache = new_cache(model.config)
-    ids = torch.arange(PROMPT_TOKENS).unsqueeze(0) % model.config.vocab_size
+    ids = torch.arange(tokens).unsqueeze(0) % model.config.vocab_size
     prefill(model, ids, cache)
-    token, blocks, backbone = ids[:, :1], list(model.backbone.blocks), model.backbone
-    x = backbone.embedding_layer(token)
-    hyena = [(b, hyena_state(cache, b.layer_idx), b.projections(x)[:, 0]) for b in blocks if not b.is_attention]
-    wide = [torch.zeros(1, 1, b.mlp.l3.in_features, dtype=x.dtype) for b in blocks]
+    backbone, token = model.backbone, ids[:, :1]
 
-    def filters() -> None:
-        for block, state, z in hyena:
-            assert state is not None
-            block.filter.step(z, state)
+    def step() -> None:
+        model(input_ids=token, past_key_values=cache, use_cache=True)
 
-    def norms() -> None:
-        for block in blocks:
-            block.pre_norm(x)
-            block.post_norm(x)
-        backbone.norm(x)
+    def by_modules() -> None:
+        hook = backbone.blocks[0].register_forward_hook(lambda *arguments: None)  # which the native step would pass by
+        step()
+        hook.remove()
 
-    def products(apply: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-        for block, hidden in zip(blocks, wide, strict=True):
-            for linear in (block.mlp.l1, block.mlp.l2):
-                apply(linear, x)
-            apply(block.mlp.l3, hidden)
-            for linear in (
-                (block.inner_mha_cls.Wqkv, block.inner_mha_cls.out_proj)
-                if block.is_attention
-                else (block.projections, block.out_filter_dense)
-            ):
-                apply(linear, x)
-        apply(backbone.unembed, x)
-
-    seconds = interleaved(
-        4 * repeats,
-        step=lambda: model(input_ids=token, past_key_values=cache, use_cache=True),
-        hyena_operators=filters,
-        norms=norms,
-        linear_layers=lambda: products(lambda linear, row: linear(row)),
-        linear_layers_by_torch=lambda: products(lambda linear, row: F.linear(row, linear.weight, linear.bias)),
-    )
+    step()
+    native = backbone.decode_step.native if backbone.decode_step is not None else None
+    if native is None:
+        raise BackendError(f"there is no native decode step to time here: {refuses(torch.device('cpu'))}")
+    native._native = timed = _Timed(native._native)
+    x = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
+    seconds = interleaved(4 * repeats, step=step, unembedding=lambda: backbone.unembed(x), step_by_modules=by_modules)
     middle = medians(seconds)
-    by_torch = middle.pop("linear_layers_by_torch")
-    weights = sum(p.nbytes for p in model.parameters())
+    blocks = statistics.median(timed.seconds)
+    read = sum(p.nbytes for p in model.parameters()) + cache_bytes(cache)
+    outside = middle["step"] - blocks - middle["unembedding"]
     return {
         "name": STRIPED,
-        "context_tokens": PROMPT_TOKENS,
+        "context_tokens": tokens,
         "step_ms": 1e3 * middle["step"],
-        "share": {part: middle[part] / middle["step"] for part in middle if part != "step"},
-        "linear_layers_by_torch_over_ours": by_torch / middle["linear_layers"],
-        "step_over_ours_with_torchs_linear_layers": 1 + (by_torch - middle["linear_layers"]) / middle["step"],
-        "weight_bytes": weights,
-        "seconds": seconds,
+        "share": {
+            "blocks": blocks / middle["step"],
+            "unembedding": middle["unembedding"] / middle["step"],
+            "python": outside / middle["step"],
+        },
+        "by_modules_over_step": middle["step_by_modules"] / middle["step"],
+        "bytes_read": read,
+        "seconds": seconds | {"blocks": timed.seconds},
     }
 
 
+def _nats() -> dict[str, float]:
+    """Nats a token of a novel, read at once and token by token, in the default's dtype and in float32."""
+    nats = {}
+    for dtype in {fast_dtype(), torch.float32}:
+        model, tokenizer = load_model(STRIPED, device="cpu", dtype=dtype)
+        ids = torch.tensor([novel_ids(tokenizer, 2 * TEXT_TOKENS)])
+        at_once = model(input_ids=ids).logits[0, TEXT_TOKENS - 1 : -1]
+        cache, logits = new_cache(model.config), []
+        logits.append(prefill(model, ids[:, :TEXT_TOKENS], cache))
+        for token in ids[:, TEXT_TOKENS:-1].split(1, dim=1):
+            logits.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1])
+        for way, of_way in (("read at once", at_once), ("token by token", torch.cat(logits))):
+            loss = torch.nn.functional.cross_entropy(of_way.float(), ids[0, TEXT_TOKENS:])
+            nats[f"{str(dtype).removeprefix('torch.')}, {way}"] = float(loss)
+    return nats
+
+
+class _Timed:
+    """Blocks of the extension, and how long each of their runs took."""
+
+    def __init__(self, blocks: Any) -> None:
+        self._blocks = blocks
+        self.seconds: list[float] = []
+
+    def run(self, *arguments: Any) -> None:
+        """A run, timed."""
+        self.seconds.append(seconds_of(lambda: self._blocks.run(*arguments)))
+
+
 def _table(figures: dict[str, Any]) -> str:
-    here, model = figures["machine"], figures["model"]
+    here = figures["machine"]
     lines = [
         f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, kernels {here['kernels']}, "
         f"{here['commit']}",
@@ -121,27 +148,26 @@ def _table(figures: dict[str, Any]) -> str:
             f"{row['dtype']:24}{row['channels']:>5}{row['modes']:>4}{row['ours_us']:>10.1f}{row['eager_us']:>10.1f}"
             f"{row['times_faster']:>8.1f}"
         )
-    least_ms = 1e3 * model["weight_bytes"] / here["read_bytes_per_s"]
-    lines += [
-        "",
-        f"{model['name']}, a decode step at {model['context_tokens']} tokens of context: {model['step_ms']:.1f} ms "
-        f"(reading the weights once takes {least_ms:.1f})",
-    ]
-    lines += [f"  {part.replace('_', ' '):24}{share:>6.1%}" for part, share in model["share"].items()]
-    lines += [
-        f"  torch's linear layers take {model['linear_layers_by_torch_over_ours']:.1f}x as long; with them the step "
-        f"would take {model['step_over_ours_with_torchs_linear_layers']:.1f}x as long",
-        "  attention, rotary, cache, Python: the rest. Each part was run by itself: operators and norms found their",
-        "  numbers in the caches more often than in a whole step.",
-        "",
-        f"Medians of {figures['repeats']}, interleaved.",
-    ]
+    for model in figures["models"]:
+        least_ms = 1e3 * model["bytes_read"] / here["read_bytes_per_s"]
+        lines += [
+            "",
+            f"{model['name']}, a decode step at {model['context_tokens']:,} tokens: {model['step_ms']:.1f} ms "
+            f"(reading weights and cache once: {least_ms:.1f}); by its modules one by one "
+            f"{model['by_modules_over_step']:.2f}x as long",
+        ]
+        lines += [f"  {part:24}{share:>6.1%}" for part, share in model["share"].items()]
+    lines += ["", f"nats a token of a novel's {TEXT_TOKENS} tokens after as many:"]
+    lines += [f"  {way:28}{nats:.4f}" for way, nats in figures["nats"].items()]
+    lines += ["", f"Medians of {figures['repeats']}, interleaved. python: all outside the two native calls."]
     return "\n".join(lines)
 
 
 def _plot(figures: dict[str, Any], path: Path) -> None:
-    share = figures["model"]["share"]
-    bars = {part.replace("_", " "): 100 * part_share for part, part_share in share.items()}
-    bars["rest"] = max(0.0, 100 - sum(bars.values()))
-    series = {"decode step": list(bars.items())}
-    plot(path, series, f"{figures['model']['name']}: where a decode step goes", "", "% of the step", bars=True)
+    series = {
+        f"at {model['context_tokens']:,} tokens": [
+            (f"{part}, {model['context_tokens']:,}", 100 * share) for part, share in model["share"].items()
+        ]
+        for model in figures["models"]
+    }
+    plot(path, series, "the default model: where a decode step goes", "", "% of the step", bars=True)

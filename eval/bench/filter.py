@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stripedrag.errors import UsageError
 from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
 from stripedrag.eval.bench.report import (
     Bandwidth,
     Report,
+    device_of,
     interleaved,
     machine,
     matmul_rate,
@@ -29,13 +29,11 @@ FFT_BYTES = 9e9  # what the FFT prefill may take: it keeps several spectra of 2 
 
 def run(repeats: int, device: str = "cpu") -> Report:
     """Forward rates on the CPU, or on a GPU those of `filter_gpu`. Raises `UsageError` where there is none."""
-    if device == "cpu":
+    if (place := device_of(device)).type == "cpu":
         return _on_cpu(repeats)
-    if not torch.cuda.is_available():
-        raise UsageError(f"the device is {device!r}, and torch finds no CUDA device here")
     from stripedrag.eval.bench import filter_gpu
 
-    return filter_gpu.run(repeats, torch.device(device))
+    return filter_gpu.run(repeats, place)
 
 
 def _on_cpu(repeats: int) -> Report:

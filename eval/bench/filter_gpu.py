@@ -59,7 +59,8 @@ def _run(repeats: int, device: torch.device) -> Report:
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
 
-def _seconds_on(device: torch.device, side: Callable[[], object]) -> float:
+def seconds_on(device: torch.device, side: Callable[[], object]) -> float:
+    """Seconds of one run, on a GPU by its own events."""
     if device.type != "cuda":
         return seconds_of(side)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -101,7 +102,7 @@ def _forward(
         seconds = interleaved(
             repeats,
             WARM_UPS,
-            partial(_seconds_on, device),
+            partial(seconds_on, device),
             copy=lambda: next(turn).clone(),
             **{side: filtered(side) for side in SIDES},
         )
@@ -143,7 +144,7 @@ def _gradient(channels: int, modes: int, dtype: torch.dtype, repeats: int, devic
     with torch.no_grad():
         dy, more["state"] = ops.hyena_filter(one, **given, backend="torch")
     apart = _apart(dtype, *(gradients(side, one, dy, **more) for side in SIDES))
-    seconds = interleaved(repeats, WARM_UPS, partial(_seconds_on, device), **{side: trained(side) for side in SIDES})
+    seconds = interleaved(repeats, WARM_UPS, partial(seconds_on, device), **{side: trained(side) for side in SIDES})
     middle = medians(seconds)
     listed = forward(modes, TAPS) + backward(modes, TAPS)
     return {

@@ -106,7 +106,7 @@ class InLlamaCpp:
 def run(repeats: int) -> Report:
     """For each system and length tokens a second of both, seconds to the first token, bytes of the cache and peak."""
     systems, tokenizer = _systems()
-    ids = _text(tokenizer, max(*LENGTHS, ROWS * ROW_TOKENS))
+    ids = novel_ids(tokenizer, max(*LENGTHS, ROWS * ROW_TOKENS))
     here = machine()
     limits = {name: _limits(system, here) for name, system in systems.items() if isinstance(system, InTorch)}
     ours, rows = cast(InTorch, systems[STRIPED]), list[dict[str, Any]]()
@@ -177,7 +177,9 @@ def needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: 
 def _systems() -> tuple[dict[str, System], PreTrainedTokenizerBase]:
     systems: dict[str, System] = {}
     for name in (STRIPED, BASELINE):  # nothing here waits for a GPU: its times would be wrong
-        model, tokenizer = load_model(name, device="cpu", window_tokens=2 * LONGEST if name == STRIPED else None)
+        model, tokenizer = load_model(
+            name, device="cpu", window_tokens=LONGEST + ANSWER_TOKENS if name == STRIPED else None
+        )
         systems[name] = InTorch(model, at_once=name == BASELINE)
     if find_spec("llama_cpp") is not None:
         from stripedrag.eval.bench.llama_cpp import published, requantised
@@ -186,7 +188,8 @@ def _systems() -> tuple[dict[str, System], PreTrainedTokenizerBase]:
     return systems, tokenizer
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
+def novel_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
+    """So many ids of novels."""
     prompt = PromptFormat(tokenizer)
     ids: list[int] = []
     for chapter in itertools.cycle(read_lines(HAYSTACK, Chapter)):

@@ -1,12 +1,14 @@
 """A whole Hyena layer against a whole attention layer of the same widths, forward and with its gradient."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
+from stripedrag.kernels import ops
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.layers import StripedHyenaBlock
 from stripedrag.model.modeling import StripedHyenaModel
@@ -17,6 +19,56 @@ WIDTHS: tuple[dict[str, Any], ...] = (
     {"hidden_size": 1024, "num_attention_heads": 8, "proj_groups": 4, "state_size": 2, "inner_mlp_size": 2816},
 )
 DTYPE = torch.bfloat16
+
+
+class Side(NamedTuple):
+    """What is timed: a forward run, and what its gradient is taken of."""
+
+    run: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+
+    def with_gradient(self) -> None:
+        """Forward and backward."""
+        out = self.run()
+        torch.autograd.grad(out, self.leaves, out.detach())
+
+
+class Layers:
+    """A Hyena and an attention layer of these widths, in the words of a configuration, on a device."""
+
+    def __init__(self, widths: dict[str, Any], device: torch.device) -> None:
+        self.config = StripedHyenaConfig(
+            vocab_size=16, num_layers=2, attn_layer_idxs=[1], hyena_layer_idxs=[0], **widths
+        )
+        torch.manual_seed(0)
+        self._model = StripedHyenaModel(self.config).to(DTYPE).to(device)
+        self._device = device
+        blocks = [block for block in self._model.blocks if isinstance(block, StripedHyenaBlock)]
+        self._hyena, self._attention = blocks
+
+    def sides(self, length: int, *, gradient: bool) -> dict[str, Side]:
+        """Both layers on so many tokens."""
+        x = torch.randn(1, length, self.config.hidden_size, device=self._device, dtype=DTYPE, requires_grad=gradient)
+        rotary = self._model._rotary(torch.arange(length, device=self._device).unsqueeze(0), DTYPE)
+        return {
+            f"{name}_layer": Side(lambda block=block: block(x, rotary), (x, *block.parameters()))  # type: ignore[misc]
+            for name, block in (("hyena", self._hyena), ("attention", self._attention))
+        }
+
+    def operator(self, length: int, *, gradient: bool) -> Side:
+        """The Hyena operator as its layer runs it; without a gradient y then stands in z."""
+        width, operator = self.config.hidden_size, self._hyena.filter
+        z = torch.randn(1, length, 3 * width, device=self._device, dtype=DTYPE, requires_grad=gradient)
+        return Side(lambda: operator(z, None, None, may_overwrite=True)[0], (z, *operator.parameters()))
+
+    def core(self, length: int, kv_heads: int) -> Side:
+        """Attention alone, of so many key/value heads and the queries that share them."""
+        group, width = self.config.proj_groups, self.config.head_dim
+        q, k, v = (
+            torch.randn(1, heads, length, width, device=self._device, dtype=DTYPE, requires_grad=True)
+            for heads in (group * kv_heads, kv_heads, kv_heads)
+        )
+        return Side(lambda: ops.attend(q, k, v), (q, k, v))
 
 
 def run(repeats: int) -> Report:
@@ -32,35 +84,13 @@ def run(repeats: int) -> Report:
 
 
 def _layers(widths: dict[str, Any], length: int, with_gradient: bool, repeats: int) -> dict[str, Any]:
-    config = StripedHyenaConfig(
-        vocab_size=16, num_layers=2, attn_layer_idxs=[1], hyena_layer_idxs=[0], column_split_hyena=False, **widths
-    )
-    torch.manual_seed(0)
-    model = StripedHyenaModel(config).to(DTYPE)
-    hyena, attention = model.blocks
-    assert isinstance(hyena, StripedHyenaBlock)
-    x = torch.randn(1, length, config.hidden_size).to(DTYPE).requires_grad_(with_gradient)
-    rotary = model._rotary(torch.arange(length).unsqueeze(0), DTYPE)
-    dx = torch.ones_like(x)
-    z = hyena.projections(x).detach().requires_grad_(with_gradient)
-    dy = torch.ones_like(x)
-
-    def layer(block: StripedHyenaBlock) -> None:
-        out = block(x, rotary)
-        if with_gradient:
-            torch.autograd.grad(out, (x, *block.parameters()), dx)
-
-    def operator() -> None:
-        # As the layer runs it; without a gradient y then stands in z, whose numbers no longer matter.
-        out: Tensor = hyena.filter(z, None, None, may_overwrite=True)[0]
-        if with_gradient:
-            torch.autograd.grad(out, (z, *hyena.filter.parameters()), dy)
-
+    layers = Layers({"column_split_hyena": False, **widths}, torch.device("cpu"))
+    sides = layers.sides(length, gradient=with_gradient)
+    sides["operator"] = layers.operator(length, gradient=with_gradient)
     with torch.set_grad_enabled(with_gradient):
-        seconds = interleaved(
-            repeats, hyena_layer=lambda: layer(hyena), attention_layer=lambda: layer(attention), operator=operator
-        )
-    middle = medians(seconds)
+        runs = {name: side.with_gradient if with_gradient else side.run for name, side in sides.items()}
+        seconds = interleaved(repeats, **runs)
+    middle, config = medians(seconds), layers.config
     return {
         "channels": config.hidden_size,
         "head_width": config.head_dim,

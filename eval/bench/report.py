@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from stripedrag import __version__
+from stripedrag.errors import UsageError
 from stripedrag.eval.meter import peak_resident_bytes, reset_peak
 from stripedrag.hardware import fast_dtype
 from stripedrag.kernels.cpu import instruction_set
@@ -153,6 +154,14 @@ def _read_bandwidth() -> float:
     """Bytes a second of a sum over 512 MiB, the best of five: how fast a decode step can read its weights, at most."""
     data = torch.ones(2**27)
     return data.nbytes / min(seconds_of(data.sum) for _ in range(5))
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name. Raises `UsageError` for a CUDA device where there is none."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"the device is {name!r}, and torch finds no CUDA device here of that number, of {count}")
+    return device
 
 
 def matmul_rate(dtype: torch.dtype) -> float:

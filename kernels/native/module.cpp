@@ -304,8 +304,8 @@ Block block_of(const nb::tuple& b) {
   return block;
 }
 
-// Whether each name still stands in its dictionary for what was found there, None for what is not there. Of a decode step's time this is a part:
-// what it looks at has left the caches, and here several lines are waited for at once.
+// Whether each name still stands in its dictionary for what was found there, None for what is not there. What a decode step
+// looks at so has left the caches since the last one, and here several lines are waited for at once.
 bool are_registered(const nb::tuple& dictionaries, const nb::tuple& names, const nb::tuple& found) {
   for (size_t i = 0; i < dictionaries.size(); i++) {
     PyObject* const one = PyDict_GetItem(dictionaries[i].ptr(), names[i].ptr());
@@ -374,6 +374,7 @@ class Blocks {
 
 NB_MODULE(_native, m) {
   using namespace stripedrag;
+  nb::set_leak_warnings(false);  // of a model that a thread still holds when the process ends
   const Choice& chosen = choose();
   m.attr("isa") = chosen.name;
   kernels = *chosen.kernels;

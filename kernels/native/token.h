@@ -76,8 +76,8 @@ static void read_part(const T* k, const T* v, int64_t keys, const Pairs<T>& pair
   for (int h = 0; h < kHeads; h++) {
     float* row = scores + h * kKeysAtOnce;
     const int64_t end = divide_up(keys, kLanes<float>) * kLanes<float>;
-    float most = row[0];
-    for (int64_t i = 1; i < keys; i++) most = row[i] > most ? row[i] : most;
+    float most = -__FLT_MAX__;  // a score of -inf weighs nothing
+    for (int64_t i = 0; i < keys; i++) most = row[i] > most ? row[i] : most;
     Vector<float> total = {};
     for (int64_t i = 0; i < end; i += kLanes<float>) {
       auto* some = reinterpret_cast<VectorOf<float>::loose*>(row + i);

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hyena_inputs import assert_close, make
-from stripedrag.errors import BackendError, CorpusError, UsageError
+from stripedrag.errors import BackendError, CorpusError, StoreError, UsageError
 from stripedrag.eval.bench.fft import hyena_fft, hyena_fft_prefill
 from stripedrag.eval.bench.filter import parameters, rows_of
 from stripedrag.eval.bench.passages import reciprocal_ranks
@@ -23,6 +23,7 @@ from stripedrag.eval.schema import Stretch
 from stripedrag.indexes import Document, Index
 from stripedrag.jsonl import read_lines
 from stripedrag.kernels import ops
+from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import BASELINE, STRIPED, prepared_dir
 from stripedrag.rag import Pipeline
 from stripedrag.rag.context_cache import ContextCache
@@ -395,7 +396,7 @@ def test_a_gpus_benchmark_runs_and_predicts(monkeypatch):
     run = CliRunner().invoke(app, ["bench", "filter", "--device", "cuda"])
     assert run.exit_code and "torch finds no CUDA device here" in str(run.exception)
     run = CliRunner().invoke(app, ["bench", "rows", "--device", "cuda"])
-    assert run.exit_code and "it is cpu, or with `filter` cuda" in str(run.exception)
+    assert run.exit_code and "it is cpu, or with `filter` and `train` cuda" in str(run.exception)
 
 
 def test_the_roofline_counts_what_the_kernels_move():
@@ -456,3 +457,178 @@ def test_the_memory_of_reading_is_the_caches_by_the_formula_and_little_else(monk
     figures = {"machine": defaultdict(str), "segment": 2048, "rows": named}
     lines = [line.split() for line in memory._table(figures).splitlines() if line.startswith(STRIPED)]
     assert [(len(line), line[-3]) for line in lines] == [(8, lines[0][-3]), (4, "256"), (4, "2,048")]
+
+
+def test_training_is_timed_whole_in_parts_and_composed(monkeypatch, tmp_path):
+    from stripedrag.eval.bench import train
+
+    small = {"WIDTH": 64, "HEAD_WIDTH": 16, "BASE": 64, "WHOLE": (64, 128), "COMPOSED": (64, 128, 256)}
+    small |= {"CURVE_WIDTHS": (128,), "CURVE_LENGTHS": (32, 64), "_WARM_UP_TOKENS": 16, "_LOSS_ROWS": 48}
+    for name, value in small.items():
+        monkeypatch.setattr(train, name, value)
+    train.parameters.cache_clear()
+    report = train.run(2)
+    train.parameters.cache_clear()
+    figures = report.figures
+    steps = {(row["model"], row["tokens"]): row["seconds"] for row in figures["whole"]}
+    assert set(steps) == {
+        *((name, tokens) for name in (train.STRIPED, train.LLAMA) for tokens in (64, 128)),
+        (train.TRANSFORMERS, 64),
+    }
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in steps.values())
+    assert len(figures["checked"]) == 4
+    assert [row["tokens"] for row in figures["slices"]] == [64, 128, 256]
+    assert {(row["pattern"], row["layers"]) for row in figures["patterns"]} == {
+        ("1 of 2", 32),
+        ("1 of 3", 33),
+        ("1 of 11", 33),
+    }
+    assert f"{train.ratio(figures['whole'], 128):.2f}x as fast" in report.table
+    report.plot(tmp_path / "train.svg")
+    assert "<svg" in (tmp_path / "train.svg").read_text()
+
+
+def test_a_step_is_composed_of_its_parts(monkeypatch):
+    """Parts that cost a second for each thousand positions, or for each million pairs, make steps that are known."""
+    from stripedrag.eval.bench import train
+
+    monkeypatch.setattr(train, "BASE", 1000)
+    monkeypatch.setattr(train, "COMPOSED", (1000, 4000))
+
+    def passes(seconds):
+        return {"forward": seconds, "backward": 2 * seconds}
+
+    lengths = (1000, 4000)
+    parts = {
+        "seconds": {
+            "head": {"1000": passes(1.0)},
+            "attention_layer": {"1000": passes(3.0)},  # of which attention is 1
+            "hyena_layer": {"1000": passes(2.5)},  # of which the operator is half a second
+            "core": {str(n): passes((n / 1000) ** 2) for n in lengths},
+            "operator": {str(n): passes(n / 2000) for n in lengths},
+        },
+        "optimizer_s_a_parameter": 0.01,
+        "parameters": {"attention": 100, "hyena": 200, "rest": 300},
+        "makes_again": {"1000": False, "4000": True},
+    }
+    # Forward once and backward twice as long: 3; with activations made again 4, but for the head.
+    llama_s = 4 * 3 * 1.0 + 0.01 * (2 * 100 + 300) + 2 * (4 * 4 * 2.0 + 4 * 16.0)
+    striped_s = 4 * 3 * 1.0 + 0.01 * (100 + 200 + 300) + 4 * (4 * 2.0 + 16.0) + 4 * (4 * 2.0 + 2.0)
+    whole = [
+        {"model": name, "layers": 2, "tokens": 4000, "again": True, "median_s": seconds}
+        for name, seconds in ((train.LLAMA, llama_s), (train.STRIPED, 2 * striped_s))
+    ]
+    made = train._composed(whole, parts)
+    assert [row["composed_s"] for row in made["checked"]] == pytest.approx([llama_s, striped_s])
+    assert [row["error"] for row in made["checked"]] == pytest.approx([0, -0.5])
+    assert made["slices"][1]["ratio"] == pytest.approx(llama_s / striped_s)
+    kept = (3 + 0.01 * 500 + 2 * 3 * 3.0) / (3 + 0.01 * 600 + 3 * 3.0 + 3 * 2.5)
+    assert made["slices"][0]["ratio"] == pytest.approx(kept)
+    of_eleven = {row["tokens"]: row for row in made["patterns"] if row["pattern"] == "1 of 11"}
+    assert of_eleven[1000]["ratio"] < of_eleven[4000]["ratio"] < 11
+
+
+def test_operations_are_counted():
+    from stripedrag.eval.bench import train
+
+    mlp, output = 3 * 4096 * 14_336, 2 * 4 * 4096 * 32_000
+    attention, hyena = 4096 * 6144 + 4096 * 4096 + mlp, 4 * 4096 * 4096 + mlp
+    pairs = 4 * 4096 * 1000 / 2  # of each position with those before it, in two products
+    assert train.flops(1, 0, 1000, again=False) == 1000 * (2 * 3 * attention + 3.5 * pairs + output)
+    assert train.flops(0, 2, 1000, again=True) == 1000 * (2 * 2 * 4 * hyena + output)
+
+
+def test_what_is_trained_is_of_one_shape():
+    from stripedrag.eval.bench import train
+
+    with torch.device("meta"):
+        ours = train.StripedHyenaForCausalLM(train.configuration(4096, 2, 1))
+        theirs = train.LlamaForCausalLM(train.llama(ours.config))
+        striped = train.StripedHyenaForCausalLM(train.configuration(4096, 32, 2))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    counted = 16 * (train.parameters("attention") + train.parameters("hyena")) + train.parameters("rest")
+    assert sum(p.numel() for p in striped.parameters()) == counted == 7_646_023_680
+    assert striped.config.attn_layer_idxs == list(range(1, 32, 2))
+    assert train.configuration(4096, 33, 11).attn_layer_idxs == [10, 21, 32]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_step_trains(monkeypatch, again):
+    from stripedrag.eval.bench import train
+
+    monkeypatch.setattr(train, "HEAD_WIDTH", 16)
+    training = train.Training(train.configuration(64, 2, 2), torch.device("cpu"), again=again)
+    for group in training.optimizer.param_groups:
+        group["lr"] = 3e-3
+    ids = torch.randint(3, 99, (1, 64), generator=torch.Generator().manual_seed(0))
+    losses = [training.step(ids) for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+    training.model.backbone.unembed.weight.data.fill_(torch.nan)
+    with pytest.raises(StoreError, match="loss of a step on 64 tokens is nan"):
+        training.step(ids)
+
+
+def test_a_decode_step_is_divided(monkeypatch, tmp_path):
+    from stripedrag.eval.bench import decode
+
+    monkeypatch.setattr(decode, "PROMPT_TOKENS", (32,))
+    monkeypatch.setattr(decode, "SHAPES", ((32, 2),))
+    monkeypatch.setattr(decode, "TEXT_TOKENS", 64)
+    report = decode.run(1)
+    (model,) = report.figures["models"]
+    assert sum(model["share"].values()) == pytest.approx(1)
+    assert len(model["seconds"]["blocks"]) >= len(model["seconds"]["step"])
+    nats = report.figures["nats"]
+    assert nats["float32, token by token"] == pytest.approx(nats["float32, read at once"], abs=1e-4)
+    assert all(value == pytest.approx(nats["float32, read at once"], rel=0.02) for value in nats.values())
+    report.plot(tmp_path / "decode.svg")
+    assert "<svg" in (tmp_path / "decode.svg").read_text()
+
+
+def test_the_loss_in_parts_is_the_cross_entropy():
+    from stripedrag.eval.bench import train
+
+    torch.manual_seed(0)
+    hidden, output = torch.randn(5000, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    labels = torch.randint(50, (5000,))
+    got = train.loss(hidden, output, labels)
+    expected = torch.nn.functional.cross_entropy(hidden @ output.T, labels)
+    torch.testing.assert_close(got, expected)
+    gradients = torch.autograd.grad(got, (hidden, output)), torch.autograd.grad(expected, (hidden, output))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_reading_and_writing_are_timed_with_needles(monkeypatch, tmp_path):
+    from stripedrag.eval.bench import generate
+
+    for name, value in {"LENGTHS": (24, 40, 64), "LONGEST": 600, "ROW_TOKENS": 16, "ANSWER_TOKENS": 12}.items():
+        monkeypatch.setattr(generate, name, value)
+    monkeypatch.setattr(generate, "find_spec", lambda name: None)
+    report = generate.run(1)
+    places = {(row["system"], row["rows"], row["prompt_tokens"]) for row in report.figures["rows"]}
+    assert places == {(n, r, t) for n in (STRIPED, BASELINE) for r, t in ((1, 24), (1, 40), (8, 16), (1, 64))}
+    for row in report.figures["rows"]:
+        assert row["first_token_s"] > 0 and row["cache_bytes"] > 0
+    needles = report.figures["needles"]
+    assert needles["tokens"] <= 600
+    assert [one["depth"] for one in needles["answers"]] == [0.1, 0.5, 0.9]
+    assert any(one["right"] for one in needles["answers"])
+    report.plot(tmp_path / "generate.svg")
+    assert "<svg" in (tmp_path / "generate.svg").read_text()
+
+
+def test_llama_cpp_writes_what_the_transformer_writes():
+    pytest.importorskip("llama_cpp")
+    from stripedrag.eval.bench import generate, llama_cpp
+
+    text = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is"
+    ids = AutoTokenizer.from_pretrained(prepared_dir(BASELINE))(text).input_ids
+    runs = llama_cpp.LlamaCpp(llama_cpp.published(), 2)
+    told = []
+    written = runs.generate([ids, ids], 3, told.append)
+    assert len(told) == 3 and told == sorted(told)
+    model, _ = load_model(BASELINE, device="cpu")
+    assert runs.weight_bytes < generate.InTorch(model, at_once=True).weight_bytes
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0, len(ids) :].tolist()
+    assert written == [expected, expected]

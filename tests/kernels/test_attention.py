@@ -78,6 +78,9 @@ def test_one_token_sees_what_is_no_number_and_overlooks_what_is_infinitely_far(d
     far[:, :, ::2] = -torch.inf * q[:, :1].sign()
     expected = _read_one(q[:, :1], k[:, :, 1::2].contiguous(), v[:, :, 1::2].contiguous())
     torch.testing.assert_close(_read_one(q[:, :1], far, v), expected, rtol=0, atol=1e-2)
+    far[:, :, :256] = -torch.inf * q[:, :1].sign()
+    expected = _read_one(q[:, :1], k[:, :, 257::2].contiguous(), v[:, :, 257::2].contiguous())
+    torch.testing.assert_close(_read_one(q[:, :1], far, v), expected, rtol=0, atol=1e-2)
     v[0, 0, 17, 5] = torch.nan
     seen = _read_one(q, k, v).isnan()
     assert seen[..., 5].all() and seen.sum() == 2

@@ -6,12 +6,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from hyena_inputs import CPU
 from stripedrag.kernels import cpu
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, decode_step, modeling
 from stripedrag.model.cache import new_cache
-from stripedrag.model.layers import Linear
+from stripedrag.model.layers import Linear, StripedHyenaBlock
 from stripedrag.model.quantization import QuantizationConfig
 
 pytestmark = pytest.mark.skipif(cpu.refuses(CPU) is not None, reason=str(cpu.refuses(CPU)))
@@ -295,13 +296,100 @@ def test_a_model_that_was_changed_in_between_runs_as_it_is(make, monkeypatch, ch
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [16, 400_000])
-def test_weights_that_do_not_fit_together_get_the_blocks_error(make, width):
+def _of_width(width):
+    def change(model):
+        heads = {"num_attention_heads": width // 16, "proj_groups": width // 32}
+        config = StripedHyenaConfig(**BASE | {"hidden_size": width, **heads})
+        model.backbone.blocks[3] = StripedHyenaBlock(config, 3).eval()
+
+    return change
+
+
+def _with_up_of(width):
+    def change(model):
+        model.backbone.blocks[0].mlp.l2.weight.data = torch.randn(width, 96)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (_with_up_of(16), "they go in pairs"),
+        (_with_up_of(400_000), "they go in pairs"),
+        (_of_width(192), "they are"),
+        (_of_width(64), "they are"),
+    ],
+)
+def test_weights_that_do_not_fit_together_get_the_blocks_error(make, change, error):
     model = make()
     _, cache = decoded(model)
-    model.backbone.blocks[0].mlp.l2.weight.data = torch.randn(width, 96)
-    with torch.no_grad(), pytest.raises(ValueError, match="they go in pairs"):
+    change(model)
+    with torch.no_grad(), pytest.raises(ValueError, match=error):
         model(input_ids=ids(1)[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_a_cache_that_does_more_is_given_every_token(make, steps):
+    given = []
+
+    class Counting(DynamicCache):
+        def update(self, *arguments, **options):
+            given.append(arguments[0].shape[2])
+            return super().update(*arguments, **options)
+
+    model = make()
+    decoded(model, cache=Counting(config=model.config))
+    assert given == [READ, READ] + [1, 1] * (TOKENS - READ)
+    assert steps == []
+
+
+def test_rows_may_stand_at_positions_of_their_own(make, steps, monkeypatch):
+    model = make()
+    _, cache = decoded(model, batch=3)
+    other, steps[:] = copy.deepcopy(cache), []
+    arguments = {"input_ids": ids(3)[:, :1], "position_ids": torch.tensor([[20], [7], [3]]), "use_cache": True}
+    with torch.no_grad():
+        got = model(past_key_values=cache, **arguments).logits
+        assert steps == [True]
+        monkeypatch.setattr(modeling, "step_at_once", lambda *arguments: None)
+        expected = model(past_key_values=other, **arguments).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {}])
+def test_generate_makes_the_same_tokens(make, steps, monkeypatch, options):
+    model = make(eos_token_id=None)
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, **options}
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        got = model.generate(ids(2), **settings)
+    assert steps and all(steps)
+    monkeypatch.setattr(modeling, "step_at_once", lambda *arguments: None)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(ids(2), **settings), got)
+
+
+def test_a_cache_that_was_cut_goes_on(make, steps, monkeypatch):
+    model = make(num_layers=2, attn_layer_idxs=[0, 1])
+    _, cache = decoded(model)
+    cache.crop(-5)
+    other, steps[:] = copy.deepcopy(cache), []
+    arguments = {"input_ids": ids(1)[:, :1], "use_cache": True}
+    with torch.no_grad():
+        got = model(past_key_values=cache, **arguments).logits
+        assert steps == [True] and cache.get_seq_length() == TOKENS - 4
+        monkeypatch.setattr(modeling, "step_at_once", lambda *arguments: None)
+        torch.testing.assert_close(got, model(past_key_values=other, **arguments).logits, rtol=0, atol=1e-5)
+
+
+def test_a_prompt_is_compiled_after_a_step(make):
+    model = make()
+    decoded(model)
+    assert model.backbone.decode_step is not None
+    with torch.no_grad():
+        whole = model(input_ids=ids(1)).logits
+        compiled = torch.compile(model, backend="eager")(input_ids=ids(1), use_cache=False).logits
+    torch.testing.assert_close(compiled, whole, rtol=0, atol=1e-4)
 
 
 def test_a_model_of_its_first_blocks_decodes(make, steps):

@@ -1,0 +1,461 @@
+"""A training step of StripedHyenas and of Llamas of the same width, depth, MLP, heads and vocabulary, in turn.
+
+Whole steps (forward, backward, AdamW) of two layers at the published 7B's widths, one of them attention against both;
+on a GPU of all 32. What no machine of that size takes whole is composed of its measured parts: what a layer does with
+each position is measured once and grows with the positions; attention and the Hyena operator are measured at every
+length. The same composition of the steps that were taken whole says how far it is off.
+
+The Llamas are of our own blocks, with attention in every layer: their norms and gates are the same kernels, and
+attention is torch's fastest (`ops.attend`). transformers' own stands beside at the first length.
+"""
+
+import functools
+import gc
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from stripedrag.errors import StoreError
+from stripedrag.eval.bench.filter_gpu import seconds_on
+from stripedrag.eval.bench.layer import DTYPE, Layers, Side
+from stripedrag.eval.bench.load import PUBLISHED
+from stripedrag.eval.bench.report import Report, device_of, interleaved, machine, plot
+from stripedrag.eval.meter import bounded_memory
+from stripedrag.hardware import keep_freed_memory
+from stripedrag.model.config import StripedHyenaConfig
+from stripedrag.model.memory import free_bytes
+from stripedrag.model.modeling import StripedHyenaForCausalLM
+
+LAYERS = 32  # of the 7B
+WIDTH, HEAD_WIDTH = 4096, 128
+PATTERNS = {"1 of 2": (32, 2), "1 of 3": (33, 3), "1 of 11": (33, 11)}  # layers, every so many-th is attention
+BASE = 8192  # tokens at which what grows with the positions is measured
+WHOLE = (8192, 32_768)  # tokens of whole steps
+COMPOSED = (8192, 32_768, 65_536, 131_072)
+CURVE_WIDTHS, CURVE_LENGTHS = (1024, 2048), (2048, 8192, 32_768)
+STRIPED, LLAMA, TRANSFORMERS = "StripedHyena", "Llama", "transformers' Llama"
+_LOSS_ROWS = 2048  # positions whose logits live at once
+_SHARE = 0.7  # of the free memory that activations may fill before they are made again instead
+_WARM_UP_TOKENS = 512
+
+
+class Passes(NamedTuple):
+    """Seconds forward and backward."""
+
+    forward: float
+    backward: float
+
+    def step(self, again: bool) -> float:
+        """Of a training step, in which activations may be made again."""
+        return self.forward * (1 + again) + self.backward
+
+
+def run(repeats: int, device: str = "cpu") -> Report:
+    """Seconds of whole steps, of their parts, and of what is composed of these; ratios of Llama over StripedHyena.
+
+    Raises `UsageError` for a device that is not there.
+    """
+    place = device_of(device)
+    keep_freed_memory()  # as a run of training does
+    on_place = torch.cuda.device(place if place.type == "cuda" else -1)
+    with on_place, Progress(console=Console(stderr=True)) as progress:
+        bench = _Bench(place, repeats, progress)
+        parts = bench.parts()
+        curves = bench.curves()
+        whole = bench.whole()
+        rate = bench.matmul_rate()
+    figures = {
+        "bench": "train",
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else device,
+        "matmul_flop_per_s": rate,
+        "machine": machine(),
+        "repeats": repeats,
+        "whole": whole,
+        "parts": parts,
+        "curves": curves,
+        **_composed(whole, parts),
+    }
+    return Report(figures, _table(figures), lambda path: _plot(figures, path))
+
+
+def widths(width: int) -> dict[str, Any]:
+    """The published 7B's configuration at another width, in the proportions of the 7B and with its heads' width."""
+    published = json.loads(PUBLISHED.read_text())
+    layout = ("attn_layer_idxs", "hyena_layer_idxs", "num_layers", "vocab_size")
+    return {
+        **{key: value for key, value in published.items() if key not in layout},
+        "hidden_size": width,
+        "num_filters": width,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "inner_mlp_size": published["inner_mlp_size"] * width // published["hidden_size"],
+        "max_seqlen": max(COMPOSED),
+    }
+
+
+def configuration(width: int, layers: int, every: int) -> StripedHyenaConfig:
+    """A StripedHyena of which the last of `every` so many layers is attention; 1: all, which is a Llama."""
+    attention = [i for i in range(layers) if i % every == every - 1]
+    vocabulary = json.loads(PUBLISHED.read_text())["vocab_size"]
+    hyena = [i for i in range(layers) if i not in attention]
+    return StripedHyenaConfig(
+        num_layers=layers, attn_layer_idxs=attention, hyena_layer_idxs=hyena, vocab_size=vocabulary, **widths(width)
+    )
+
+
+def llama(config: StripedHyenaConfig) -> LlamaConfig:
+    """transformers' configuration of a Llama of the same shape."""
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        max_position_embeddings=config.max_seqlen,
+        rope_theta=config.rotary_emb_base,
+    )
+
+
+class Training:
+    """A model and its optimizer, in bfloat16 but for what stays float32."""
+
+    def __init__(self, config: StripedHyenaConfig | LlamaConfig, device: torch.device, *, again: bool) -> None:
+        """`again` makes the activations of each layer again for its gradient instead of keeping them."""
+        torch.manual_seed(0)
+        with device:
+            ours = isinstance(config, StripedHyenaConfig)
+            made = StripedHyenaForCausalLM(config) if ours else LlamaForCausalLM(config)
+        self.model: PreTrainedModel = made.to(DTYPE).train()
+        if again:
+            name = "activation_checkpointing_enable"  # of which older versions have only the other name
+            getattr(self.model, name, self.model.gradient_checkpointing_enable)()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+
+    def step(self, ids: Tensor) -> float:
+        """Loss of ids (1, L), after which the weights are others.
+
+        Raises `StoreError` where it is no number.
+        """
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        output = self.model.get_output_embeddings().weight
+        assert isinstance(output, Tensor)
+        taken = loss(hidden[0, :-1], output, ids[0, 1:])
+        taken.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not taken.isfinite():
+            raise StoreError(f"the loss of a step on {ids.shape[1]} tokens is {taken.item()}")
+        return taken.item()
+
+
+def loss(hidden: Tensor, output: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of hidden (R, H) with the output's weight (V, H); logits live a part at a time, and are made
+    again for the gradient.
+    """
+    parts = zip(hidden.split(_LOSS_ROWS), labels.split(_LOSS_ROWS), strict=True)
+    sums = [checkpoint(_cross_entropy, part, output, wanted, use_reentrant=False) for part, wanted in parts]
+    return torch.stack(sums).sum() / len(labels)
+
+
+def _cross_entropy(hidden: Tensor, output: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, output).float(), labels, reduction="sum")
+
+
+class _Bench:
+    def __init__(self, device: torch.device, repeats: int, progress: Progress) -> None:
+        self._device, self._repeats = device, repeats
+        self._progress = progress
+        self._is_gpu = device.type == "cuda"
+        self._clock = functools.partial(seconds_on, device)
+        self._free = free_bytes(device)
+
+    def whole(self) -> list[dict[str, Any]]:
+        """Seconds of whole steps by model and length, the models made anew and taken in turn."""
+        layers, lengths = (LAYERS, COMPOSED) if self._is_gpu else (2, WHOLE)
+        striped, transformer = configuration(WIDTH, layers, 2), configuration(WIDTH, layers, 1)
+        sides: dict[str, StripedHyenaConfig | LlamaConfig] = {STRIPED: striped, LLAMA: transformer}
+        task = self._progress.add_task("whole steps", total=len(lengths) * self._repeats)
+        rows = []
+        for length in lengths:
+            again = self.makes_again(layers, length)
+            taken = sides | ({TRANSFORMERS: llama(transformer)} if length == lengths[0] else {})
+            seconds: dict[str, list[float]] = {name: [] for name in taken}
+            for _ in range(self._repeats):
+                for name, config in taken.items():
+                    if (second := self._step(config, length, again)) is not None:
+                        seconds[name].append(second)
+                self._progress.advance(task)
+            for name, runs in seconds.items():
+                hyena = layers // 2 if name == STRIPED else 0
+                row = {"model": name, "tokens": length, "layers": layers, "again": again}
+                row["flop"] = flops(layers - hyena, hyena, length, again=again)
+                rows.append(row | {"seconds": runs, "median_s": median(runs) if runs else None})
+        return rows
+
+    def _step(self, config: StripedHyenaConfig | LlamaConfig, length: int, again: bool) -> float | None:
+        """Seconds of a step of a new model, after a short one; None where there is too little memory."""
+        ids = torch.randint(3, 32_000, (1, length), generator=torch.Generator().manual_seed(0)).to(self._device)
+
+        def seconds() -> float:
+            training = Training(config, self._device, again=again)
+            training.step(ids[:, :_WARM_UP_TOKENS])
+            return self._clock(functools.partial(training.step, ids))
+
+        try:
+            with bounded_memory():
+                return seconds()
+        except (torch.OutOfMemoryError, MemoryError):
+            return None
+        except RuntimeError as error:  # of torch's allocator on a CPU
+            if "alloc" not in str(error):
+                raise
+            return None
+        finally:
+            gc.collect()  # before the next, which needs the same memory
+            if self._is_gpu:
+                torch.cuda.empty_cache()
+
+    def makes_again(self, layers: int, length: int) -> bool:
+        """Whether activations of so many layers, as they are kept for the gradient, would fill the free memory."""
+        config = configuration(WIDTH, 2, 2)
+        kept = length * DTYPE.itemsize * (10 * config.hidden_size + 4 * config.mlp_size)
+        held = 8 * layers // 2 * sum(parameters(kind) for kind in ("attention", "hyena")) + 8 * parameters("rest")
+        return layers * kept > _SHARE * (self._free - held)
+
+    def parts(self) -> dict[str, Any]:
+        """Seconds of what whole steps consist of."""
+        layers = Layers(widths(WIDTH), self._device)
+        config = layers.config
+        # On a CPU a head is like another, and enough of them for its threads stand for all.
+        kv_heads = config.num_key_value_heads if self._is_gpu else 1
+        sides = layers.sides(BASE, gradient=True)
+        sides["head"] = self._head(config)
+        task = self._progress.add_task("parts", total=1 + len(COMPOSED))
+        parts = {name: {BASE: passes} for name, passes in self._passes(sides, BASE).items()}
+        self._progress.advance(task)
+        for length in COMPOSED:
+            of_length = {"core": layers.core(length, kv_heads), "operator": layers.operator(length, gradient=True)}
+            for name, passes in self._passes(of_length, length).items():
+                times = config.num_key_value_heads // kv_heads if name == "core" else 1
+                parts.setdefault(name, {})[length] = Passes(*(times * seconds for seconds in passes))
+            self._progress.advance(task)
+        del layers, sides, of_length
+        return {
+            "core_measured": f"{kv_heads} of {config.num_key_value_heads} key/value heads",
+            "seconds": {
+                name: {str(at): passes._asdict() for at, passes in some.items()} for name, some in parts.items()
+            },
+            "optimizer_s_a_parameter": self._optimizer(),
+            "makes_again": {str(length): self.makes_again(2, length) for length in COMPOSED},
+            "parameters": {kind: parameters(kind) for kind in ("attention", "hyena", "rest")},
+        }
+
+    def _head(self, config: StripedHyenaConfig) -> Side:
+        vocabulary = json.loads(PUBLISHED.read_text())["vocab_size"]
+        hidden = torch.randn(BASE, config.hidden_size, device=self._device, dtype=DTYPE, requires_grad=True)
+        output = torch.randn(vocabulary, config.hidden_size, device=self._device, dtype=DTYPE).mul_(0.02)
+        labels = torch.randint(vocabulary, (BASE,), device=self._device)
+        return Side(lambda: loss(hidden, output, labels), (hidden, output.requires_grad_()))
+
+    def _passes(self, sides: dict[str, Side], length: int) -> dict[str, Passes]:
+        """The medians of each side's forward and backward run, all taken in turn."""
+        warm_ups = int(self._is_gpu or length <= BASE)  # of what takes minutes the first is like the others
+        held: dict[str, Tensor] = {}
+
+        def forward(name: str) -> None:
+            held[name] = sides[name].run()
+
+        def backward(name: str) -> None:
+            out = held.pop(name)
+            torch.autograd.grad(out, sides[name].leaves, out.detach())
+
+        runs: dict[str, Callable[[], None]] = {}
+        for name in sides:
+            runs[name], runs[f"{name} backward"] = (
+                functools.partial(forward, name),
+                functools.partial(backward, name),
+            )
+        seconds = interleaved(self._repeats, warm_ups, self._clock, **runs)
+        return {name: Passes(median(seconds[name]), median(seconds[f"{name} backward"])) for name in sides}
+
+    def _optimizer(self) -> float:
+        weight = torch.nn.Parameter(torch.zeros(2**26, device=self._device, dtype=DTYPE))
+        weight.grad = torch.ones_like(weight)
+        optimizer = torch.optim.AdamW([weight], lr=1e-5, fused=True)
+        seconds = interleaved(self._repeats, 1, self._clock, step=optimizer.step)["step"]
+        return median(seconds) / weight.numel()
+
+    def matmul_rate(self) -> float:
+        """Operations a second of a large product in bfloat16, the best of five."""
+        size = 8192 if self._is_gpu else 2048
+        a = torch.ones(size, size, device=self._device, dtype=DTYPE)
+        return 2 * size**3 / min(interleaved(5, 1, self._clock, product=lambda: a @ a)["product"])
+
+    def curves(self) -> list[dict[str, Any]]:
+        """Seconds of layers at smaller widths."""
+        task = self._progress.add_task("curves", total=len(CURVE_WIDTHS) * len(CURVE_LENGTHS))
+        rows = []
+        for width in CURVE_WIDTHS:
+            layers = Layers(widths(width), self._device)
+            for length in CURVE_LENGTHS:
+                passes = self._passes(layers.sides(length, gradient=True), length)
+                row = {name.removesuffix("_layer"): each.step(again=False) for name, each in passes.items()}
+                rows.append({"width": width, "tokens": length, **row})
+                self._progress.advance(task)
+        return rows
+
+
+@functools.cache
+def parameters(kind: str) -> int:
+    """Numbers of an "attention" or a "hyena" layer, or of the "rest" of a model."""
+    with torch.device("meta"):
+        model = StripedHyenaForCausalLM(configuration(WIDTH, 2, 2))
+    hyena, attention = (sum(p.numel() for p in block.parameters()) for block in model.backbone.blocks)
+    rest: int = sum(p.numel() for p in model.parameters()) - attention - hyena
+    return {"attention": attention, "hyena": hyena, "rest": rest}[kind]
+
+
+def flops(attention: int, hyena: int, tokens: int, *, again: bool) -> float:
+    """Multiplications and additions of a step's products: weights three times, attention's own three and a half, both
+    once more where activations are made again, and logits four times.
+    """
+    config = configuration(WIDTH, 2, 2)
+    rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    mlp, mixers = 3 * WIDTH * config.mlp_size, (WIDTH * (rows + WIDTH), WIDTH * 4 * WIDTH)
+    weights = attention * (mixers[0] + mlp) + hyena * (mixers[1] + mlp)
+    core = attention * 4 * tokens**2 / 2 * WIDTH
+    return 2 * tokens * weights * (3 + again) + core * (3.5 + again) + 2 * tokens * WIDTH * config.vocab_size * 4
+
+
+def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, Any]:
+    """Steps made of parts, beside those that were taken whole; and the 7B's in each pattern."""
+    seconds = {
+        name: {int(at): Passes(**passes) for at, passes in some.items()} for name, some in parts["seconds"].items()
+    }
+    counts_of = parts["parameters"]
+
+    def step(attention: int, hyena: int, tokens: int, again: bool) -> float:
+        grown, made = tokens / BASE, parts["optimizer_s_a_parameter"]
+        total: float = grown * seconds["head"][BASE].step(again=False)  # whose logits are always made again
+        total += made * (attention * counts_of["attention"] + hyena * counts_of["hyena"] + counts_of["rest"])
+        for count, layer, over in ((attention, "attention_layer", "core"), (hyena, "hyena_layer", "operator")):
+            by_position = seconds[layer][BASE].step(again) - seconds[over][BASE].step(again)
+            total += count * (grown * by_position + seconds[over][tokens].step(again))
+        return total
+
+    checked = []
+    for row in whole:
+        if row["median_s"] is None or row["model"] == TRANSFORMERS:
+            continue
+        attention = row["layers"] // (2 if row["model"] == STRIPED else 1)
+        composed_s = step(attention, row["layers"] - attention, row["tokens"], row["again"])
+        named = {key: row[key] for key in ("model", "tokens", "median_s")}
+        checked.append({**named, "composed_s": composed_s, "error": composed_s / row["median_s"] - 1})
+    slices, patterns = [], []
+    for tokens in COMPOSED:
+        again = parts["makes_again"][str(tokens)]
+        llama_s, striped_s = step(2, 0, tokens, again), step(1, 1, tokens, again)
+        row = {"tokens": tokens, "again": again, "llama_s": llama_s, "striped_s": striped_s}
+        by_arithmetic = flops(2, 0, tokens, again=again) / flops(1, 1, tokens, again=again)
+        slices.append({**row, "ratio": llama_s / striped_s, "by_flops": by_arithmetic})
+        for name, (layers, every) in PATTERNS.items():
+            counts = (layers, 0), (layers // every, layers - layers // every)
+            of_llama, of_striped = (step(*count, tokens, True) for count in counts)
+            by_flops = [flops(*count, tokens, again=True) for count in counts]
+            row = {"pattern": name, "layers": layers, "tokens": tokens, "ratio": of_llama / of_striped}
+            patterns.append({**row, "by_flops": by_flops[0] / by_flops[1], "bound": every})
+    return {"checked": checked, "slices": slices, "patterns": patterns}
+
+
+def ratio(rows: Sequence[dict[str, Any]], tokens: int) -> float | None:
+    """Llama's median over the StripedHyena's, of whole steps on so many tokens; None where one was not taken."""
+    found = {row["model"]: row["median_s"] for row in rows if row["tokens"] == tokens}
+    ours, theirs = found.get(STRIPED), found.get(LLAMA)
+    return None if ours is None or theirs is None else theirs / ours
+
+
+def _table(figures: dict[str, Any]) -> str:
+    here = figures["machine"]
+    lines = [
+        f"{here['processor']}, {here['threads']} threads, bfloat16, torch {here['torch']}, {here['commit']}; "
+        f"device {figures['device']}",
+        f"multiplies {figures['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s; batch 1, the 7B's widths, heads of {HEAD_WIDTH}",
+        "",
+        f"{'whole steps':24}{'layers':>7}{'tokens':>9}{'seconds':>9}{'from':>9}{'to':>9}{'GFLOP/s':>9}  activations",
+    ]
+    for row in figures["whole"]:
+        runs = row["seconds"]
+        taken = "   too little memory"
+        if runs:
+            rate = row["flop"] / row["median_s"] / 1e9
+            taken = f"{row['median_s']:>9.1f}{min(runs):>9.1f}{max(runs):>9.1f}{rate:>9.0f}"
+        kept = "made again" if row["again"] else "kept"
+        lines.append(f"{row['model']:24}{row['layers']:>7}{row['tokens']:>9}{taken}   {kept}")
+    for tokens in sorted({row["tokens"] for row in figures["whole"]}):
+        if (found := ratio(figures["whole"], tokens)) is not None:
+            lines.append(f"  at {tokens:,} tokens the StripedHyena's step is {found:.2f}x as fast")
+    lines += ["", "composed of parts, against the whole:"]
+    lines += [
+        f"  {row['model']:22}{row['tokens']:>9}{row['composed_s']:>9.1f} s, {row['error']:+.1%}"
+        for row in figures["checked"]
+    ]
+    lines += ["", "two layers, 1 of 2 attention, composed: times as fast as the Llama, and by arithmetic alone"]
+    lines += [
+        f"  {row['tokens']:>9,}{row['ratio']:>7.2f}x{row['by_flops']:>7.2f}x"
+        f"   activations {'made again' if row['again'] else 'kept'}"
+        for row in figures["slices"]
+    ]
+    lines += [
+        "",
+        "whole models, composed, activations made again: times as fast as the Llama, by arithmetic alone, and what no",
+        "length passes",
+    ]
+    lines += [
+        f"  {row['pattern']:9}{row['layers']:>4} layers{row['tokens']:>9,}{row['ratio']:>7.2f}x"
+        f"{row['by_flops']:>7.2f}x{row['bound']:>5}x"
+        for row in figures["patterns"]
+    ]
+    lines += ["", "layers alone, by length over width: an attention layer's time over a Hyena layer's"]
+    lines += [
+        f"  {length_over_width:>6.1f} (width {width}){times:>7.2f}x"
+        for length_over_width, width, times in _curve(figures)
+    ]
+    lines += ["", f"medians of {figures['repeats']} in turn; core: {figures['parts']['core_measured']}"]
+    return "\n".join(lines)
+
+
+def _curve(figures: dict[str, Any]) -> list[tuple[float, int, float]]:
+    """(length / width, width, attention layer over Hyena layer) of every length that was measured or composed."""
+    places = [
+        (row["tokens"] / row["width"], row["width"], row["attention"] / row["hyena"]) for row in figures["curves"]
+    ]
+    seconds = {
+        name: {int(at): Passes(**passes).step(again=False) for at, passes in some.items()}
+        for name, some in figures["parts"]["seconds"].items()
+    }
+    for tokens in COMPOSED:
+        attention, hyena = (
+            tokens / BASE * (seconds[layer][BASE] - seconds[over][BASE]) + seconds[over][tokens]
+            for layer, over in (("attention_layer", "core"), ("hyena_layer", "operator"))
+        )
+        places.append((tokens / WIDTH, WIDTH, attention / hyena))
+    return sorted(places)
+
+
+def _plot(figures: dict[str, Any], path: Path) -> None:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for length_over_width, width, times in _curve(figures):
+        for name, (_, every) in PATTERNS.items():
+            of_llama, of_striped = times, (times + every - 1) / every
+            series.setdefault(f"width {width}, {name}", []).append((length_over_width, of_llama / of_striped))
+    plot(path, series, "layers of a StripedHyena: times as fast in training", "tokens over width", "times", log_x=True)

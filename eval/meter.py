@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from stripedrag.errors import StoreError
+
 _CLEAR, _STATUS, _MEMINFO = Path("/proc/self/clear_refs"), Path("/proc/self/status"), Path("/proc/meminfo")
 _ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
@@ -58,6 +60,12 @@ class Meter:
                 self.peak_bytes = max(0, peak_resident_bytes() - before)
             if device is not None:
                 self.peak_bytes = int(device.max_memory_allocated())
+
+    def told_peak_bytes(self) -> int:
+        """`peak_bytes`. Raises `StoreError` where the system does not tell."""
+        if self.peak_bytes is None:
+            raise StoreError("this system does not tell how much memory a process took (no /proc/self/clear_refs)")
+        return self.peak_bytes
 
 
 def reset_peak() -> int | None:

@@ -295,15 +295,10 @@ def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Causal attention in bfloat16 without a gradient, or None where another is asked for, or nothing here has it."""
     if not (
         has_attention()
-        and q.dtype is k.dtype is v.dtype is torch.bfloat16
-        and is_plain(q, k, v)
-        and q.is_cpu
-        and k.is_cpu
-        and v.is_cpu
-        and q.numel()
+        and q.dtype is torch.bfloat16
+        and _takes_attention(q, k, v)
         and q.shape[3] % 16 == 0
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
-        and not torch.is_autocast_enabled("cpu")
     ):
         return None
     batch, heads, length, width = q.shape
@@ -319,19 +314,7 @@ def token_attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Attention of one token, q (B, G · Hkv, 1, D), over all of k and v (B, Hkv, P, D) in float32 or bfloat16, or None
     where that is not what is asked for.
     """
-    if not (
-        _native is not None
-        and q.dtype is k.dtype is v.dtype
-        and q.dtype in _ROW_DTYPES
-        and is_plain(q, k, v)
-        and q.is_cpu
-        and k.is_cpu
-        and v.is_cpu
-        and q.numel()
-        and k.stride() == v.stride()
-        and k.stride()[2:] == (k.shape[3], 1)
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    if not (_takes_attention(q, k, v) and k.stride() == v.stride() and k.stride()[2:] == (k.shape[3], 1)):
         return None
     q = q.contiguous()
     (batch, heads, _, width), (kv_heads, keys) = q.shape, k.shape[1:3]
@@ -342,18 +325,25 @@ def token_attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     return y
 
 
+def _takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these, of one dtype, can be read past the dispatcher."""
+    return (
+        q.dtype is k.dtype is v.dtype
+        and takes_rows(q, k, v)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def takes_token(x: Tensor) -> bool:
     """Whether x (B, 1, H) can be taken through native blocks: ordinary, float32 or bfloat16, with nobody who would
     miss what goes past the dispatcher.
     """
     return (
-        _native is not None
-        and type(x) is Tensor
-        and x.dtype in _ROW_DTYPES
-        and is_plain(x)
-        and x.is_cpu
-        and 0 < x.shape[0] <= _native.max_batch
+        takes_rows(x)
+        and x.shape[0] <= _native.max_batch
         and x.is_contiguous()
+        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
 

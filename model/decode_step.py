@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 _KINDS = (StripedHyenaBlock, RMSNorm, Linear, QuantizedLinear, GatedMLP, HyenaFilter, Attention)
 _FORWARDS = [kind.forward for kind in _KINDS]
-_NUMBERS = (
-    "activation eps eps_inside forward head_dim heads in_features is_attention kv_heads layer_idx".split()
-)  # of modules that the step is made of; a `forward` of their own is put there by other libraries
+# Of a module's own what the step is made of; and a `forward`, which other libraries put there.
+_READ = "activation eps eps_inside forward head_dim heads in_features is_attention kv_heads layer_idx".split()
 
 
 def step_at_once(
@@ -119,9 +118,7 @@ class DecodeStep:
         for module in parent.children():
             self._modules.append(module)
             own = module.__dict__
-            found += [(own, name, own[name]) for name in _NUMBERS if name in own]
-            if "forward" not in own:
-                found.append((own, "forward", None))
+            found += [(own, name, own.get(name)) for name in _READ if name in own or name == "forward"]
             self._note(module, found)
 
 
@@ -146,10 +143,10 @@ def _weights(block: StripedHyenaBlock, place: int) -> native.BlockWeights:
 
 
 def _linear(module: Linear | QuantizedLinear) -> native.LinearWeights:
-    weight: Tensor | QuantizedWeight = _own(module, "weight")
+    stored = _own(module, "weight")
+    weight: Tensor | QuantizedWeight = stored
     if isinstance(module, QuantizedLinear):
-        offset = module._parameters.get("offset")
-        weight = QuantizedWeight(_own(module, "weight"), _own(module, "scale"), offset, module.in_features)
+        weight = QuantizedWeight(stored, _own(module, "scale"), module._parameters.get("offset"), module.in_features)
     if "bias" not in module._parameters:
         raise ValueError("a bias that is no parameter may change unseen")
     return native.LinearWeights(weight, module._parameters["bias"])

@@ -195,15 +195,14 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
                 "(tokenizer.padding_side = 'left'), or pass use_cache=False"
             )
         is_step = length == 1 and past > 0 and real is None and not is_watched()
-        rotary = None
-        if position_ids is None:
-            if is_step and not torch.is_grad_enabled():
-                rotary = self._rotary_of_step(past, x)
-            if real is None:
-                position_ids = torch.arange(past, past + length, device=x.device).unsqueeze(0)
-            else:
-                position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        if rotary is None:
+        if position_ids is None and is_step and not torch.is_grad_enabled():
+            rotary = self._rotary_of_step(past, x)
+        else:
+            if position_ids is None:
+                if real is None:
+                    position_ids = torch.arange(past, past + length, device=x.device).unsqueeze(0)
+                else:
+                    position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
             rotary = self._rotary(position_ids, x.dtype)
         padding_mask = None if real is None else real[:, past:]
         if padding_mask is not None and (trusts_mask or padding_mask.all()):
@@ -249,19 +248,17 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B or 1, 1, L, head width / 2), taken in float32."""
-        frequency, temperature = _frequency(self.config, position_ids.device)
+        config = self.config
+        exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
+        frequency = 1.0 / config.rotary_emb_base**exponent
+        temperature = 1.0
+        if config.rotary_emb_yarn_factor > 1:
+            frequency, temperature = _yarn(frequency, config)
         positions = position_ids.float()
-        if self.config.use_interpolated_rotary_pos_emb:
-            positions = positions / self.config.rotary_emb_scaling_factor
+        if config.use_interpolated_rotary_pos_emb:
+            positions = positions / config.rotary_emb_scaling_factor
         angle = (positions.unsqueeze(-1) * frequency).unsqueeze(1)
         return (angle.cos() * temperature).to(dtype), (angle.sin() * temperature).to(dtype)
-
-
-def _frequency(config: StripedHyenaConfig, device: torch.device) -> tuple[Tensor, float]:
-    """Radians a token turns each pair of a head (head width / 2,), and the factor of cosines and sines."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    frequency = 1.0 / config.rotary_emb_base**exponent
-    return _yarn(frequency, config) if config.rotary_emb_yarn_factor > 1 else (frequency, 1.0)
 
 
 def _yarn(frequency: Tensor, config: StripedHyenaConfig) -> tuple[Tensor, float]:

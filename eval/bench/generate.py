@@ -104,7 +104,10 @@ class InLlamaCpp:
 
 
 def run(repeats: int) -> Report:
-    """For each system and length tokens a second of both, seconds to the first token, bytes of the cache and peak."""
+    """For each system and length tokens a second of both, seconds to the first token, bytes of the cache and peak.
+
+    Raises `StoreError` where the system does not tell of a process's memory.
+    """
     systems, tokenizer = _systems()
     ids = novel_ids(tokenizer, max(*LENGTHS, ROWS * ROW_TOKENS))
     here = machine()
@@ -166,7 +169,7 @@ def needles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: 
         "decode_tokens_per_s": (len(made) - 1) / wrote_s,
         "asked_s": asked_s,
         "cache_bytes": cache_bytes(cache),
-        "peak_bytes": meter.peak_bytes,
+        "peak_bytes": meter.told_peak_bytes(),
         "answers": [
             {"depth": depth, "number": number, "answer": text, "right": string_match_all(text, [number]) == 1}
             for depth, number, text in zip(DEPTHS, numbers, texts, strict=True)
@@ -236,7 +239,7 @@ def timed(system: System, prompts: list[list[int]]) -> dict[str, float]:
         "prefill_tokens_per_s": tokens / (first - begun),
         "decode_tokens_per_s": made / (last - first),
         "cache_bytes": held,
-        "peak_bytes": meter.peak_bytes or 0,
+        "peak_bytes": meter.told_peak_bytes(),
     }
 
 

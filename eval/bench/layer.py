@@ -27,10 +27,13 @@ class Side(NamedTuple):
     run: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
 
+    def backward(self, out: Tensor) -> None:
+        """The gradient, given what a run gave."""
+        torch.autograd.grad(out, self.leaves, out.detach())
+
     def with_gradient(self) -> None:
         """Forward and backward."""
-        out = self.run()
-        torch.autograd.grad(out, self.leaves, out.detach())
+        self.backward(self.run())
 
 
 class Layers:

@@ -42,7 +42,7 @@ def run(repeats: int) -> Report:
     """Seconds and peak private memory of loading, in as many processes of each kind, and of a prompt and a reply, with
     their tokens/s.
     """
-    config = json.loads(PUBLISHED.read_text())
+    config = published()
     folder = cache_dir() / "bench" / "load"
     shutil.rmtree(folder, ignore_errors=True)
     needed, free = sum(_nbytes(tensor) for _, tensor in layout(config)), _free(folder)
@@ -66,6 +66,12 @@ def run(repeats: int) -> Report:
         "rows": rows,
     }
     return Report(figures, _table(figures))
+
+
+def published() -> dict[str, Any]:
+    """The config.json of the published 7B."""
+    config: dict[str, Any] = json.loads(PUBLISHED.read_text())
+    return config
 
 
 def layout(config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from stripedrag.errors import StoreError
-from stripedrag.eval.bench.load import PUBLISHED
+from stripedrag.eval.bench.load import published
 from stripedrag.eval.bench.report import Report, machine, plot
+from stripedrag.eval.bench.train import llama
 from stripedrag.eval.meter import Meter
 from stripedrag.model import generation
 from stripedrag.model.cache import cache_bytes, new_cache
@@ -66,14 +67,12 @@ def read(name: str, length: int) -> dict[str, Any]:
     cache, meter = empty(), Meter(trim=True)
     with meter.running(_HOURS):
         generation.prefill(model, ids, cache)
-    if meter.peak_bytes is None:
-        raise StoreError("this system does not tell how much memory a process took (no /proc/self/clear_refs)")
     return {
         "model": name,
         "length": length,
         "segment": generation.SEGMENT_TOKENS,
         "weight_bytes": sum(tensor.nbytes for tensor in model.parameters()),
-        "peak_bytes": meter.peak_bytes,
+        "peak_bytes": meter.told_peak_bytes(),
         "cache_bytes": cache_bytes(cache),
         "formula_bytes": length * token_bytes(model) + state_bytes(model),
         "token_bytes": token_bytes(model),
@@ -85,22 +84,12 @@ def read(name: str, length: int) -> dict[str, Any]:
 def _model(name: str) -> PreTrainedModel:
     if name in (STRIPED, BASELINE):
         return load_model(name, device="cpu", dtype=DTYPE, window_tokens=max(LENGTHS))[0]
-    published = json.loads(PUBLISHED.read_text())
-    published |= {"num_layers": 2, "attn_layer_idxs": [1], "hyena_layer_idxs": [0], "max_seqlen": max(LENGTHS)}
-    config = StripedHyenaConfig(**published)
+    layers = {"num_layers": 2, "attn_layer_idxs": [1], "hyena_layer_idxs": [0], "max_seqlen": max(LENGTHS)}
+    config = StripedHyenaConfig(**published() | layers)
     torch.manual_seed(0)
     if name == SLICE:
         return StripedHyenaForCausalLM(config).to(DTYPE).eval()
-    llama = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.mlp_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        max_position_embeddings=config.max_seqlen,
-    )
-    return LlamaForCausalLM(llama).to(DTYPE).eval()
+    return LlamaForCausalLM(llama(config)).to(DTYPE).eval()
 
 
 def _in_a_process(name: str, length: int, segment: int) -> dict[str, Any]:

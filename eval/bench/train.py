@@ -12,7 +12,6 @@ share them). transformers' own stands beside at the first length, with torch's o
 
 import functools
 import gc
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -29,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from stripedrag.errors import StoreError
 from stripedrag.eval.bench.filter_gpu import seconds_on
 from stripedrag.eval.bench.layer import DTYPE, Layers, Side
-from stripedrag.eval.bench.load import PUBLISHED
+from stripedrag.eval.bench.load import published
 from stripedrag.eval.bench.report import Report, device_of, interleaved, machine, plot
 from stripedrag.eval.meter import bounded_memory
 from stripedrag.hardware import keep_freed_memory
@@ -91,14 +90,14 @@ def run(repeats: int, device: str = "cpu") -> Report:
 
 def widths(width: int) -> dict[str, Any]:
     """The published 7B's configuration at another width, in the proportions of the 7B and with its heads' width."""
-    published = json.loads(PUBLISHED.read_text())
+    config = published()
     layout = ("attn_layer_idxs", "hyena_layer_idxs", "num_layers", "vocab_size")
     return {
-        **{key: value for key, value in published.items() if key not in layout},
+        **{key: value for key, value in config.items() if key not in layout},
         "hidden_size": width,
         "num_filters": width,
         "num_attention_heads": width // HEAD_WIDTH,
-        "inner_mlp_size": published["inner_mlp_size"] * width // published["hidden_size"],
+        "inner_mlp_size": config["inner_mlp_size"] * width // config["hidden_size"],
         "max_seqlen": max(COMPOSED),
     }
 
@@ -106,10 +105,13 @@ def widths(width: int) -> dict[str, Any]:
 def configuration(width: int, layers: int, every: int) -> StripedHyenaConfig:
     """A StripedHyena of which the last of `every` so many layers is attention; 1: all, which is a Llama."""
     attention = [i for i in range(layers) if i % every == every - 1]
-    vocabulary = json.loads(PUBLISHED.read_text())["vocab_size"]
     hyena = [i for i in range(layers) if i not in attention]
     return StripedHyenaConfig(
-        num_layers=layers, attn_layer_idxs=attention, hyena_layer_idxs=hyena, vocab_size=vocabulary, **widths(width)
+        num_layers=layers,
+        attn_layer_idxs=attention,
+        hyena_layer_idxs=hyena,
+        vocab_size=published()["vocab_size"],
+        **widths(width),
     )
 
 
@@ -266,7 +268,7 @@ class _Bench:
         }
 
     def _head(self, config: StripedHyenaConfig) -> Side:
-        vocabulary = json.loads(PUBLISHED.read_text())["vocab_size"]
+        vocabulary = published()["vocab_size"]
         hidden = torch.randn(BASE, config.hidden_size, device=self._device, dtype=DTYPE, requires_grad=True)
         output = torch.randn(vocabulary, config.hidden_size, device=self._device, dtype=DTYPE).mul_(0.02)
         labels = torch.randint(vocabulary, (BASE,), device=self._device)
@@ -281,15 +283,12 @@ class _Bench:
             held[name] = sides[name].run()
 
         def backward(name: str) -> None:
-            out = held.pop(name)
-            torch.autograd.grad(out, sides[name].leaves, out.detach())
+            sides[name].backward(held.pop(name))
 
         runs: dict[str, Callable[[], None]] = {}
         for name in sides:
-            runs[name], runs[f"{name} backward"] = (
-                functools.partial(forward, name),
-                functools.partial(backward, name),
-            )
+            runs[name] = functools.partial(forward, name)
+            runs[f"{name} backward"] = functools.partial(backward, name)
         seconds = interleaved(self._repeats, warm_ups, self._clock, **runs)
         return {name: Passes(median(seconds[name]), median(seconds[f"{name} backward"])) for name in sides}
 

@@ -309,7 +309,7 @@ def test_evidence_is_held_to_its_last_character_by_what_touches_it():
 def test_the_published_layout_is_written_with_every_tensor_and_loaded_to_the_bit(golden_dir, tmp_path):
     from stripedrag.eval.bench import load
 
-    published = json.loads(load.PUBLISHED.read_text())
+    published = load.published()
     assert published == json.loads((golden_dir / "hf_nous_7b_config.json").read_text())
     names = {"bf16": torch.bfloat16, "fp32": torch.float32}
     expected = {

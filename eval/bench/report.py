@@ -160,7 +160,8 @@ def device_of(name: str) -> torch.device:
     """The device of that name. Raises `UsageError` for a CUDA device where there is none."""
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise UsageError(f"the device is {name!r}, and torch finds no CUDA device here of that number, of {count}")
+        others = f" of that number, but {count}" if count else ""
+        raise UsageError(f"the device is {name!r}, and torch finds no CUDA device here{others}; take cpu")
     return device
 
 

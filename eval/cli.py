@@ -219,7 +219,11 @@ def bench(
         str, typer.Argument(help=f"One of {', '.join(BENCHES)}; what each is: eval/README.md.", show_default=False)
     ],
     to: Annotated[
-        Path | None, typer.Option("--to", help="Write the raw figures to this JSON file, and a plot beside it (.svg).")
+        Path | None,
+        typer.Option(
+            "--to",
+            help="Write the raw figures to this JSON file, and a plot beside it (.svg); `train` goes on there if cut.",
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions; the medians are shown.")] = 5,
     corpus: Annotated[Path | None, typer.Option(help="`recall` and `stream`: another corpus, JSON lines.")] = None,
@@ -254,6 +258,7 @@ def bench(
         scratch.touch()
         if find_spec("matplotlib") is None:
             err.print("no plot will be drawn: matplotlib is missing (`pip install 'stripedrag[bench]'`)", markup=False)
+        data |= {"so_far": scratch} if name == "train" else {}
     quiet_libraries()
     report: Report = import_module(BENCHES[name]).run(repeats, **data)
     text = json.dumps(report.figures, indent=1)

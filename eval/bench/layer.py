@@ -64,6 +64,14 @@ class Layers:
         z = torch.randn(1, length, 3 * width, device=self._device, dtype=DTYPE, requires_grad=gradient)
         return Side(lambda: operator(z, None, None, may_overwrite=True)[0], (z, *operator.parameters()))
 
+    def last_product(self, length: int) -> Side:
+        """The MLP's last product. A layer whose activations are made again goes without: torch ends the second forward
+        run where nothing more is kept for the gradient.
+        """
+        l3 = self._hyena.mlp.l3
+        gated = torch.randn(1, length, l3.in_features, device=self._device, dtype=DTYPE, requires_grad=True)
+        return Side(lambda: l3(gated), (gated, l3.weight))
+
     def core(self, length: int, kv_heads: int) -> Side:
         """Attention alone, of so many key/value heads and the queries that share them."""
         group, width = self.config.proj_groups, self.config.head_dim

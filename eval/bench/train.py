@@ -30,6 +30,7 @@ from stripedrag.eval.bench.filter_gpu import seconds_on
 from stripedrag.eval.bench.layer import DTYPE, Layers, Side
 from stripedrag.eval.bench.load import published
 from stripedrag.eval.bench.report import Report, device_of, interleaved, machine, plot
+from stripedrag.eval.bench.so_far import SoFar
 from stripedrag.eval.meter import bounded_memory
 from stripedrag.hardware import keep_freed_memory
 from stripedrag.model.config import StripedHyenaConfig
@@ -60,19 +61,22 @@ class Passes(NamedTuple):
         return self.forward * (1 + again) + self.backward
 
 
-def run(repeats: int, device: str = "cpu") -> Report:
+def run(repeats: int, device: str = "cpu", so_far: Path | None = None) -> Report:
     """Seconds of whole steps, of their parts, and of what is composed of these; ratios of Llama over StripedHyena.
 
-    Raises `UsageError` for a device that is not there.
+    What is measured goes to `so_far` as it comes, from which a run that was cut goes on. Raises `UsageError` for a
+    device that is not there, and where `so_far` is of another commit, machine, device or number of repeats.
     """
     place, here = device_of(device), machine()
+    told = {key: here[key] for key in ("commit", "processor", "threads", "torch")}
+    measured = SoFar(so_far, {**told, "device": device, "repeats": repeats})
     keep_freed_memory()  # as a run of training does
     on_place = torch.cuda.device(place if place.type == "cuda" else -1)
     with on_place, Progress(console=Console(stderr=True)) as progress:
-        bench = _Bench(place, repeats, progress)
+        bench = _Bench(place, repeats, progress, measured)
         parts = bench.parts()
-        curves = bench.curves()
         whole = bench.whole()
+        curves = bench.curves()
         rate = bench.matmul_rate()
     figures = {
         "bench": "train",
@@ -80,6 +84,7 @@ def run(repeats: int, device: str = "cpu") -> Report:
         "matmul_flop_per_s": rate,
         "machine": here,
         "repeats": repeats,
+        "resumed": measured.resumed,
         "whole": whole,
         "parts": parts,
         "curves": curves,
@@ -175,9 +180,9 @@ def _cross_entropy(hidden: Tensor, output: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Bench:
-    def __init__(self, device: torch.device, repeats: int, progress: Progress) -> None:
+    def __init__(self, device: torch.device, repeats: int, progress: Progress, so_far: SoFar) -> None:
         self._device, self._repeats = device, repeats
-        self._progress = progress
+        self._progress, self._measured = progress, so_far.measured
         self._is_gpu = device.type == "cuda"
         self._clock = functools.partial(seconds_on, device)
         self._free = free_bytes(device)
@@ -193,9 +198,10 @@ class _Bench:
             again = self.makes_again(layers, length)
             taken = sides | ({TRANSFORMERS: llama(transformer)} if length == lengths[0] else {})
             seconds: dict[str, list[float]] = {name: [] for name in taken}
-            for _ in range(self._repeats):
+            for i in range(self._repeats):
                 for name, config in taken.items():
-                    if (second := self._step(config, length, again)) is not None:
+                    step = functools.partial(self._step, config, length, again)
+                    if (second := self._measured(f"step {i} of {name}, {length} tokens", step)) is not None:
                         seconds[name].append(second)
                 self._progress.advance(task)
             for name, runs in seconds.items():
@@ -246,13 +252,13 @@ class _Bench:
         # On a CPU a head is like another, and enough of them for its threads stand for all.
         kv_heads = config.num_key_value_heads if self._is_gpu else 1
         sides = layers.sides(BASE, gradient=True)
-        sides["head"] = self._head(config)
+        sides |= {"last_product": layers.last_product(BASE), "head": self._head(config)}
         task = self._progress.add_task("parts", total=1 + len(COMPOSED))
-        parts = {name: {BASE: passes} for name, passes in self._passes(sides, BASE).items()}
+        parts = {name: {BASE: passes} for name, passes in self._passes("layers", sides, BASE).items()}
         self._progress.advance(task)
         for length in COMPOSED:
             of_length = {"core": layers.core(length, kv_heads), "operator": layers.operator(length, gradient=True)}
-            for name, passes in self._passes(of_length, length).items():
+            for name, passes in self._passes("mixers", of_length, length).items():
                 times = config.num_key_value_heads // kv_heads if name == "core" else 1
                 parts.setdefault(name, {})[length] = Passes(*(times * seconds for seconds in passes))
             self._progress.advance(task)
@@ -262,7 +268,7 @@ class _Bench:
             "seconds": {
                 name: {str(at): passes._asdict() for at, passes in some.items()} for name, some in parts.items()
             },
-            "optimizer_s_a_parameter": self._optimizer(),
+            "optimizer_s_a_parameter": self._measured("optimizer", self._optimizer),
             "makes_again": {str(length): self.makes_again(2, length) for length in COMPOSED},
             "parameters": {kind: parameters(kind) for kind in ("attention", "hyena", "rest")},
         }
@@ -274,9 +280,13 @@ class _Bench:
         labels = torch.randint(vocabulary, (BASE,), device=self._device)
         return Side(lambda: loss(hidden, output, labels), (hidden, output.requires_grad_()))
 
-    def _passes(self, sides: dict[str, Side], length: int) -> dict[str, Passes]:
+    def _passes(self, what: str, sides: dict[str, Side], length: int) -> dict[str, Passes]:
         """The medians of each side's forward and backward run, all taken in turn."""
-        warm_ups = int(self._is_gpu or "core" not in sides or length <= BASE)  # of minutes the first is like the others
+        measured = self._measured(f"{what}, {length} tokens", lambda: self._medians(sides, length))
+        return {name: Passes(*passes) for name, passes in measured.items()}
+
+    def _medians(self, sides: dict[str, Side], length: int) -> dict[str, tuple[float, float]]:
+        warm_ups = int(self._is_gpu or length <= BASE)  # what takes a minute is no longer the first time
         held: dict[str, Tensor] = {}
 
         def forward(name: str) -> None:
@@ -290,7 +300,7 @@ class _Bench:
             runs[name] = functools.partial(forward, name)
             runs[f"{name} backward"] = functools.partial(backward, name)
         seconds = interleaved(self._repeats, warm_ups, self._clock, **runs)
-        return {name: Passes(median(seconds[name]), median(seconds[f"{name} backward"])) for name in sides}
+        return {name: (median(seconds[name]), median(seconds[f"{name} backward"])) for name in sides}
 
     def _optimizer(self) -> float:
         weight = torch.nn.Parameter(torch.zeros(2**26, device=self._device, dtype=DTYPE))
@@ -312,7 +322,7 @@ class _Bench:
         for width in CURVE_WIDTHS:
             layers = Layers(widths(width), self._device)
             for length in CURVE_LENGTHS:
-                passes = self._passes(layers.sides(length, gradient=True), length)
+                passes = self._passes(f"width {width}", layers.sides(length, gradient=True), length)
                 row = {name.removesuffix("_layer"): each.step(again=False) for name, each in passes.items()}
                 rows.append({"width": width, "tokens": length, **row})
                 self._progress.advance(task)
@@ -331,14 +341,15 @@ def parameters(kind: str) -> int:
 
 def flops(attention: int, hyena: int, tokens: int, *, again: bool) -> float:
     """Multiplications and additions of a step's products: weights three times, attention's own three and a half, both
-    once more where activations are made again, and logits four times.
+    once more where activations are made again (but for the MLP's last), and logits four times.
     """
     config = configuration(WIDTH, 2, 2)
     rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     mlp, mixers = 3 * WIDTH * config.mlp_size, (WIDTH * (rows + WIDTH), WIDTH * 4 * WIDTH)
     weights = attention * (mixers[0] + mlp) + hyena * (mixers[1] + mlp)
-    core = attention * 4 * tokens**2 / 2 * WIDTH
-    return 2 * tokens * weights * (3 + again) + core * (3.5 + again) + 2 * tokens * WIDTH * config.vocab_size * 4
+    taken = weights * (3 + again) - again * (attention + hyena) * WIDTH * config.mlp_size
+    core = attention * 4 * tokens**2 / 2 * WIDTH * (3.5 + again)
+    return 2 * tokens * taken + core + 2 * tokens * WIDTH * config.vocab_size * 4
 
 
 def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, Any]:
@@ -354,6 +365,7 @@ def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, A
         total += made * (attention * counts_of["attention"] + hyena * counts_of["hyena"] + counts_of["rest"])
         for count, layer, over in ((attention, "attention_layer", "core"), (hyena, "hyena_layer", "operator")):
             by_position = seconds[layer][BASE].step(again) - seconds[over][BASE].step(again)
+            by_position -= again * seconds["last_product"][BASE].forward
             total += count * (grown * by_position + seconds[over][tokens].step(again))
         return total
 

@@ -1,7 +1,7 @@
 """The benchmarks measure what they say: rivals that compute the same, sides in turn, files that are whole."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -467,8 +467,12 @@ def test_training_is_timed_whole_in_parts_and_composed(monkeypatch, tmp_path):
     for name, value in small.items():
         monkeypatch.setattr(train, name, value)
     train.parameters.cache_clear()
-    report = train.run(2)
+    so_far = tmp_path / ".train.json.part"
+    report = train.run(2, so_far=so_far)
+    again = train.run(2, so_far=so_far)
     train.parameters.cache_clear()
+    assert again.figures["whole"] == report.figures["whole"] and again.figures["parts"] == report.figures["parts"]
+    assert again.figures["resumed"] > report.figures["resumed"] == 0
     figures = report.figures
     steps = {(row["model"], row["tokens"]): row["seconds"] for row in figures["whole"]}
     assert set(steps) == {
@@ -502,6 +506,7 @@ def test_a_step_is_composed_of_its_parts(monkeypatch):
     parts = {
         "seconds": {
             "head": {"1000": passes(1.0)},
+            "last_product": {"1000": passes(0.25)},  # which is made once alone
             "attention_layer": {"1000": passes(3.0)},  # of which attention is 1
             "hyena_layer": {"1000": passes(2.5)},  # of which the operator is half a second
             "core": {str(n): passes((n / 1000) ** 2) for n in lengths},
@@ -511,9 +516,9 @@ def test_a_step_is_composed_of_its_parts(monkeypatch):
         "parameters": {"attention": 100, "hyena": 200, "rest": 300},
         "makes_again": {"1000": False, "4000": True},
     }
-    # Forward once and backward twice as long: 3; with activations made again 4, but for the head.
-    llama_s = 4 * 3 * 1.0 + 0.01 * (2 * 100 + 300) + 2 * (4 * 4 * 2.0 + 4 * 16.0)
-    striped_s = 4 * 3 * 1.0 + 0.01 * (100 + 200 + 300) + 4 * (4 * 2.0 + 16.0) + 4 * (4 * 2.0 + 2.0)
+    # Forward once and backward twice as long: 3; with activations made again 4, but for the head and the last product.
+    llama_s = 4 * 3 * 1.0 + 0.01 * (2 * 100 + 300) + 2 * (4 * (4 * 2.0 - 0.25) + 4 * 16.0)
+    striped_s = 4 * 3 * 1.0 + 0.01 * (100 + 200 + 300) + 4 * (4 * 2.0 - 0.25 + 16.0) + 4 * (4 * 2.0 - 0.25 + 2.0)
     whole = [
         {"model": name, "layers": 2, "tokens": 4000, "again": True, "median_s": seconds}
         for name, seconds in ((train.LLAMA, llama_s), (train.STRIPED, 2 * striped_s))
@@ -535,7 +540,40 @@ def test_operations_are_counted():
     attention, hyena = 4096 * 6144 + 4096 * 4096 + mlp, 4 * 4096 * 4096 + mlp
     pairs = 4 * 4096 * 1000 / 2  # of each position with those before it, in two products
     assert train.flops(1, 0, 1000, again=False) == 1000 * (2 * 3 * attention + 3.5 * pairs + output)
-    assert train.flops(0, 2, 1000, again=True) == 1000 * (2 * 2 * 4 * hyena + output)
+    again = 2 * 2 * (4 * hyena - mlp / 3)
+    assert train.flops(0, 2, 1000, again=True) == 1000 * (again + output)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_layer_that_is_made_again_goes_without_its_last_product(monkeypatch, every):
+    """What `flops` and what is composed take for granted of torch's checkpoint."""
+    from stripedrag.eval.bench import train
+
+    monkeypatch.setattr(train, "HEAD_WIDTH", 16)
+    training = train.Training(train.configuration(64, 2, every), torch.device("cpu"), again=True)
+    ran = Counter()
+    for block in training.model.backbone.blocks:
+        for name, product in block.mlp.named_children():
+            product.register_forward_hook(lambda *_, name=name: ran.update([name]))  # after the product
+    training.step(torch.randint(3, 99, (1, 32)))
+    assert ran == {"l1": 4, "l2": 4, "l3": 2}
+
+
+def test_a_bench_that_was_cut_goes_on(tmp_path):
+    from stripedrag.eval.bench.so_far import SoFar
+
+    path, run = tmp_path / ".train.json.part", {"commit": "abc", "repeats": 3}
+    path.touch()  # as the command does
+    assert SoFar(path, run).measured("core", lambda: (1.5, 2.0)) == (1.5, 2.0)
+    again = SoFar(path, run)
+    assert again.resumed == 1
+    assert again.measured("core", lambda: pytest.fail("measured twice")) == [1.5, 2.0]
+    assert again.measured("step", lambda: None) is None
+    assert SoFar(path, run).measured("step", lambda: pytest.fail("measured twice")) is None
+    with pytest.raises(UsageError, match="a run with commit abc; go on with that one, or remove the file"):
+        SoFar(path, run | {"commit": "def"})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert SoFar(None, run).measured("core", lambda: 3) == 3
 
 
 def test_what_is_trained_is_of_one_shape():

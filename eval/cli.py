@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stripedrag.errors import UsageError, faults
-from stripedrag.eval.bench import BENCHES
+from stripedrag.eval.bench import BENCHES, LONG_BENCHES
 from stripedrag.rag import cli_index as cli_index  # its commands
 from stripedrag.rag.cli import app, main
 from stripedrag.rag.terminal import err, quiet_libraries, spinner
@@ -222,7 +222,8 @@ def bench(
         Path | None,
         typer.Option(
             "--to",
-            help="Write the raw figures to this JSON file, and a plot beside it (.svg); `train` goes on there if cut.",
+            help="Write the raw figures to this JSON file, and a plot beside it (.svg). `generate` and `train` go on "
+            "where a run was cut.",
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions; the medians are shown.")] = 5,
@@ -252,15 +253,24 @@ def bench(
     data |= {} if device == "cpu" else {"device": device}
     if to is not None and to.suffix == ".svg":
         raise UsageError(f"{to} is where the plot would go; name the JSON file, {to.with_suffix('.json').name}")
+    if to is not None and to.is_dir():
+        raise UsageError(f"{to} is a folder; name a file in it, {to / f'{name}.json'}")
     scratch = to.with_name(f".{to.name}.part") if to is not None else None
+    so_far = to.with_name(f".{to.name}.{name}") if to is not None and name in LONG_BENCHES else None
     if scratch is not None:  # before the work, so that a bad path costs none of it; `to` itself is only ever whole
         scratch.parent.mkdir(parents=True, exist_ok=True)
         scratch.touch()
+        scratch.unlink()
         if find_spec("matplotlib") is None:
             err.print("no plot will be drawn: matplotlib is missing (`pip install 'stripedrag[bench]'`)", markup=False)
-        data |= {"so_far": scratch} if name == "train" else {}
+    data |= {} if so_far is None else {"so_far": so_far}
     quiet_libraries()
-    report: Report = import_module(BENCHES[name]).run(repeats, **data)
+    try:
+        report: Report = import_module(BENCHES[name]).run(repeats, **data)
+    except KeyboardInterrupt:
+        if so_far is not None and so_far.exists():
+            err.print(f"stopped; the same command goes on from {so_far}", markup=False, soft_wrap=True)
+        raise
     text = json.dumps(report.figures, indent=1)
     if to is not None and scratch is not None:
         scratch.write_text(text + "\n")
@@ -269,6 +279,8 @@ def bench(
             drawing = scratch.with_suffix(".svg")
             report.plot(drawing)
             drawing.replace(to.with_suffix(".svg"))
+        if so_far is not None:
+            so_far.unlink(missing_ok=True)
     typer.echo(text if as_json else report.table)
 
 

@@ -1,5 +1,6 @@
 """The public door of the kernels: the whole Hyena operator between the two Linear layers of a block, and what blocks
-need beside it: a linear layer on a few rows, attention (`attention.py`), RMSNorm, SwiGLU.
+need beside it: a linear layer on a few rows, attention (`attention.py`), RMSNorm, SwiGLU, and the loss of a model
+(`cross_entropy.py`).
 
 B batch, L length, H channels, G filter groups, N modes, K taps. Inputs are checked here, once for every backend.
 The operator's equations stand in `reference.py`.
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from stripedrag.kernels import cpu
 from stripedrag.kernels.attention import attend, attend_shared
+from stripedrag.kernels.cross_entropy import linear_cross_entropy
 from stripedrag.kernels.dispatch import select
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
 
@@ -24,6 +26,7 @@ __all__ = [
     "hyena_filter",
     "hyena_step",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "swiglu",
     "writes_out",

@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from stripedrag.errors import CheckpointError, UsageError
+from stripedrag.kernels import ops
 from stripedrag.kernels.library import is_watched
 from stripedrag.model.cache import fit, new_cache
 from stripedrag.model.config import StripedHyenaConfig
@@ -308,6 +309,7 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits (B, L, V), and the cache after the last token.
@@ -322,13 +324,15 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
             labels: (B, L) token ids, -100 where there is none; gives the mean cross-entropy of the next token.
             use_cache: by default the config's word in evaluation, False in training and with padding on the right.
             logits_to_keep: only the logits of so many last tokens, or of these positions; 0 is all.
+            skip_logits: gives the loss of `labels` alone, and None for the logits, which a long window has no memory
+                for: they live a part at a time (`ops.linear_cross_entropy`).
             **kwargs: what transformers passes on: `output_hidden_states`, loss settings.
 
         Raises:
             ValueError: neither or both of ids and embeddings; ids that the vocabulary lacks; a prompt over the window;
                 a mask of another length, or with padding between real tokens; padding that is not on the left while a
                 cache is kept; a cache that is not a `DynamicCache`, or of layers of other kinds; a gradient through a
-                warm cache.
+                warm cache; `skip_logits` without labels, or with an unembedding that is more than a weight.
         """
         outputs = self.backbone(
             input_ids=input_ids,
@@ -339,17 +343,40 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.backbone.unembed(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits = loss = None
+        if skip_logits:
+            loss = self._loss(outputs.last_hidden_state, labels, **kwargs)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.backbone.unembed(outputs.last_hidden_state[:, keep])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _loss(
+        self, hidden: Tensor, labels: Tensor | None, num_items_in_batch: int | Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The loss of labels (B, L) by hidden (B, L, H), without logits: as transformers takes it, over so many items
+        where a batch is read in several parts.
+        """
+        unembed = self.backbone.unembed
+        is_weight = type(unembed) in (Linear, nn.Linear) and unembed.bias is None and not unembed._forward_hooks
+        if labels is None or not is_weight or kwargs.get("shift_labels") is not None:
+            raise ValueError(
+                "skip_logits gives the loss alone: it takes labels (no shift_labels), and an unembedding that is a "
+                "weight and nothing more"
+            )
+        return ops.linear_cross_entropy(
+            hidden[:, :-1].flatten(0, 1),
+            unembed.weight,
+            labels[:, 1:].flatten(),
+            reduction="mean" if num_items_in_batch is None else "sum",
+        ) / (1 if num_items_in_batch is None else num_items_in_batch)
 
 
 def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: int, trusts_mask: bool) -> Tensor | None:

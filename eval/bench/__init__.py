@@ -1,5 +1,7 @@
 """Benchmarks by name: each is a module with `run(repeats) -> Report`. Run by `stripedrag bench`."""
 
+LONG_BENCHES = ("generate", "train")  # of hours: their `run` takes `so_far`, too, the file to go on from
+
 BENCHES = {
     "attention": "stripedrag.eval.bench.attention",
     "context": "stripedrag.eval.bench.context",
@@ -10,6 +12,7 @@ BENCHES = {
     "layer": "stripedrag.eval.bench.layer",
     "load": "stripedrag.eval.bench.load",
     "memory": "stripedrag.eval.bench.memory",
+    "prefill": "stripedrag.eval.bench.prefill",
     "quantize": "stripedrag.eval.bench.quantize",
     "recall": "stripedrag.eval.bench.recall",
     "roofline": "stripedrag.eval.bench.roofline",

@@ -8,6 +8,7 @@ ours, which does not copy itself. llama.cpp's context is made before its time be
 `llama-cpp-python` (the extra `llama-cpp`) is not installed.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stripedrag.eval.bench.report import Report, machine, plot
+from stripedrag.eval.bench.so_far import SoFar, told
 from stripedrag.eval.data_formats import Chapter
 from stripedrag.eval.haystack import Haystack, plant, with_margin
 from stripedrag.eval.meter import Meter
@@ -103,14 +105,17 @@ class InLlamaCpp:
         return tokens * int(self._runs.token_bytes)
 
 
-def run(repeats: int) -> Report:
+def run(repeats: int, so_far: Path | None = None) -> Report:
     """For each system and length tokens a second of both, seconds to the first token, bytes of the cache and peak.
 
-    Raises `StoreError` where the system does not tell of a process's memory.
+    What is measured goes to `so_far` as it comes, from which a run that was cut goes on. Raises `StoreError` where the
+    system does not tell of a process's memory, `UsageError` where `so_far` is of another run.
     """
     systems, tokenizer = _systems()
     ids = novel_ids(tokenizer, max(*LENGTHS, ROWS * ROW_TOKENS))
     here = machine()
+    measured = SoFar(so_far, told(here) | {"llama.cpp": _llama_cpp(), "repeats": repeats})
+    here = measured.measured("machine", lambda: here)
     limits = {name: _limits(system, here) for name, system in systems.items() if isinstance(system, InTorch)}
     ours, rows = cast(InTorch, systems[STRIPED]), list[dict[str, Any]]()
     asked = [(1, length) for length in LENGTHS[:-1]] + [(ROWS, ROW_TOKENS), (1, LENGTHS[-1])]
@@ -118,15 +123,18 @@ def run(repeats: int) -> Report:
         if length == LENGTHS[-1] and GGUF in systems:  # the slower in llama.cpp would take another hour
             slower = max((GGUF, GGUF_8), key=lambda name: _first_token_s(rows, name, LENGTHS[-2]))
             systems = {name: system for name, system in systems.items() if name != slower}
-        rows += _measured(systems, ids, batch, length, repeats)
+        measure = functools.partial(_measured, systems, ids, batch, length, repeats)
+        rows += measured.measured(f"{batch} x {length} tokens", measure)
+    found = measured.measured("needles", lambda: needles(ours.model, tokenizer, LONGEST))
     figures = {
         "bench": "generate",
         "machine": here,
         "llama_cpp": _llama_cpp(),
         "repeats": repeats,
+        "resumed": measured.resumed,
         "limits": limits,
         "rows": rows,
-        "needles": needles(ours.model, tokenizer, LONGEST),
+        "needles": found,
     }
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
@@ -208,11 +216,9 @@ def _measured(systems: dict[str, System], ids: list[int], rows: int, length: int
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     for system in systems.values():
         system.generate([prompt[:64] for prompt in prompts], 4, lambda _: None)  # weights come into memory
-    for repetition in range(repeats):
+    for _ in range(repeats):
         for name, system in systems.items():
-            # What takes minutes differs by a percent or two: of the rivals every other is enough.
-            if name == STRIPED or length < LENGTHS[-1] or repetition % 2 == 0:
-                runs[name].append(timed(system, prompts))
+            runs[name].append(timed(system, prompts))
     return [
         {
             "system": name,
@@ -307,9 +313,9 @@ def _table(figures: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        f"medians of {figures['repeats']} in turn (at {LENGTHS[-1]:,} tokens the rivals' of every other, without the",
-        f"slower of llama.cpp's two); peak MB beyond what the process had before, of {BASELINE} with the",
-        "activations of a whole prompt",
+        *([f"{figures['resumed']} measurements are of earlier runs that were cut;"] if figures["resumed"] else []),
+        f"medians of {figures['repeats']} in turn (at {LENGTHS[-1]:,} tokens without the slower of llama.cpp's two);",
+        f"peak MB beyond what the process had before, of {BASELINE} with the activations of a whole prompt",
     ]
     return "\n".join(lines)
 

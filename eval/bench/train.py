@@ -7,7 +7,8 @@ length. The same composition of the steps that were taken whole says how far it 
 
 The Llamas are of our own blocks, with attention in every layer: their norms and gates are the same kernels, and
 attention is torch's by the faster of two ways (`ops.attend`: on a CPU keys and values are repeated for the heads that
-share them). transformers' own stands beside at the first length, with torch's other way.
+share them). transformers' own stands beside at the first length, on a CPU with torch's other way. The loss is
+`ops.linear_cross_entropy` for all.
 """
 
 import functools
@@ -18,11 +19,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from stripedrag.errors import StoreError
@@ -30,9 +29,11 @@ from stripedrag.eval.bench.filter_gpu import seconds_on
 from stripedrag.eval.bench.layer import DTYPE, Layers, Side
 from stripedrag.eval.bench.load import published
 from stripedrag.eval.bench.report import Report, device_of, interleaved, machine, plot
-from stripedrag.eval.bench.so_far import SoFar
+from stripedrag.eval.bench.so_far import SoFar, told
 from stripedrag.eval.meter import bounded_memory
 from stripedrag.hardware import keep_freed_memory
+from stripedrag.kernels import ops
+from stripedrag.kernels.dispatch import select
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.memory import free_bytes
 from stripedrag.model.modeling import StripedHyenaForCausalLM
@@ -45,7 +46,6 @@ WHOLE = (8192, 32_768)  # tokens of whole steps
 COMPOSED = (8192, 32_768, 65_536, 131_072)
 CURVE_WIDTHS, CURVE_LENGTHS = (1024, 2048), (2048, 8192, 32_768)
 STRIPED, LLAMA, TRANSFORMERS = "StripedHyena", "Llama", "transformers' Llama"
-_LOSS_ROWS = 2048  # positions whose logits live at once
 _SHARE = 0.7  # of the free memory that activations may fill before they are made again instead
 _WARM_UP_TOKENS = 512
 
@@ -65,11 +65,12 @@ def run(repeats: int, device: str = "cpu", so_far: Path | None = None) -> Report
     """Seconds of whole steps, of their parts, and of what is composed of these; ratios of Llama over StripedHyena.
 
     What is measured goes to `so_far` as it comes, from which a run that was cut goes on. Raises `UsageError` for a
-    device that is not there, and where `so_far` is of another commit, machine, device or number of repeats.
+    device that is not there, and where `so_far` is of another commit, processor, device or number of repeats.
     """
     place, here = device_of(device), machine()
-    told = {key: here[key] for key in ("commit", "processor", "threads", "torch")}
-    measured = SoFar(so_far, {**told, "device": device, "repeats": repeats})
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else device
+    measured = SoFar(so_far, told(here) | {"device": name, "repeats": repeats})
+    here = measured.measured("machine", lambda: here)
     keep_freed_memory()  # as a run of training does
     on_place = torch.cuda.device(place if place.type == "cuda" else -1)
     with on_place, Progress(console=Console(stderr=True)) as progress:
@@ -77,10 +78,12 @@ def run(repeats: int, device: str = "cpu", so_far: Path | None = None) -> Report
         parts = bench.parts()
         whole = bench.whole()
         curves = bench.curves()
-        rate = bench.matmul_rate()
+        rate = measured.measured("matmul rate", bench.matmul_rate)
+    config = configuration(WIDTH, 2, 2)
     figures = {
         "bench": "train",
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else device,
+        "device": name,
+        "backend": select(None, place, config.short_filter_length, config.state_size).name,
         "matmul_flop_per_s": rate,
         "machine": here,
         "repeats": repeats,
@@ -157,26 +160,13 @@ class Training:
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         output = self.model.get_output_embeddings().weight
         assert isinstance(output, Tensor)
-        taken = loss(hidden[0, :-1], output, ids[0, 1:])
+        taken = ops.linear_cross_entropy(hidden[0, :-1], output, ids[0, 1:])
         taken.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not taken.isfinite():
             raise StoreError(f"the loss of a step on {ids.shape[1]} tokens is {taken.item()}")
         return taken.item()
-
-
-def loss(hidden: Tensor, output: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of hidden (R, H) with the output's weight (V, H); logits live a part at a time, and are made
-    again for the gradient.
-    """
-    parts = zip(hidden.split(_LOSS_ROWS), labels.split(_LOSS_ROWS), strict=True)
-    sums = [checkpoint(_cross_entropy, part, output, wanted, use_reentrant=False) for part, wanted in parts]
-    return torch.stack(sums).sum() / len(labels)
-
-
-def _cross_entropy(hidden: Tensor, output: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, output).float(), labels, reduction="sum")
 
 
 class _Bench:
@@ -195,7 +185,7 @@ class _Bench:
         task = self._progress.add_task("whole steps", total=len(lengths) * self._repeats)
         rows = []
         for length in lengths:
-            again = self.makes_again(layers, length)
+            again = self._makes_again(layers, length)
             taken = sides | ({TRANSFORMERS: llama(transformer)} if length == lengths[0] else {})
             seconds: dict[str, list[float]] = {name: [] for name in taken}
             for i in range(self._repeats):
@@ -217,7 +207,7 @@ class _Bench:
 
         def seconds() -> float:
             training = Training(config, self._device, again=again)
-            training.step(ids[:, :_WARM_UP_TOKENS])
+            training.step(ids if self._is_gpu else ids[:, :_WARM_UP_TOKENS])
             return self._clock(functools.partial(training.step, ids))
 
         try:
@@ -226,13 +216,17 @@ class _Bench:
         except (torch.OutOfMemoryError, MemoryError):
             return None
         except RuntimeError as error:  # of torch's allocator on a CPU, or of oneDNN
-            if not any(word in str(error) for word in ("alloc", "memory", "primitive")):
+            if self._is_gpu or not any(word in str(error) for word in ("alloc", "memory", "primitive")):
                 raise
             return None
         finally:
             gc.collect()  # before the next, which needs the same memory
             if self._is_gpu:
                 torch.cuda.empty_cache()
+
+    def _makes_again(self, layers: int, length: int) -> bool:
+        name = f"made again, {layers} layers, {length} tokens"
+        return bool(self._measured(name, lambda: self.makes_again(layers, length)))
 
     def makes_again(self, layers: int, length: int) -> bool:
         """Whether activations of so many layers, as they are kept for the gradient, would fill the free memory; on a
@@ -269,7 +263,7 @@ class _Bench:
                 name: {str(at): passes._asdict() for at, passes in some.items()} for name, some in parts.items()
             },
             "optimizer_s_a_parameter": self._measured("optimizer", self._optimizer),
-            "makes_again": {str(length): self.makes_again(2, length) for length in COMPOSED},
+            "makes_again": {str(length): self._makes_again(2, length) for length in COMPOSED},
             "parameters": {kind: parameters(kind) for kind in ("attention", "hyena", "rest")},
         }
 
@@ -278,7 +272,7 @@ class _Bench:
         hidden = torch.randn(BASE, config.hidden_size, device=self._device, dtype=DTYPE, requires_grad=True)
         output = torch.randn(vocabulary, config.hidden_size, device=self._device, dtype=DTYPE).mul_(0.02)
         labels = torch.randint(vocabulary, (BASE,), device=self._device)
-        return Side(lambda: loss(hidden, output, labels), (hidden, output.requires_grad_()))
+        return Side(lambda: ops.linear_cross_entropy(hidden, output, labels), (hidden, output.requires_grad_()))
 
     def _passes(self, what: str, sides: dict[str, Side], length: int) -> dict[str, Passes]:
         """The medians of each side's forward and backward run, all taken in turn."""
@@ -286,7 +280,9 @@ class _Bench:
         return {name: Passes(*passes) for name, passes in measured.items()}
 
     def _medians(self, sides: dict[str, Side], length: int) -> dict[str, tuple[float, float]]:
-        warm_ups = int(self._is_gpu or length <= BASE)  # what takes a minute is no longer the first time
+        warm_ups = int(self._is_gpu or length <= BASE)  # what takes minutes takes no longer the first time
+        if not warm_ups and "operator" in sides:  # but this takes seconds
+            sides["operator"].with_gradient()
         held: dict[str, Tensor] = {}
 
         def forward(name: str) -> None:
@@ -341,7 +337,7 @@ def parameters(kind: str) -> int:
 
 def flops(attention: int, hyena: int, tokens: int, *, again: bool) -> float:
     """Multiplications and additions of a step's products: weights three times, attention's own three and a half, both
-    once more where activations are made again (but for the MLP's last), and logits four times.
+    once more where activations are made again (but for the MLP's last), and logits three times.
     """
     config = configuration(WIDTH, 2, 2)
     rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
@@ -349,7 +345,7 @@ def flops(attention: int, hyena: int, tokens: int, *, again: bool) -> float:
     weights = attention * (mixers[0] + mlp) + hyena * (mixers[1] + mlp)
     taken = weights * (3 + again) - again * (attention + hyena) * WIDTH * config.mlp_size
     core = attention * 4 * tokens**2 / 2 * WIDTH * (3.5 + again)
-    return 2 * tokens * taken + core + 2 * tokens * WIDTH * config.vocab_size * 4
+    return 2 * tokens * taken + core + 2 * tokens * WIDTH * config.vocab_size * 3
 
 
 def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +357,7 @@ def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, A
 
     def step(attention: int, hyena: int, tokens: int, again: bool) -> float:
         grown, made = tokens / BASE, parts["optimizer_s_a_parameter"]
-        total: float = grown * seconds["head"][BASE].step(again=False)  # whose logits are always made again
+        total: float = grown * seconds["head"][BASE].step(again=False)
         total += made * (attention * counts_of["attention"] + hyena * counts_of["hyena"] + counts_of["rest"])
         for count, layer, over in ((attention, "attention_layer", "core"), (hyena, "hyena_layer", "operator")):
             by_position = seconds[layer][BASE].step(again) - seconds[over][BASE].step(again)
@@ -404,19 +400,21 @@ def _table(figures: dict[str, Any]) -> str:
     here = figures["machine"]
     lines = [
         f"{here['processor']}, {here['threads']} threads, bfloat16, torch {here['torch']}, {here['commit']}; "
-        f"device {figures['device']}",
+        f"device {figures['device']}, Hyena operator by {figures['backend']}",
         f"multiplies {figures['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s; batch 1, the 7B's widths, heads of {HEAD_WIDTH}",
         "",
         f"{'whole steps':24}{'layers':>7}{'tokens':>9}{'seconds':>9}{'from':>9}{'to':>9}{'GFLOP/s':>9}  activations",
     ]
     for row in figures["whole"]:
         runs = row["seconds"]
-        taken = "   too little memory"
+        taken = f"   too little memory{'':8}"
         if runs:
             rate = row["flop"] / row["median_s"] / 1e9
             taken = f"{row['median_s']:>9.1f}{min(runs):>9.1f}{max(runs):>9.1f}{rate:>9.0f}"
         kept = "made again" if row["again"] else "kept"
-        lines.append(f"{row['model']:24}{row['layers']:>7}{row['tokens']:>9}{taken}   {kept}")
+        lost = figures["repeats"] - len(runs) if runs else 0
+        some = f"; too little memory in {lost} more" if lost else ""
+        lines.append(f"{row['model']:24}{row['layers']:>7}{row['tokens']:>9}{taken}   {kept}{some}")
     for tokens in sorted({row["tokens"] for row in figures["whole"]}):
         if (found := ratio(figures["whole"], tokens)) is not None:
             lines.append(f"  at {tokens:,} tokens the StripedHyena's step is {found:.2f}x as fast")
@@ -441,12 +439,17 @@ def _table(figures: dict[str, Any]) -> str:
         f"{row['by_flops']:>7.2f}x{row['bound']:>5}x"
         for row in figures["patterns"]
     ]
-    lines += ["", "layers alone, by length over width: an attention layer's time over a Hyena layer's"]
+    lines += [
+        "",
+        "layers alone, activations kept, by length over width: an attention layer's time over a Hyena layer's",
+        f"(composed where the width is {WIDTH})",
+    ]
     lines += [
         f"  {length_over_width:>6.1f} (width {width}){times:>7.2f}x"
         for length_over_width, width, times in _curve(figures)
     ]
-    lines += ["", f"medians of {figures['repeats']} in turn; core: {figures['parts']['core_measured']}"]
+    resumed = f"; {figures['resumed']} measurements of earlier runs that were cut" if figures["resumed"] else ""
+    lines += ["", f"medians of {figures['repeats']} in turn; core: {figures['parts']['core_measured']}{resumed}"]
     return "\n".join(lines)
 
 
@@ -474,4 +477,4 @@ def _plot(figures: dict[str, Any], path: Path) -> None:
         for name, (_, every) in PATTERNS.items():
             of_llama, of_striped = times, (times + every - 1) / every
             series.setdefault(f"width {width}, {name}", []).append((length_over_width, of_llama / of_striped))
-    plot(path, series, "layers of a StripedHyena: times as fast in training", "tokens over width", "times", log_x=True)
+    plot(path, series, "layers, activations kept: times as fast in training", "tokens over width", "times", log_x=True)

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: rivals that compute the same, sides in turn, files that are whole."""
 
+import itertools
 import json
 from collections import Counter, defaultdict
 
@@ -463,11 +464,11 @@ def test_training_is_timed_whole_in_parts_and_composed(monkeypatch, tmp_path):
     from stripedrag.eval.bench import train
 
     small = {"WIDTH": 64, "HEAD_WIDTH": 16, "BASE": 64, "WHOLE": (64, 128), "COMPOSED": (64, 128, 256)}
-    small |= {"CURVE_WIDTHS": (128,), "CURVE_LENGTHS": (32, 64), "_WARM_UP_TOKENS": 16, "_LOSS_ROWS": 48}
+    small |= {"CURVE_WIDTHS": (128,), "CURVE_LENGTHS": (32, 64), "_WARM_UP_TOKENS": 16}
     for name, value in small.items():
         monkeypatch.setattr(train, name, value)
     train.parameters.cache_clear()
-    so_far = tmp_path / ".train.json.part"
+    so_far = tmp_path / ".train.json.train"
     report = train.run(2, so_far=so_far)
     again = train.run(2, so_far=so_far)
     train.parameters.cache_clear()
@@ -536,12 +537,14 @@ def test_a_step_is_composed_of_its_parts(monkeypatch):
 def test_operations_are_counted():
     from stripedrag.eval.bench import train
 
-    mlp, output = 3 * 4096 * 14_336, 2 * 4 * 4096 * 32_000
+    mlp, output = 3 * 4096 * 14_336, 2 * 3 * 4096 * 32_000
     attention, hyena = 4096 * 6144 + 4096 * 4096 + mlp, 4 * 4096 * 4096 + mlp
     pairs = 4 * 4096 * 1000 / 2  # of each position with those before it, in two products
     assert train.flops(1, 0, 1000, again=False) == 1000 * (2 * 3 * attention + 3.5 * pairs + output)
     again = 2 * 2 * (4 * hyena - mlp / 3)
     assert train.flops(0, 2, 1000, again=True) == 1000 * (again + output)
+    again = 2 * (4 * attention - mlp / 3) + 4.5 * pairs
+    assert train.flops(1, 0, 1000, again=True) == 1000 * (again + output)
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -562,18 +565,50 @@ def test_a_layer_that_is_made_again_goes_without_its_last_product(monkeypatch, e
 def test_a_bench_that_was_cut_goes_on(tmp_path):
     from stripedrag.eval.bench.so_far import SoFar
 
-    path, run = tmp_path / ".train.json.part", {"commit": "abc", "repeats": 3}
-    path.touch()  # as the command does
+    path, run = tmp_path / ".train.json.train", {"commit": "abc", "repeats": 3}
     assert SoFar(path, run).measured("core", lambda: (1.5, 2.0)) == (1.5, 2.0)
     again = SoFar(path, run)
     assert again.resumed == 1
     assert again.measured("core", lambda: pytest.fail("measured twice")) == [1.5, 2.0]
-    assert again.measured("step", lambda: None) is None
-    assert SoFar(path, run).measured("step", lambda: pytest.fail("measured twice")) is None
+    assert again.measured("step", lambda: None) is None  # as where memory was short
+    assert SoFar(path, run).measured("step", lambda: 2.5) == 2.5
     with pytest.raises(UsageError, match="a run with commit abc; go on with that one, or remove the file"):
         SoFar(path, run | {"commit": "def"})
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    for text in ("", "{", "[]", '{"bench": "train"}'):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="does not hold what a run measured so far; remove it"):
+            SoFar(path, run)
     assert SoFar(None, run).measured("core", lambda: 3) == 3
+
+
+def test_a_long_bench_goes_on_by_the_same_command(tmp_path, monkeypatch):
+    from stripedrag.eval.bench import report
+    from stripedrag.eval.bench.so_far import SoFar
+
+    ran = []
+
+    def bench(repeats, so_far):
+        measured = SoFar(so_far, {"repeats": repeats}).measured
+        measured("first", lambda: ran.append("first") or 1)
+        if len(ran) == 1:
+            ran.append("cut")
+            raise KeyboardInterrupt
+        return report.Report({"second": measured("second", lambda: 2)}, "a table")
+
+    monkeypatch.setattr(
+        "stripedrag.eval.cli.import_module", lambda name: type("Train", (), {"run": staticmethod(bench)})
+    )
+    command = ["bench", "train", "--to", str(tmp_path / "x.json")]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code and f"the same command goes on from {tmp_path / '.x.json.train'}" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".x.json.train"]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0 and ran == ["first", "cut"]
+    assert json.loads((tmp_path / "x.json").read_text()) == {"second": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    run = CliRunner().invoke(app, ["bench", "train", "--to", str(tmp_path)])
+    assert f"{tmp_path} is a folder; name a file in it, {tmp_path / 'train.json'}" in str(run.exception)
 
 
 def test_what_is_trained_is_of_one_shape():
@@ -623,18 +658,65 @@ def test_a_decode_step_is_divided(monkeypatch, tmp_path):
     assert "<svg" in (tmp_path / "decode.svg").read_text()
 
 
-def test_the_loss_in_parts_is_the_cross_entropy():
-    from stripedrag.eval.bench import train
+def test_a_prefill_is_divided(monkeypatch, tmp_path):
+    from stripedrag.eval.bench import prefill
 
-    torch.manual_seed(0)
-    hidden, output = torch.randn(5000, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    labels = torch.randint(50, (5000,))
-    got = train.loss(hidden, output, labels)
-    expected = torch.nn.functional.cross_entropy(hidden @ output.T, labels)
-    torch.testing.assert_close(got, expected)
-    gradients = torch.autograd.grad(got, (hidden, output)), torch.autograd.grad(expected, (hidden, output))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    monkeypatch.setattr(prefill, "PROMPT_TOKENS", (24, 64))
+    report = prefill.run(2)
+    for row, tokens in zip(report.figures["rows"], (24, 64), strict=True):
+        assert row["tokens"] == tokens and len(row["parts"]) == len(row["seconds"]["plain"]) == 2
+        for run, whole in zip(row["parts"], row["seconds"]["divided"], strict=True):
+            assert all(seconds > 0 for seconds in run.values())
+            assert 0 < whole - sum(run.values()) < whole / 2  # timing itself is no part
+        assert f"{row['share']['attention']:.1%} at {row['of_rate']['attention']:.0%}" in report.table
+    report.plot(tmp_path / "prefill.svg")
+    assert "<svg" in (tmp_path / "prefill.svg").read_text()
+
+
+def test_a_part_takes_what_is_not_in_other_parts(monkeypatch):
+    from stripedrag.eval.bench import prefill
+
+    clock = itertools.count()
+
+    def seconds_of(run):
+        begun = next(clock)  # it ticks when a run begins and when it ends
+        run()
+        return next(clock) - begun
+
+    monkeypatch.setattr(prefill, "seconds_of", seconds_of)
+    model = tiny_striped(range(99), window_tokens=64)
+    ids = torch.arange(9).unsqueeze(0)
+    expected = model(input_ids=ids).logits
+    with prefill.own_seconds(model.backbone.blocks) as seconds:
+        got = model(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    blocks = model.backbone.blocks
+    attention = sum(block.is_attention for block in blocks)
+    # 1 for a part that holds none, and 1 more for each that it holds.
+    assert seconds == {
+        "products with weights": 5 * len(blocks),
+        "attention": 3 * attention,
+        "Hyena operator": len(blocks) - attention,
+        "gates of the MLPs": 4 * len(blocks),
+        "norms": 2 * len(blocks),
+    }
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_operations_of_a_prefill_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from stripedrag.eval.bench import prefill
+
+    model = tiny_striped(range(99), window_tokens=64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.backbone.blocks[0].mlp(torch.zeros(1, 7, model.config.hidden_size))
+    counted = prefill.flops(model.backbone.blocks, model.config, 7)
+    mlp = sum(p.numel() for p in model.backbone.blocks[0].mlp.parameters())
+    weights = sum(p.numel() for name, p in model.backbone.blocks.named_parameters() if name.endswith(".weight"))
+    assert counter.get_total_flops() == 2 * 7 * mlp
+    assert counted["products with weights"] == 2 * 7 * weights
+    assert counted["attention"] == len(model.config.attn_layer_idxs) * 4 * model.config.hidden_size * 28
 
 
 def test_reading_and_writing_are_timed_with_needles(monkeypatch, tmp_path):

@@ -155,6 +155,28 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(model, golden):
     assert torch.allclose(loss, expected, atol=1e-5)
 
 
+def test_the_loss_is_there_without_logits(model, golden):
+    labels = golden.ids.clone()
+    labels[:, :10] = -100
+    for options in ({}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}):
+        gradients = []
+        for skip_logits in (False, True):
+            out = model(golden.ids, labels=labels, skip_logits=skip_logits, use_cache=False, **options)
+            assert (out.logits is None) == skip_logits
+            gradients.append((out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    wanted = "skip_logits gives the loss alone: it takes labels"
+    with pytest.raises(ValueError, match=wanted):
+        model(golden.ids, skip_logits=True)
+    with pytest.raises(ValueError, match=wanted):
+        model(golden.ids, labels=labels, shift_labels=labels, skip_logits=True)
+    hook = model.backbone.unembed.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=wanted):
+        model(golden.ids, labels=labels, skip_logits=True)
+    hook.remove()
+
+
 def test_generate_repeats_our_own_greedy_steps(model, golden):
     prompt = golden.ids[:1, :20]
     made = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -11,6 +11,7 @@ BENCHES = {
     "generate": "stripedrag.eval.bench.generate",
     "layer": "stripedrag.eval.bench.layer",
     "load": "stripedrag.eval.bench.load",
+    "loss": "stripedrag.eval.bench.loss",
     "memory": "stripedrag.eval.bench.memory",
     "prefill": "stripedrag.eval.bench.prefill",
     "quantize": "stripedrag.eval.bench.quantize",

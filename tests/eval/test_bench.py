@@ -658,6 +658,19 @@ def test_a_decode_step_is_divided(monkeypatch, tmp_path):
     assert "<svg" in (tmp_path / "decode.svg").read_text()
 
 
+def test_losses_are_timed_beside_their_limit(monkeypatch):
+    from stripedrag.eval.bench import loss
+
+    monkeypatch.setattr(loss, "ROWS", 64)
+    monkeypatch.setattr(loss, "SHAPES", {"small": (16, 100)})
+    report = loss.run(2)
+    (row,) = report.figures["rows"]
+    assert set(row["seconds"]) == {"ours", "torch", "whole logits"}
+    assert all(len(runs) == 2 and min(runs) > 0 for runs in row["seconds"].values())
+    assert row["least_s"] * report.figures["machine"]["matmul_flop_per_s"] == pytest.approx(3 * 2 * 64 * 16 * 100)
+    assert f"{row['median_s']['torch'] / row['median_s']['ours']:.2f}x" in report.table
+
+
 def test_a_prefill_is_divided(monkeypatch, tmp_path):
     from stripedrag.eval.bench import prefill
 

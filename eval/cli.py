@@ -263,7 +263,10 @@ def bench(
         scratch.unlink()
         if find_spec("matplotlib") is None:
             err.print("no plot will be drawn: matplotlib is missing (`pip install 'stripedrag[bench]'`)", markup=False)
-    data |= {} if so_far is None else {"so_far": so_far}
+    if so_far is not None:
+        data["so_far"] = so_far
+        if so_far.exists():
+            err.print(f"going on from {so_far}", markup=False, soft_wrap=True)
     quiet_libraries()
     try:
         report: Report = import_module(BENCHES[name]).run(repeats, **data)
@@ -275,12 +278,12 @@ def bench(
     if to is not None and scratch is not None:
         scratch.write_text(text + "\n")
         scratch.replace(to)
+        if so_far is not None:
+            so_far.unlink(missing_ok=True)
         if report.plot is not None and find_spec("matplotlib") is not None:
             drawing = scratch.with_suffix(".svg")
             report.plot(drawing)
             drawing.replace(to.with_suffix(".svg"))
-        if so_far is not None:
-            so_far.unlink(missing_ok=True)
     typer.echo(text if as_json else report.table)
 
 

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from stripedrag.errors import CheckpointError, UsageError
 from stripedrag.kernels import ops
-from stripedrag.kernels.library import is_watched
+from stripedrag.kernels.library import is_ordinary, is_watched
 from stripedrag.model.cache import fit, new_cache
 from stripedrag.model.config import StripedHyenaConfig
 from stripedrag.model.decode_step import DecodeStep, step_at_once
@@ -359,24 +359,39 @@ class StripedHyenaForCausalLM(StripedHyenaPreTrainedModel, GenerationMixin):
         )
 
     def _loss(
-        self, hidden: Tensor, labels: Tensor | None, num_items_in_batch: int | Tensor | None = None, **kwargs: Any
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
     ) -> Tensor:
         """The loss of labels (B, L) by hidden (B, L, H), without logits: as transformers takes it, over so many items
         where a batch is read in several parts.
         """
         unembed = self.backbone.unembed
-        is_weight = type(unembed) in (Linear, nn.Linear) and unembed.bias is None and not unembed._forward_hooks
-        if labels is None or not is_weight or kwargs.get("shift_labels") is not None:
+        is_weight = (
+            type(unembed) in (Linear, nn.Linear)
+            and unembed.bias is None
+            and is_ordinary(unembed.weight)
+            and not (unembed._forward_hooks or unembed._forward_pre_hooks or "forward" in vars(unembed))
+        )
+        is_own_loss = hasattr(self, "_loss_function") or kwargs.get("shift_labels") is not None
+        if labels is None or not is_weight or is_own_loss:
             raise ValueError(
-                "skip_logits gives the loss alone: it takes labels (no shift_labels), and an unembedding that is a "
-                "weight and nothing more"
+                "skip_logits gives the loss alone: it takes labels (no shift_labels, no other loss_function), and an "
+                "unembedding that is a weight and nothing more"
             )
-        return ops.linear_cross_entropy(
+        loss = ops.linear_cross_entropy(
             hidden[:, :-1].flatten(0, 1),
             unembed.weight,
-            labels[:, 1:].flatten(),
+            labels[:, 1:].flatten().to(hidden.device),
+            ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
-        ) / (1 if num_items_in_batch is None else num_items_in_batch)
+        )
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(hidden.device)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, ...], past: int, trusts_mask: bool) -> Tensor | None:

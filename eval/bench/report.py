@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +189,14 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" where files were changed; "not a checkout" for an installed package."""
+    """The checkout's commit, where files of it were changed with "+" and a digest of how; "not a checkout" for an
+    installed package.
+    """
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "diff", "HEAD"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"
-    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+    return commit.stdout.strip() + (f"+{sha256(changes).hexdigest()[:8]}" if changes else "")

@@ -155,10 +155,11 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(model, golden):
     assert torch.allclose(loss, expected, atol=1e-5)
 
 
-def test_the_loss_is_there_without_logits(model, golden):
+def test_the_loss_is_there_without_logits(model, golden, monkeypatch):
     labels = golden.ids.clone()
-    labels[:, :10] = -100
-    for options in ({}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}):
+    labels[0, :10] = labels[0, 20]
+    items = [{"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}]
+    for options in ({}, *items, {"ignore_index": int(golden.ids[0, 20])}):
         gradients = []
         for skip_logits in (False, True):
             out = model(golden.ids, labels=labels, skip_logits=skip_logits, use_cache=False, **options)
@@ -171,10 +172,15 @@ def test_the_loss_is_there_without_logits(model, golden):
         model(golden.ids, skip_logits=True)
     with pytest.raises(ValueError, match=wanted):
         model(golden.ids, labels=labels, shift_labels=labels, skip_logits=True)
-    hook = model.backbone.unembed.register_forward_hook(lambda *_: None)
+    unembed = model.backbone.unembed
+    for watch in (unembed.register_forward_hook, unembed.register_forward_pre_hook):
+        hook = watch(lambda *_: None)
+        with pytest.raises(ValueError, match=wanted):
+            model(golden.ids, labels=labels, skip_logits=True)
+        hook.remove()
+    monkeypatch.setattr(model, "_loss_function", lambda **_: 0, raising=False)
     with pytest.raises(ValueError, match=wanted):
         model(golden.ids, labels=labels, skip_logits=True)
-    hook.remove()
 
 
 def test_generate_repeats_our_own_greedy_steps(model, golden):

@@ -6,10 +6,12 @@ tokens after P others, D the head width.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stripedrag.kernels import cpu
 
@@ -20,9 +22,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """What the last L of P + L tokens read, (B, G · Hkv, L, D): each up to itself, or where `mask` is True.
 
     q is (B, G · Hkv, L, D), k and v are (B, Hkv, P + L, D), `mask` is bool (B or 1, 1, L, P + L). Scores are over
-    sqrt(D). Differentiable. Without a mask or a gradient native kernels serve one token in float32 and bfloat16, and
-    more in bfloat16, D a multiple of 16, on processors with AVX-512 BF16 and without AMX; of finite numbers they give
-    the same bits for any number of threads, and wherever a prompt is split into parts of more than one token.
+    sqrt(D). Differentiable. Without a mask native kernels serve one token in float32 and bfloat16 without a gradient,
+    and more in bfloat16, D a multiple of 16, on processors with AVX-512 BF16 and without AMX: of finite numbers they
+    give the same bits for any number of threads, and wherever a prompt is split into parts of more than one token. The
+    gradient of a whole sequence is then torch's, taken from their output.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -50,20 +53,59 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         # quarter of enable_gqa's time (5.2 to 1.2 ms).
         grouped = q.reshape(batch, kv_heads, -1, width)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+    takes_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if mask is None and not past and takes_gradient:
+        narrow = _as_autocast(q, k, v)
+        if cpu.takes_attention(*narrow):
+            whole: Tensor = _Attention.apply(*narrow)  # type: ignore[no-untyped-call]
+            return whole
     if mask is None and past:
         if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not torch.is_grad_enabled():
             return in_parts(q, k, v)  # not under autocast, which mixes dtypes; log-sum-exps have no gradient
         mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past)
-    if (
-        heads != kv_heads
-        and q.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and any(t.requires_grad for t in (q, k, v))
-    ):
-        # The gradient with enable_gqa takes four times as long (9.1 to 2.3 s at 8,192 tokens of 4 heads of 128).
-        k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
-        kv_heads = heads
+    if heads != kv_heads and q.device.type == "cpu" and takes_gradient:
+        return by_whole_heads(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
+
+
+def by_whole_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """As `attend` with P = 0 or a mask, by torch, keys and values repeated for the heads that share them: the gradient
+    with enable_gqa takes four times as long on a CPU (9.1 to 2.3 s at 8,192 tokens of 4 heads of 128).
+    """
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention by the native kernel, with torch's gradient of its own flash attention: all that this takes of
+    the forward pass is the output and the log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        y = cpu.attention(q, k, v, lse)
+        ctx.save_for_backward(q, k, v, y, lse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, y, lse = ctx.saved_tensors
+        kv_heads = k.shape[1]
+        whole = (t.repeat_interleave(q.shape[1] // kv_heads, dim=1) for t in (k, v))
+        dq, *of_whole = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, *whole, y, lse, 0.0, True
+        )
+        dk, dv = (t.unflatten(1, (kv_heads, -1)).sum(2) for t in of_whole)
+        return dq, dk, dv
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Of the dtype that autocast gives to attention, where it is on for CPUs."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return tuple(t if t.dtype is torch.float64 else t.to(torch.get_autocast_dtype("cpu")) for t in tensors)
 
 
 def attend_shared(

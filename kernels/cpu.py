@@ -293,20 +293,31 @@ def _quantized_arguments(
 
 def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Causal attention in bfloat16 without a gradient, or None where another is asked for, or nothing here has it."""
-    if not (
+    takes = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and takes_attention(q, k, v)
+    return attention(q, k, v) if takes else None
+
+
+def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` takes these, of which none but it need know."""
+    return (
         has_attention()
-        and q.dtype is torch.bfloat16
-        and _takes_attention(q, k, v)
+        and q.dtype is k.dtype is v.dtype is torch.bfloat16
+        and takes_rows(q, k, v)
         and q.shape[3] % 16 == 0
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
-    ):
-        return None
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None) -> Tensor:
+    """Causal attention as `ops.attend`, for what `takes_attention` takes; `lse` (B, G · Hkv, L) float32, contiguous,
+    becomes the log-sum-exp of the scaled scores.
+    """
     batch, heads, length, width = q.shape
     y = q.new_empty(batch, length, heads, width)
     sizes = (batch, heads, k.shape[1], length, k.shape[2], width, torch.get_num_threads())
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     addresses = (tensor.data_ptr() for tensor in (q, k, v, y))
-    _native.attention(sizes, strides, width**-0.5, *addresses)
+    _native.attention(sizes, strides, width**-0.5, *addresses, 0 if lse is None else lse.data_ptr())
     return y.transpose(1, 2)
 
 

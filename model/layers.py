@@ -147,9 +147,13 @@ class Attention(nn.Module):
             return shared
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        attended = ops.attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1)
+        attended = self.attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1)
         projected: Tensor = self.out_proj(attended)
         return projected
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """What the new tokens read, as `ops.attend`."""
+        return ops.attend(q, k, v, mask)
 
 
 class StripedHyenaBlock(GradientCheckpointingLayer):

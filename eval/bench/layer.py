@@ -1,6 +1,7 @@
 """A whole Hyena layer against a whole attention layer of the same widths, forward and with its gradient."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
 from stripedrag.kernels import ops
+from stripedrag.kernels.attention import by_whole_heads
 from stripedrag.model.config import StripedHyenaConfig
-from stripedrag.model.layers import StripedHyenaBlock
+from stripedrag.model.layers import Attention, StripedHyenaBlock
 from stripedrag.model.modeling import StripedHyenaModel
 
 LENGTHS = (8192, 32_768)
@@ -19,6 +21,14 @@ WIDTHS: tuple[dict[str, Any], ...] = (
     {"hidden_size": 1024, "num_attention_heads": 8, "proj_groups": 4, "state_size": 2, "inner_mlp_size": 2816},
 )
 DTYPE = torch.bfloat16
+
+
+class TorchsAttention(Attention):
+    """Attention by torch's kernels alone, on a CPU by the faster of its two ways: what a model has that is not ours."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """See `Attention`."""
+        return by_whole_heads(q, k, v, mask) if q.is_cpu else ops.attend(q, k, v, mask)
 
 
 class Side(NamedTuple):
@@ -49,13 +59,17 @@ class Layers:
         blocks = [block for block in self._model.blocks if isinstance(block, StripedHyenaBlock)]
         self._hyena, self._attention = blocks
 
-    def sides(self, length: int, *, gradient: bool) -> dict[str, Side]:
-        """Both layers on so many tokens."""
+    def sides(self, length: int, *, gradient: bool, torchs: bool = False) -> dict[str, Side]:
+        """Both layers on so many tokens, and where it is asked for an attention layer by torch's kernels."""
         x = torch.randn(1, length, self.config.hidden_size, device=self._device, dtype=DTYPE, requires_grad=gradient)
         rotary = self._model._rotary(torch.arange(length, device=self._device).unsqueeze(0), DTYPE)
+        blocks = {"hyena_layer": self._hyena, "attention_layer": self._attention}
+        if torchs:
+            blocks["llama_layer"] = deepcopy(self._attention)
+            blocks["llama_layer"].inner_mha_cls.__class__ = TorchsAttention
         return {
-            f"{name}_layer": Side(lambda block=block: block(x, rotary), (x, *block.parameters()))  # type: ignore[misc]
-            for name, block in (("hyena", self._hyena), ("attention", self._attention))
+            name: Side(lambda block=block: block(x, rotary), (x, *block.parameters()))  # type: ignore[misc]
+            for name, block in blocks.items()
         }
 
     def operator(self, length: int, *, gradient: bool) -> Side:
@@ -72,14 +86,18 @@ class Layers:
         gated = torch.randn(1, length, l3.in_features, device=self._device, dtype=DTYPE, requires_grad=True)
         return Side(lambda: l3(gated), (gated, l3.weight))
 
-    def core(self, length: int, kv_heads: int) -> Side:
-        """Attention alone, of so many key/value heads and the queries that share them."""
+    def core(self, length: int, kv_heads: int) -> dict[str, Side]:
+        """Attention alone, of so many key/value heads and the queries that share them: ours, and torch's."""
         group, width = self.config.proj_groups, self.config.head_dim
         q, k, v = (
             torch.randn(1, heads, length, width, device=self._device, dtype=DTYPE, requires_grad=True)
             for heads in (group * kv_heads, kv_heads, kv_heads)
         )
-        return Side(lambda: ops.attend(q, k, v), (q, k, v))
+        torchs = by_whole_heads if q.is_cpu else ops.attend
+        return {
+            "core": Side(lambda: ops.attend(q, k, v), (q, k, v)),
+            "llama_core": Side(lambda: torchs(q, k, v), (q, k, v)),
+        }
 
 
 def run(repeats: int) -> Report:

@@ -5,10 +5,10 @@ on a GPU of all 32. What no machine of that size takes whole is composed of its 
 each position is measured once and grows with the positions; attention and the Hyena operator are measured at every
 length. The same composition of the steps that were taken whole says how far it is off.
 
-The Llamas are of our own blocks, with attention in every layer: their norms and gates are the same kernels, and
-attention is torch's by the faster of two ways (`ops.attend`: on a CPU keys and values are repeated for the heads that
-share them). transformers' own stands beside at the first length, on a CPU with torch's other way. The loss is
-`ops.linear_cross_entropy` for all.
+The Llamas are of our own blocks, with attention in every layer: their norms and gates are the same kernels, but their
+attention is torch's, on a CPU by the faster of its two ways. transformers' own stands beside at the first length. The
+loss is `ops.linear_cross_entropy` for all. What is composed is told with our attention in the Llamas, too: what the
+pattern alone gives.
 """
 
 import functools
@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from stripedrag.errors import StoreError
 from stripedrag.eval.bench.filter_gpu import seconds_on
-from stripedrag.eval.bench.layer import DTYPE, Layers, Side
+from stripedrag.eval.bench.layer import DTYPE, Layers, Side, TorchsAttention
 from stripedrag.eval.bench.load import published
 from stripedrag.eval.bench.report import Report, device_of, interleaved, machine, plot
 from stripedrag.eval.bench.so_far import SoFar, told
@@ -138,7 +138,9 @@ def llama(config: StripedHyenaConfig) -> LlamaConfig:
 
 
 class Training:
-    """A model and its optimizer, in bfloat16 but for what stays float32."""
+    """A model and its optimizer, in bfloat16 but for what stays float32. One without Hyena layers is a Llama, whose
+    attention is torch's.
+    """
 
     def __init__(self, config: StripedHyenaConfig | LlamaConfig, device: torch.device, *, again: bool) -> None:
         """`again` makes the activations of each layer again for its gradient instead of keeping them."""
@@ -147,6 +149,9 @@ class Training:
             ours = isinstance(config, StripedHyenaConfig)
             made = StripedHyenaForCausalLM(config) if ours else LlamaForCausalLM(config)
         self.model: PreTrainedModel = made.to(DTYPE).train()
+        if isinstance(made, StripedHyenaForCausalLM) and not made.config.hyena_layer_idxs:
+            for block in made.backbone.blocks:
+                block.inner_mha_cls.__class__ = TorchsAttention
         if again:
             name = "activation_checkpointing_enable"  # of which older versions have only the other name
             getattr(self.model, name, self.model.gradient_checkpointing_enable)()
@@ -251,9 +256,9 @@ class _Bench:
         parts = {name: {BASE: passes} for name, passes in self._passes("layers", sides, BASE).items()}
         self._progress.advance(task)
         for length in COMPOSED:
-            of_length = {"core": layers.core(length, kv_heads), "operator": layers.operator(length, gradient=True)}
+            of_length = layers.core(length, kv_heads) | {"operator": layers.operator(length, gradient=True)}
             for name, passes in self._passes("mixers", of_length, length).items():
-                times = config.num_key_value_heads // kv_heads if name == "core" else 1
+                times = 1 if name == "operator" else config.num_key_value_heads // kv_heads
                 parts.setdefault(name, {})[length] = Passes(*(times * seconds for seconds in passes))
             self._progress.advance(task)
         del layers, sides, of_length
@@ -318,7 +323,7 @@ class _Bench:
         for width in CURVE_WIDTHS:
             layers = Layers(widths(width), self._device)
             for length in CURVE_LENGTHS:
-                passes = self._passes(f"width {width}", layers.sides(length, gradient=True), length)
+                passes = self._passes(f"width {width}", layers.sides(length, gradient=True, torchs=True), length)
                 row = {name.removesuffix("_layer"): each.step(again=False) for name, each in passes.items()}
                 rows.append({"width": width, "tokens": length, **row})
                 self._progress.advance(task)
@@ -355,14 +360,17 @@ def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, A
     }
     counts_of = parts["parameters"]
 
-    def step(attention: int, hyena: int, tokens: int, again: bool) -> float:
+    def step(attention: int, hyena: int, tokens: int, again: bool, core: str = "core") -> float:
         grown, made = tokens / BASE, parts["optimizer_s_a_parameter"]
         total: float = grown * seconds["head"][BASE].step(again=False)
         total += made * (attention * counts_of["attention"] + hyena * counts_of["hyena"] + counts_of["rest"])
-        for count, layer, over in ((attention, "attention_layer", "core"), (hyena, "hyena_layer", "operator")):
+        for count, layer, over, taken in (
+            (attention, "attention_layer", "core", core),
+            (hyena, "hyena_layer", "operator", "operator"),
+        ):
             by_position = seconds[layer][BASE].step(again) - seconds[over][BASE].step(again)
             by_position -= again * seconds["last_product"][BASE].forward
-            total += count * (grown * by_position + seconds[over][tokens].step(again))
+            total += count * (grown * by_position + seconds[taken][tokens].step(again))
         return total
 
     checked = []
@@ -370,23 +378,33 @@ def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, A
         if row["median_s"] is None or row["model"] == TRANSFORMERS:
             continue
         attention = row["layers"] // (2 if row["model"] == STRIPED else 1)
-        composed_s = step(attention, row["layers"] - attention, row["tokens"], row["again"])
+        core = "core" if row["model"] == STRIPED else "llama_core"
+        composed_s = step(attention, row["layers"] - attention, row["tokens"], row["again"], core)
         named = {key: row[key] for key in ("model", "tokens", "median_s")}
         checked.append({**named, "composed_s": composed_s, "error": composed_s / row["median_s"] - 1})
     slices, patterns = [], []
     for tokens in COMPOSED:
         again = parts["makes_again"][str(tokens)]
-        llama_s, striped_s = step(2, 0, tokens, again), step(1, 1, tokens, again)
-        row = {"tokens": tokens, "again": again, "llama_s": llama_s, "striped_s": striped_s}
-        by_arithmetic = flops(2, 0, tokens, again=again) / flops(1, 1, tokens, again=again)
-        slices.append({**row, "ratio": llama_s / striped_s, "by_flops": by_arithmetic})
+        slices.append({"tokens": tokens, "again": again, **_against(step, (1, 1), tokens, again)})
         for name, (layers, every) in PATTERNS.items():
-            counts = (layers, 0), (layers // every, layers - layers // every)
-            of_llama, of_striped = (step(*count, tokens, True) for count in counts)
-            by_flops = [flops(*count, tokens, again=True) for count in counts]
-            row = {"pattern": name, "layers": layers, "tokens": tokens, "ratio": of_llama / of_striped}
-            patterns.append({**row, "by_flops": by_flops[0] / by_flops[1], "bound": every})
+            row = {"pattern": name, "layers": layers, "tokens": tokens, "bound": every}
+            patterns.append({**row, **_against(step, (layers // every, layers - layers // every), tokens, True)})
     return {"checked": checked, "slices": slices, "patterns": patterns}
+
+
+def _against(step: Callable[..., float], counts: tuple[int, int], tokens: int, again: bool) -> dict[str, float]:
+    """A StripedHyena of so many attention and Hyena layers beside a Llama of as many; and beside one whose attention is
+    ours.
+    """
+    llama, striped_s = (sum(counts), 0), step(*counts, tokens, again)
+    llama_s = step(*llama, tokens, again, "llama_core")
+    return {
+        "llama_s": llama_s,
+        "striped_s": striped_s,
+        "ratio": llama_s / striped_s,
+        "by_pattern": step(*llama, tokens, again) / striped_s,
+        "by_flops": flops(*llama, tokens, again=again) / flops(*counts, tokens, again=again),
+    }
 
 
 def ratio(rows: Sequence[dict[str, Any]], tokens: int) -> float | None:
@@ -423,58 +441,75 @@ def _table(figures: dict[str, Any]) -> str:
         f"  {row['model']:22}{row['tokens']:>9}{row['composed_s']:>9.1f} s, {row['error']:+.1%}"
         for row in figures["checked"]
     ]
-    lines += ["", "two layers, 1 of 2 attention, composed: times as fast as the Llama, and by arithmetic alone"]
     lines += [
-        f"  {row['tokens']:>9,}{row['ratio']:>7.2f}x{row['by_flops']:>7.2f}x"
+        "",
+        "two layers, 1 of 2 attention, composed: times as fast as the Llama, as one with our attention, by arithmetic",
+    ]
+    lines += [
+        f"  {row['tokens']:>9,}{row['ratio']:>7.2f}x{row['by_pattern']:>7.2f}x{row['by_flops']:>7.2f}x"
         f"   activations {'made again' if row['again'] else 'kept'}"
         for row in figures["slices"]
     ]
     lines += [
         "",
-        "whole models, composed, activations made again: times as fast as the Llama, by arithmetic alone, and what no",
-        "length passes",
+        "whole models, composed, activations made again: times as fast as the Llama, as one with our attention, by",
+        "arithmetic alone, and what no length passes where attention is alike",
     ]
     lines += [
         f"  {row['pattern']:9}{row['layers']:>4} layers{row['tokens']:>9,}{row['ratio']:>7.2f}x"
-        f"{row['by_flops']:>7.2f}x{row['bound']:>5}x"
+        f"{row['by_pattern']:>7.2f}x{row['by_flops']:>7.2f}x{row['bound']:>5}x"
         for row in figures["patterns"]
     ]
     lines += [
         "",
-        "layers alone, activations kept, by length over width: an attention layer's time over a Hyena layer's",
-        f"(composed where the width is {WIDTH})",
+        "layers alone, activations kept, by length over width: an attention layer's time over a Hyena layer's, torch's",
+        f"attention and ours (composed where the width is {WIDTH})",
     ]
     lines += [
-        f"  {length_over_width:>6.1f} (width {width}){times:>7.2f}x"
-        for length_over_width, width, times in _curve(figures)
+        f"  {place.length_over_width:>6.1f} (width {place.width}){place.llama:>7.2f}x{place.attention:>7.2f}x"
+        for place in _curve(figures)
     ]
     resumed = f"; {figures['resumed']} measurements of earlier runs that were cut" if figures["resumed"] else ""
     lines += ["", f"medians of {figures['repeats']} in turn; core: {figures['parts']['core_measured']}{resumed}"]
     return "\n".join(lines)
 
 
-def _curve(figures: dict[str, Any]) -> list[tuple[float, int, float]]:
-    """(length / width, width, attention layer over Hyena layer) of every length that was measured or composed."""
+class _Place(NamedTuple):
+    """Seconds of an attention layer, by torch's kernels and by ours, over those of a Hyena layer."""
+
+    length_over_width: float
+    width: int
+    llama: float
+    attention: float
+
+
+def _curve(figures: dict[str, Any]) -> list[_Place]:
+    """Of every length that was measured or composed."""
     places = [
-        (row["tokens"] / row["width"], row["width"], row["attention"] / row["hyena"]) for row in figures["curves"]
+        _Place(row["tokens"] / row["width"], row["width"], row["llama"] / row["hyena"], row["attention"] / row["hyena"])
+        for row in figures["curves"]
     ]
     seconds = {
         name: {int(at): Passes(**passes).step(again=False) for at, passes in some.items()}
         for name, some in figures["parts"]["seconds"].items()
     }
     for tokens in COMPOSED:
-        attention, hyena = (
-            tokens / BASE * (seconds[layer][BASE] - seconds[over][BASE]) + seconds[over][tokens]
-            for layer, over in (("attention_layer", "core"), ("hyena_layer", "operator"))
+        llama, attention, hyena = (
+            tokens / BASE * (seconds[layer][BASE] - seconds[over][BASE]) + seconds[taken][tokens]
+            for layer, over, taken in (
+                ("attention_layer", "core", "llama_core"),
+                ("attention_layer", "core", "core"),
+                ("hyena_layer", "operator", "operator"),
+            )
         )
-        places.append((tokens / WIDTH, WIDTH, attention / hyena))
+        places.append(_Place(tokens / WIDTH, WIDTH, llama / hyena, attention / hyena))
     return sorted(places)
 
 
 def _plot(figures: dict[str, Any], path: Path) -> None:
     series: dict[str, list[tuple[float, float]]] = {}
-    for length_over_width, width, times in _curve(figures):
+    for place in _curve(figures):
         for name, (_, every) in PATTERNS.items():
-            of_llama, of_striped = times, (times + every - 1) / every
-            series.setdefault(f"width {width}, {name}", []).append((length_over_width, of_llama / of_striped))
+            times = every * place.llama / (place.attention + every - 1)
+            series.setdefault(f"width {place.width}, {name}", []).append((place.length_over_width, times))
     plot(path, series, "layers, activations kept: times as fast in training", "tokens over width", "times", log_x=True)

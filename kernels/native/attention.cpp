@@ -6,6 +6,8 @@
 // alone, in one order: the same bits for any number of threads, and wherever a prompt is split.
 #include <immintrin.h>
 
+#include <cmath>
+
 #include "block.h"
 
 namespace stripedrag::STRIPEDRAG_ISA {
@@ -210,6 +212,9 @@ void attend(const Attention& f, int64_t batch, int64_t kv_head, int64_t begin, i
   for (int64_t row = 0; row < rows; row++) {
     auto* y = static_cast<bfloat16*>(f.y) + ((batch * f.length + position(row)) * f.heads + query(row)) * f.width;
     const Floats share = _mm512_set1_ps(1 / room.total[row]);
+    if (f.lse != nullptr)
+      f.lse[(batch * f.heads + query(row)) * f.length + position(row)] =
+          room.highest[row] * float(f.scale) + std::log(room.total[row]);
     for (int64_t c = 0; c < f.width; c += 16) {
       const Floats mean = _mm512_mul_ps(_mm512_load_ps(room.sums + row * f.width + c), share);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + c), (__m256i)_mm512_cvtneps_pbh(mean));

@@ -270,13 +270,13 @@ void run_gate_gradient(int element, int64_t numbers, int threads, uintptr_t a, u
 }
 
 void run_attention(const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k, uintptr_t v,
-                   uintptr_t y) {
+                   uintptr_t y, uintptr_t lse) {
   const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
   const auto stride = [&](size_t i) { return nb::cast<int64_t>(strides[i]); };
   const Attention f = {size(0), size(1), size(2), size(3), size(4), size(5), int(size(6)), scale,
                        at<void>(q), at<void>(k), at<void>(v),
                        {stride(0), stride(1), stride(2)}, {stride(3), stride(4), stride(5)}, {stride(6), stride(7), stride(8)},
-                       at<void>(y)};
+                       at<void>(y), at<float>(lse)};
   if (!run_kernel(true, [&] { return attention(f); })) throw std::bad_alloc();
 }
 
@@ -393,7 +393,7 @@ NB_MODULE(_native, m) {
   m.def("norm", &run_norm);
   m.def("norm_gradient", &run_norm_gradient);
   if (attention != nullptr)
-    m.def("attention", &run_attention, "sizes"_a, "strides"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "y"_a);
+    m.def("attention", &run_attention, "sizes"_a, "strides"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "y"_a, "lse"_a);
   m.def("attend", &run_attend);
   m.def("are_registered", &are_registered);
   nb::class_<Blocks>(m, "Blocks")

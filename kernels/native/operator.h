@@ -143,6 +143,7 @@ struct Attention {
   const void *q, *k, *v;                              // (B, heads, tokens, D), channels contiguous
   int64_t q_strides[3], k_strides[3], v_strides[3];   // of their first three axes, in numbers
   void* y;                                            // (B, L, heads, D)
+  float* lse;                                         // (B, heads, L): of the scaled scores the log-sum-exp; null: unwanted
 };
 
 // Attention of one token over `keys` tokens, itself among them; float32 or bfloat16.

@@ -511,6 +511,7 @@ def test_a_step_is_composed_of_its_parts(monkeypatch):
             "attention_layer": {"1000": passes(3.0)},  # of which attention is 1
             "hyena_layer": {"1000": passes(2.5)},  # of which the operator is half a second
             "core": {str(n): passes((n / 1000) ** 2) for n in lengths},
+            "llama_core": {str(n): passes(2 * (n / 1000) ** 2) for n in lengths},  # torch's takes twice as long
             "operator": {str(n): passes(n / 2000) for n in lengths},
         },
         "optimizer_s_a_parameter": 0.01,
@@ -518,7 +519,7 @@ def test_a_step_is_composed_of_its_parts(monkeypatch):
         "makes_again": {"1000": False, "4000": True},
     }
     # Forward once and backward twice as long: 3; with activations made again 4, but for the head and the last product.
-    llama_s = 4 * 3 * 1.0 + 0.01 * (2 * 100 + 300) + 2 * (4 * (4 * 2.0 - 0.25) + 4 * 16.0)
+    llama_s = 4 * 3 * 1.0 + 0.01 * (2 * 100 + 300) + 2 * (4 * (4 * 2.0 - 0.25) + 4 * 32.0)
     striped_s = 4 * 3 * 1.0 + 0.01 * (100 + 200 + 300) + 4 * (4 * 2.0 - 0.25 + 16.0) + 4 * (4 * 2.0 - 0.25 + 2.0)
     whole = [
         {"model": name, "layers": 2, "tokens": 4000, "again": True, "median_s": seconds}
@@ -528,10 +529,17 @@ def test_a_step_is_composed_of_its_parts(monkeypatch):
     assert [row["composed_s"] for row in made["checked"]] == pytest.approx([llama_s, striped_s])
     assert [row["error"] for row in made["checked"]] == pytest.approx([0, -0.5])
     assert made["slices"][1]["ratio"] == pytest.approx(llama_s / striped_s)
-    kept = (3 + 0.01 * 500 + 2 * 3 * 3.0) / (3 + 0.01 * 600 + 3 * 3.0 + 3 * 2.5)
+    assert made["slices"][1]["by_pattern"] == pytest.approx((llama_s - 2 * 4 * 16.0) / striped_s)
+    kept = (3 + 0.01 * 500 + 2 * 3 * 4.0) / (3 + 0.01 * 600 + 3 * 3.0 + 3 * 2.5)
     assert made["slices"][0]["ratio"] == pytest.approx(kept)
     of_eleven = {row["tokens"]: row for row in made["patterns"] if row["pattern"] == "1 of 11"}
-    assert of_eleven[1000]["ratio"] < of_eleven[4000]["ratio"] < 11
+    assert of_eleven[1000]["by_pattern"] < of_eleven[4000]["by_pattern"] < 11
+    parts["curves"] = [{"tokens": 64, "width": 8, "llama": 6.0, "attention": 4.0, "hyena": 2.0}]
+    curve = train._curve({"curves": parts["curves"], "parts": parts})
+    assert curve[-1][:2] == (8, 8) and curve[-1].llama == 3 and curve[-1].attention == 2
+    (place,) = (place for place in curve if place.length_over_width == 4000 / train.WIDTH)
+    hyena_s = 4 * (7.5 - 1.5) + 6
+    assert place[2:] == pytest.approx(((4 * 6 + 96) / hyena_s, (4 * 6 + 48) / hyena_s))
 
 
 def test_operations_are_counted():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stripedrag.kernels import cpu, ops
-from stripedrag.kernels.attention import attend, in_parts
+from stripedrag.kernels.attention import attend, by_whole_heads, in_parts
 
 native = pytest.mark.skipif(not cpu.has_attention(), reason="no AVX-512 BF16, or AMX")
 has_kernels = pytest.mark.skipif(cpu.instruction_set() is None, reason="no native kernels")
@@ -227,3 +227,53 @@ def test_what_no_kernel_is_for_is_left_to_torch():
 def test_shapes_that_do_not_fit_are_named(shapes):
     with pytest.raises(ValueError, match=r"q has shape \(1, 6, 5, 64\)"):
         ops.attend(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes))
+
+
+@native
+@given(
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    tokens=st.integers(2, 330),
+    width=st.sampled_from([16, 48, 64, 128]),
+    batch=st.integers(1, 2),
+)
+def test_its_gradient_is_that_of_attention(kv_heads, groups, tokens, width, batch):
+    operands = [t.requires_grad_() for t in _made(groups * kv_heads, kv_heads, tokens, 0, width, batch)]
+    wide = [t.detach().double().requires_grad_() for t in operands]
+    y, exact = ops.attend(*operands), _exact(*wide)
+    assert "_Attention" in type(y.grad_fn).__name__  # the native one
+    dy = torch.randn(y.shape).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(y, ops.attend(*operands))
+    theirs = by_whole_heads(*operands)
+    made = (torch.autograd.grad(out, given, dy) for out, given in ((y, operands), (theirs, operands), (exact, wide)))
+    for ours, torchs, wanted in zip(*made, strict=True):
+        error = (ours - wanted).norm()
+        assert ours.dtype == torch.bfloat16
+        assert error <= 1.25 * (torchs - wanted).norm() + 1e-3 * wanted.norm()
+
+
+@native
+def test_the_log_sum_exp_is_of_the_scaled_scores():
+    q, k, v = _made(new=70, past=300, batch=2)
+    lse = torch.full(q.shape[:3], torch.nan)
+    cpu.attention(q, k, v, lse)
+    wide = k.double().repeat_interleave(3, dim=1)
+    scores = q.double() @ wide.transpose(-1, -2) / 8
+    seen = torch.ones(70, 370, dtype=torch.bool).tril(300)
+    torch.testing.assert_close(lse.double(), scores.masked_fill(~seen, -torch.inf).logsumexp(-1), rtol=1e-5, atol=1e-4)
+
+
+@native
+def test_under_autocast_a_gradient_is_that_of_narrow_numbers():
+    operands = [t.float().requires_grad_() for t in _made(new=70, past=0)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.attend(*operands)
+    narrow = [t.detach().bfloat16().requires_grad_() for t in operands]
+    expected = ops.attend(*narrow)
+    assert torch.equal(y, expected)
+    dy = torch.ones_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, operands, dy), torch.autograd.grad(expected, narrow, dy), strict=True
+    ):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())

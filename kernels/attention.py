@@ -22,10 +22,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """What the last L of P + L tokens read, (B, G · Hkv, L, D): each up to itself, or where `mask` is True.
 
     q is (B, G · Hkv, L, D), k and v are (B, Hkv, P + L, D), `mask` is bool (B or 1, 1, L, P + L). Scores are over
-    sqrt(D). Differentiable. Without a mask native kernels serve one token in float32 and bfloat16 without a gradient,
-    and more in bfloat16, D a multiple of 16, on processors with AVX-512 BF16 and without AMX: of finite numbers they
-    give the same bits for any number of threads, and wherever a prompt is split into parts of more than one token. The
-    gradient of a whole sequence is then torch's, taken from their output.
+    sqrt(D). Differentiable, where the native kernel serves once. Without a mask native kernels serve one token in
+    float32 and bfloat16 without a gradient, and more in bfloat16, D a multiple of 16, on processors with AVX-512 BF16
+    and without AMX: of finite numbers they give the same bits for any number of threads, and wherever a prompt is split
+    into parts of more than one token. The gradient of a whole sequence (P = 0) is then torch's, taken from their
+    output; k and v are kept for it as they are.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -55,9 +56,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
     takes_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if mask is None and not past and takes_gradient:
-        narrow = _as_autocast(q, k, v)
-        if cpu.takes_attention(*narrow):
-            whole: Tensor = _Attention.apply(*narrow)  # type: ignore[no-untyped-call]
+        q, k, v = _as_autocast(q, k, v)
+        if cpu.takes_attention(q, k, v):
+            whole: Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
             return whole
     if mask is None and past:
         if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not torch.is_grad_enabled():
@@ -91,7 +92,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, y, lse = ctx.saved_tensors
+        # whatever a hook gives back, channels lie side by side
+        q, k, v, y, lse = (t if t.stride(-1) == 1 else t.contiguous() for t in ctx.saved_tensors)
         kv_heads = k.shape[1]
         whole = (t.repeat_interleave(q.shape[1] // kv_heads, dim=1) for t in (k, v))
         dq, *of_whole = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -249,7 +249,12 @@ class _Bench:
         layers = Layers(widths(WIDTH), self._device)
         config = layers.config
         # On a CPU a head is like another, and enough of them for its threads stand for all.
-        kv_heads = config.num_key_value_heads if self._is_gpu else 1
+        enough = (
+            heads
+            for heads in range(1, config.num_key_value_heads)
+            if config.num_key_value_heads % heads == 0 and config.proj_groups * heads % torch.get_num_threads() == 0
+        )
+        kv_heads = config.num_key_value_heads if self._is_gpu else next(enough, config.num_key_value_heads)
         sides = layers.sides(BASE, gradient=True)
         sides |= {"last_product": layers.last_product(BASE), "head": self._head(config)}
         task = self._progress.add_task("parts", total=1 + len(COMPOSED))

@@ -23,7 +23,8 @@ from stripedrag.eval.places import holds, touches
 from stripedrag.eval.schema import Stretch
 from stripedrag.indexes import Document, Index
 from stripedrag.jsonl import read_lines
-from stripedrag.kernels import ops
+from stripedrag.kernels import cpu, ops
+from stripedrag.kernels.attention import by_whole_heads
 from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import BASELINE, STRIPED, prepared_dir
 from stripedrag.rag import Pipeline
@@ -568,6 +569,32 @@ def test_a_layer_that_is_made_again_goes_without_its_last_product(monkeypatch, e
             product.register_forward_hook(lambda *_, name=name: ran.update([name]))  # after the product
     training.step(torch.randint(3, 99, (1, 32)))
     assert ran == {"l1": 4, "l2": 4, "l3": 2}
+
+
+def test_the_llamas_of_a_bench_have_torchs_attention(monkeypatch):
+    from stripedrag.eval.bench import layer, train
+
+    monkeypatch.setattr(train, "HEAD_WIDTH", 16)
+    kinds = {}
+    for every in (1, 2):
+        training = train.Training(train.configuration(64, 2, every), torch.device("cpu"), again=False)
+        attention = [block.inner_mha_cls for block in training.model.backbone.blocks if block.is_attention]
+        kinds[every] = {type(module) for module in attention}
+    assert kinds == {1: {layer.TorchsAttention}, 2: {layer.Attention}}
+    layers = layer.Layers(train.widths(64), torch.device("cpu"))
+    core = layers.core(32, 1)
+    sides = layers.sides(32, gradient=True, torchs=True)
+    outputs = {name: side.run() for name, side in (core | sides).items()}
+    for ours, torchs in (("core", "llama_core"), ("attention_layer", "llama_layer")):
+        torch.testing.assert_close(outputs[ours], outputs[torchs], rtol=0.05, atol=0.02)
+    assert "ScaledDotProduct" in type(outputs["llama_core"].grad_fn).__name__
+    assert ("_Attention" in type(outputs["core"].grad_fn).__name__) == cpu.has_attention()
+    swapped = []
+    monkeypatch.setattr(layer, "by_whole_heads", lambda *qkv: swapped.append(qkv) or by_whole_heads(*qkv))
+    sides["attention_layer"].run()
+    assert not swapped
+    sides["llama_layer"].run()
+    assert len(swapped) == 1
 
 
 def test_a_bench_that_was_cut_goes_on(tmp_path):

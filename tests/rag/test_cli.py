@@ -216,8 +216,8 @@ def test_doctor_reports_one_object():
         (("index", "nowhere", "--to", "x"), "No such file or directory"),
         (
             ("bench", "nothing"),
-            "no bench 'nothing'; there is attention, context, decode, embed, filter, generate, layer, load, memory, "
-            "quantize",
+            "no bench 'nothing'; there is attention, context, decode, embed, filter, generate, layer, load, loss, "
+            "memory, prefill, quantize",
         ),
         (("bench", "generate", "--repeats", "0"), "repeats is 0; it is at least 1"),
         (("index", sys.executable, "--to", f"{__file__}/x"), "cannot read"),

@@ -14,6 +14,7 @@ import typer
 
 from stripedrag.errors import UsageError, faults
 from stripedrag.eval.bench import BENCHES, LONG_BENCHES
+from stripedrag.files import written_whole
 from stripedrag.rag import cli_index as cli_index  # its commands
 from stripedrag.rag.cli import app, main
 from stripedrag.rag.terminal import err, quiet_libraries, spinner
@@ -276,8 +277,8 @@ def bench(
         raise
     text = json.dumps(report.figures, indent=1)
     if to is not None and scratch is not None:
-        scratch.write_text(text + "\n")
-        scratch.replace(to)
+        with written_whole(to) as whole:
+            whole.write_text(text + "\n")
         if so_far is not None:
             so_far.unlink(missing_ok=True)
         if report.plot is not None and find_spec("matplotlib") is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stripedrag.errors import BackendError
 from stripedrag.eval.bench.filter import parameters, rows_of
-from stripedrag.eval.bench.report import Report, commit, interleaved, medians, plot, seconds_of
+from stripedrag.eval.bench.report import Report, commit, interleaved, medians, plot, seconds_on
 from stripedrag.eval.bench.roofline import DEVICES, TAPS, Device, backward, forward, passes
 from stripedrag.kernels import ops
 
@@ -30,7 +30,6 @@ GRADIENT_LENGTH = 8192
 WARM_UPS = 3
 SIDES = ("triton", "torch")
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-_SLEEP_CYCLES = 10_000_000  # some milliseconds
 
 
 def run(repeats: int, device: torch.device) -> Report:
@@ -57,20 +56,6 @@ def _run(repeats: int, device: torch.device) -> Report:
         "gradient": gradients,
     }
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
-
-
-def seconds_on(device: torch.device, side: Callable[[], object]) -> float:
-    """Seconds of one run, on a GPU by its own events."""
-    if device.type != "cuda":
-        return seconds_of(side)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(_SLEEP_CYCLES)  # while which the launches queue up, so that none is waited for
-    begin.record()
-    side()
-    end.record()
-    torch.cuda.synchronize(device)
-    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _inputs(channels: int, modes: int, length: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -24,8 +24,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stripedrag.eval.bench.report import Report, machine, plot
-from stripedrag.eval.bench.so_far import SoFar, told
+from stripedrag.eval.bench.report import Report, plot
+from stripedrag.eval.bench.so_far import going_on
 from stripedrag.eval.data_formats import Chapter
 from stripedrag.eval.haystack import Haystack, plant, with_margin
 from stripedrag.eval.meter import Meter
@@ -113,9 +113,7 @@ def run(repeats: int, so_far: Path | None = None) -> Report:
     """
     systems, tokenizer = _systems()
     ids = novel_ids(tokenizer, max(*LENGTHS, ROWS * ROW_TOKENS))
-    here = machine()
-    measured = SoFar(so_far, told(here) | {"llama.cpp": _llama_cpp(), "repeats": repeats})
-    here = measured.measured("machine", lambda: here)
+    measured, here = going_on(so_far, llama_cpp=_llama_cpp(), repeats=repeats)
     limits = {name: _limits(system, here) for name, system in systems.items() if isinstance(system, InTorch)}
     ours, rows = cast(InTorch, systems[STRIPED]), list[dict[str, Any]]()
     asked = [(1, length) for length in LENGTHS[:-1]] + [(ROWS, ROW_TOKENS), (1, LENGTHS[-1])]

@@ -20,6 +20,8 @@ from stripedrag.eval.meter import peak_resident_bytes, reset_peak
 from stripedrag.hardware import fast_dtype
 from stripedrag.kernels.cpu import instruction_set
 
+_SLEEP_CYCLES = 10_000_000  # some milliseconds
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -166,10 +168,28 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a (2048, 2048) product, the best of five: what arithmetic can reach, at most."""
-    a = torch.ones(2048, 2048, dtype=dtype)
-    return 2 * 2048**3 / min(seconds_of(lambda: a @ a) for _ in range(5))
+def matmul_rate(dtype: torch.dtype, device: torch.device | None = None) -> float:
+    """Operations a second of a (2048, 2048) product, on a GPU (8192, 8192), the best of five: what arithmetic can
+    reach, at most.
+    """
+    device = device or torch.device("cpu")
+    size = 2048 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / min(seconds_on(device, lambda: a @ a) for _ in range(5))
+
+
+def seconds_on(device: torch.device, side: Callable[[], object]) -> float:
+    """Seconds of one run, on a GPU by its own events."""
+    if device.type != "cuda":
+        return seconds_of(side)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(_SLEEP_CYCLES)  # while which the launches queue up, so that none is waited for
+    begin.record()
+    side()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def seconds_of(run: Callable[[], object]) -> float:

@@ -1,7 +1,6 @@
 """What a bench of hours has measured so far, so that a run which is cut goes on."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,21 @@ from typing import Any
 import transformers
 
 from stripedrag.errors import UsageError
+from stripedrag.eval.bench.report import machine
+from stripedrag.files import written_whole
+
+_SAME = ("commit", "stripedrag", "processor", "threads", "kernels", "torch")  # of the machine
 
 
-def told(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same, of `report.machine` and of versions, for one run to go on with another's measurements."""
-    same = {key: machine[key] for key in ("commit", "stripedrag", "processor", "threads", "kernels", "torch")}
-    return same | {"transformers": transformers.__version__}
+def going_on(path: Path | None, **run: Any) -> "tuple[SoFar, dict[str, Any]]":
+    """What a run with these settings measured here so far, and the machine as it was when it began.
+
+    Raises `UsageError` where the file is of another run, commit, version, processor or number of threads, or of none.
+    """
+    here = machine()
+    same = {key: here[key] for key in _SAME}
+    so_far = SoFar(path, same | {"transformers": transformers.__version__} | run)
+    return so_far, so_far.measured("machine", lambda: here)
 
 
 class SoFar:
@@ -46,10 +54,6 @@ class SoFar:
                 return None
             self._measured[name] = value
             if self._path is not None:
-                scratch = self._path.with_name(f"{self._path.name}.new")
-                with scratch.open("w") as file:
-                    json.dump({"run": self._run, "measured": self._measured}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                scratch.replace(self._path)
+                with written_whole(self._path) as scratch:
+                    scratch.write_text(json.dumps({"run": self._run, "measured": self._measured}))
         return self._measured[name]

@@ -25,11 +25,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from stripedrag.errors import StoreError
-from stripedrag.eval.bench.filter_gpu import seconds_on
 from stripedrag.eval.bench.layer import DTYPE, Layers, Side, TorchsAttention
 from stripedrag.eval.bench.load import published
-from stripedrag.eval.bench.report import Report, device_of, interleaved, machine, plot
-from stripedrag.eval.bench.so_far import SoFar, told
+from stripedrag.eval.bench.report import Report, device_of, interleaved, matmul_rate, plot, seconds_on
+from stripedrag.eval.bench.so_far import SoFar, going_on
 from stripedrag.eval.meter import bounded_memory
 from stripedrag.hardware import keep_freed_memory
 from stripedrag.kernels import ops
@@ -67,10 +66,9 @@ def run(repeats: int, device: str = "cpu", so_far: Path | None = None) -> Report
     What is measured goes to `so_far` as it comes, from which a run that was cut goes on. Raises `UsageError` for a
     device that is not there, and where `so_far` is of another commit, processor, device or number of repeats.
     """
-    place, here = device_of(device), machine()
+    place = device_of(device)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else device
-    measured = SoFar(so_far, told(here) | {"device": name, "repeats": repeats})
-    here = measured.measured("machine", lambda: here)
+    measured, here = going_on(so_far, device=name, repeats=repeats)
     keep_freed_memory()  # as a run of training does
     on_place = torch.cuda.device(place if place.type == "cuda" else -1)
     with on_place, Progress(console=Console(stderr=True)) as progress:
@@ -78,7 +76,7 @@ def run(repeats: int, device: str = "cpu", so_far: Path | None = None) -> Report
         parts = bench.parts()
         whole = bench.whole()
         curves = bench.curves()
-        rate = measured.measured("matmul rate", bench.matmul_rate)
+        rate = measured.measured("matmul rate", lambda: matmul_rate(DTYPE, place))
     config = configuration(WIDTH, 2, 2)
     figures = {
         "bench": "train",
@@ -315,12 +313,6 @@ class _Bench:
         seconds = interleaved(self._repeats, 1, self._clock, step=optimizer.step)["step"]
         return median(seconds) / weight.numel()
 
-    def matmul_rate(self) -> float:
-        """Operations a second of a large product in bfloat16, the best of five."""
-        size = 8192 if self._is_gpu else 2048
-        a = torch.ones(size, size, device=self._device, dtype=DTYPE)
-        return 2 * size**3 / min(interleaved(5, 1, self._clock, product=lambda: a @ a)["product"])
-
     def curves(self) -> list[dict[str, Any]]:
         """Seconds of layers at smaller widths."""
         task = self._progress.add_task("curves", total=len(CURVE_WIDTHS) * len(CURVE_LENGTHS))
@@ -360,23 +352,14 @@ def flops(attention: int, hyena: int, tokens: int, *, again: bool) -> float:
 
 def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, Any]:
     """Steps made of parts, beside those that were taken whole; and the 7B's in each pattern."""
-    seconds = {
-        name: {int(at): Passes(**passes) for at, passes in some.items()} for name, some in parts["seconds"].items()
-    }
-    counts_of = parts["parameters"]
+    seconds, counts_of = _by_length(parts), parts["parameters"]
 
     def step(attention: int, hyena: int, tokens: int, again: bool, core: str = "core") -> float:
-        grown, made = tokens / BASE, parts["optimizer_s_a_parameter"]
-        total: float = grown * seconds["head"][BASE].step(again=False)
+        made = parts["optimizer_s_a_parameter"]
+        total: float = tokens / BASE * seconds["head"][BASE].step(again=False)
         total += made * (attention * counts_of["attention"] + hyena * counts_of["hyena"] + counts_of["rest"])
-        for count, layer, over, taken in (
-            (attention, "attention_layer", "core", core),
-            (hyena, "hyena_layer", "operator", "operator"),
-        ):
-            by_position = seconds[layer][BASE].step(again) - seconds[over][BASE].step(again)
-            by_position -= again * seconds["last_product"][BASE].forward
-            total += count * (grown * by_position + seconds[taken][tokens].step(again))
-        return total
+        total += attention * _layer_s(seconds, core, tokens, again)
+        return total + hyena * _layer_s(seconds, "operator", tokens, again)
 
     checked = []
     for row in whole:
@@ -395,6 +378,21 @@ def _composed(whole: list[dict[str, Any]], parts: dict[str, Any]) -> dict[str, A
             row = {"pattern": name, "layers": layers, "tokens": tokens, "bound": every}
             patterns.append({**row, **_against(step, (layers // every, layers - layers // every), tokens, True)})
     return {"checked": checked, "slices": slices, "patterns": patterns}
+
+
+def _by_length(parts: dict[str, Any]) -> dict[str, dict[int, Passes]]:
+    measured = parts["seconds"].items()
+    return {name: {int(at): Passes(**passes) for at, passes in some.items()} for name, some in measured}
+
+
+def _layer_s(seconds: dict[str, dict[int, Passes]], mixer: str, tokens: int, again: bool) -> float:
+    """Of a layer with this mixer ("core", "llama_core" or "operator"): what it does with each position, so many times,
+    and its mixer at that length.
+    """
+    layer, over = ("hyena_layer", mixer) if mixer == "operator" else ("attention_layer", "core")
+    by_position = seconds[layer][BASE].step(again) - seconds[over][BASE].step(again)
+    by_position -= again * seconds["last_product"][BASE].forward
+    return tokens / BASE * by_position + seconds[mixer][tokens].step(again)
 
 
 def _against(step: Callable[..., float], counts: tuple[int, int], tokens: int, again: bool) -> dict[str, float]:
@@ -494,18 +492,10 @@ def _curve(figures: dict[str, Any]) -> list[_Place]:
         _Place(row["tokens"] / row["width"], row["width"], row["llama"] / row["hyena"], row["attention"] / row["hyena"])
         for row in figures["curves"]
     ]
-    seconds = {
-        name: {int(at): Passes(**passes).step(again=False) for at, passes in some.items()}
-        for name, some in figures["parts"]["seconds"].items()
-    }
+    seconds = _by_length(figures["parts"])
     for tokens in COMPOSED:
         llama, attention, hyena = (
-            tokens / BASE * (seconds[layer][BASE] - seconds[over][BASE]) + seconds[taken][tokens]
-            for layer, over, taken in (
-                ("attention_layer", "core", "llama_core"),
-                ("attention_layer", "core", "core"),
-                ("hyena_layer", "operator", "operator"),
-            )
+            _layer_s(seconds, mixer, tokens, False) for mixer in ("llama_core", "core", "operator")
         )
         places.append(_Place(tokens / WIDTH, WIDTH, llama / hyena, attention / hyena))
     return sorted(places)

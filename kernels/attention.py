@@ -23,10 +23,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     q is (B, G · Hkv, L, D), k and v are (B, Hkv, P + L, D), `mask` is bool (B or 1, 1, L, P + L). Scores are over
     sqrt(D). Differentiable, where the native kernel serves once. Without a mask native kernels serve one token in
-    float32 and bfloat16 without a gradient, and more in bfloat16, D a multiple of 16, on processors with AVX-512 BF16
-    and without AMX: of finite numbers they give the same bits for any number of threads, and wherever a prompt is split
-    into parts of more than one token. The gradient of a whole sequence (P = 0) is then torch's, taken from their
-    output; k and v are kept for it as they are.
+    float32 and bfloat16 without a gradient, and more, D a multiple of 16, in what `cpu.has_attention` says: of finite
+    numbers they give the same bits for any number of threads, and wherever a prompt is split into parts of more than
+    one token. The gradient of a whole sequence (P = 0) is then torch's, taken from their output; k and v are kept for
+    it as they are.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -49,17 +49,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
             return attended
     batch, heads, length, width = q.shape
     kv_heads, past = k.shape[1], k.shape[2] - length
+    takes_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if mask is None and not past and length > 1 and takes_gradient:
+        q, k, v = _as_autocast(q, k, v)
+        if cpu.takes_attention(q, k, v):
+            whole: Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
+            return whole
+    if cpu.lacks_products(q):
+        return attend(q.float(), k.float(), v.float(), mask).to(q.dtype)
     if length == 1:
         # The query heads of one key/value head as rows of one product: at 8,000 keys in bfloat16 on a CPU a
         # quarter of enable_gqa's time (5.2 to 1.2 ms).
         grouped = q.reshape(batch, kv_heads, -1, width)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
-    takes_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if mask is None and not past and takes_gradient:
-        q, k, v = _as_autocast(q, k, v)
-        if cpu.takes_attention(q, k, v):
-            whole: Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
-            return whole
     if mask is None and past:
         if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and not torch.is_grad_enabled():
             return in_parts(q, k, v)  # not under autocast, which mixes dtypes; log-sum-exps have no gradient
@@ -94,13 +96,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # whatever a hook gives back, channels lie side by side
         q, k, v, y, lse = (t if t.stride(-1) == 1 else t.contiguous() for t in ctx.saved_tensors)
-        kv_heads = k.shape[1]
+        kv_heads, dtype = k.shape[1], q.dtype
+        if cpu.lacks_products(q):
+            q, k, v, y, dy = (t.float() for t in (q, k, v, y, dy))
         whole = (t.repeat_interleave(q.shape[1] // kv_heads, dim=1) for t in (k, v))
         dq, *of_whole = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, *whole, y, lse, 0.0, True
         )
-        dk, dv = (t.unflatten(1, (kv_heads, -1)).sum(2) for t in of_whole)
-        return dq, dk, dv
+        dk, dv = (t.unflatten(1, (kv_heads, -1)).sum(2).to(dtype) for t in of_whole)
+        return dq.to(dtype), dk, dv
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -121,6 +125,9 @@ def attend_shared(
     """
     rows, heads, length, width = q.shape
     kv_heads = keys.shape[1]
+    if cpu.lacks_products(q):
+        own = own_keys.float(), own_values.float()
+        return attend_shared(q.float(), keys.float(), values.float(), *own, seen).to(q.dtype)
     # All queries of all rows as rows of one product with the shared keys.
     grouped = q.reshape(rows, kv_heads, -1, width)
     flat = grouped.transpose(0, 1).reshape(1, kv_heads, -1, width)

@@ -13,6 +13,7 @@ import torch  # before the extension: both use OpenMP, and the first to load dec
 from torch import Tensor
 from torch.nn import Parameter
 
+from stripedrag.hardware import fast_dtype
 from stripedrag.kernels import library
 from stripedrag.kernels.library import (
     Gradients,
@@ -43,6 +44,7 @@ except ImportError as error:
 MAX_TAPS, MAX_MODES = 8, 16
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+_LACKS_BFLOAT16 = fast_dtype() is torch.float32  # products of it: torch's take a hundred times as long as float32's
 
 
 def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
@@ -64,9 +66,25 @@ def instruction_set() -> str | None:
     return None if _native is None else str(_native.isa)
 
 
-def has_attention() -> bool:
-    """Whether the native attention serves this processor: one with AVX-512 BF16 (and "v4") that has no AMX."""
-    return _native is not None and bool(_native.has_attention)
+def has_attention(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the native attention serves this processor. In bfloat16: one with AVX-512 BF16 (and "v4") that has no
+    AMX, or one without products of it, where numbers are made wide; in float32, where it was measured, "v3".
+    """
+    if dtype is torch.bfloat16:
+        return _native is not None and (_native.has_bf16_attention or serves_bfloat16())
+    return dtype is torch.float32 and instruction_set() == "v3"
+
+
+def serves_bfloat16() -> bool:
+    """Whether the native kernels give a processor without products of bfloat16 linear layers and attention in it, which
+    are as fast as float32's and read half as much: "v3" and "v4".
+    """
+    return _LACKS_BFLOAT16 and instruction_set() in ("v3", "v4")
+
+
+def lacks_products(x: Tensor) -> bool:
+    """Whether what torch multiplies by x is better made float32: it is bfloat16 on a CPU without products of that."""
+    return _LACKS_BFLOAT16 and x.dtype is torch.bfloat16 and x.is_cpu
 
 
 def hyena_filter(
@@ -171,8 +189,8 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
 
 
 def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`F.linear` for up to 8 rows in float32 or bfloat16, or None where that is not what is asked for. A row's bits do
-    not depend on the others.
+    """`F.linear` for up to 8 rows in float32 or bfloat16, and for more where torch has no quick products of bfloat16;
+    or None where that is not what is asked for. A row's bits do not depend on the others.
 
     torch's own takes three times as long on one row in bfloat16, which is most of a decode step.
     """
@@ -186,12 +204,14 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     ):
         return None
     dtype, numbers, (rows, columns) = x.dtype, x.numel(), weight.shape
+    are_few = numbers <= _native.max_batch * columns
     if (
-        not 0 < numbers <= _native.max_batch * columns
+        not numbers
+        or not (are_few or (dtype is torch.bfloat16 and serves_bfloat16()))
         or (dtype is not torch.bfloat16 and dtype is not torch.float32)
         or weight.dtype is not dtype
         or torch.is_autocast_enabled("cpu")
-        or not (x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous())
+        or not (x.is_cpu and weight.is_cpu and weight.is_contiguous() and (x.is_contiguous() or not are_few))
         or x.shape[-1] != columns
         or not (
             bias is None
@@ -205,11 +225,23 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
         )
     ):
         return None
+    return _run_linear(_native.linear if are_few else _native.gemm, x.contiguous(), weight, bias)
+
+
+def _run_linear(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, columns = weight.shape
     y = x.new_empty(*x.shape[:-1], rows)
     threads, added = torch.get_num_threads(), 0 if bias is None else bias.data_ptr()
-    sizes = numbers // columns, rows, columns, threads
-    _native.linear(_ELEMENTS[dtype], *sizes, weight.data_ptr(), added, x.data_ptr(), y.data_ptr())
+    sizes = x.numel() // columns, rows, columns, threads
+    run(_ELEMENTS[x.dtype], *sizes, weight.data_ptr(), added, x.data_ptr(), y.data_ptr())
     return y
+
+
+def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for any number of rows in float32 or bfloat16, all contiguous, with products and sums of float32. A
+    row's bits do not depend on the others, nor on the threads.
+    """
+    return _run_linear(_native.gemm, x, weight, bias)
 
 
 def quantized_linear_at_once(x: Tensor, quantized: "QuantizedWeight", bias: Tensor | None) -> Tensor | None:
@@ -292,7 +324,7 @@ def _quantized_arguments(
 
 
 def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """Causal attention in bfloat16 without a gradient, or None where another is asked for, or nothing here has it."""
+    """Causal attention without a gradient, or None where another is asked for, or nothing here has it."""
     takes = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and takes_attention(q, k, v)
     return attention(q, k, v) if takes else None
 
@@ -300,8 +332,8 @@ def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 def takes_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` takes these, of which none but it need know."""
     return (
-        has_attention()
-        and q.dtype is k.dtype is v.dtype is torch.bfloat16
+        has_attention(q.dtype)
+        and q.dtype is k.dtype is v.dtype
         and takes_rows(q, k, v)
         and q.shape[3] % 16 == 0
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
@@ -317,7 +349,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None) -> Ten
     sizes = (batch, heads, k.shape[1], length, k.shape[2], width, torch.get_num_threads())
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     addresses = (tensor.data_ptr() for tensor in (q, k, v, y))
-    _native.attention(sizes, strides, width**-0.5, *addresses, 0 if lse is None else lse.data_ptr())
+    _native.attention(_ELEMENTS[q.dtype], sizes, strides, width**-0.5, *addresses, 0 if lse is None else lse.data_ptr())
     return y.transpose(1, 2)
 
 

@@ -5,6 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stripedrag.kernels import cpu
+
 _LOGITS = 2**26  # of a part: 256 MiB in float32, and as much beside while they are summed
 
 
@@ -25,7 +27,8 @@ def linear_cross_entropy(
     Args:
         hidden: (R, H), any floating dtype.
         weight: (V, H) of the same dtype, unless autocast gives both its own. Logits are rounded to that and then made
-            float32, and so are the parts of the weight's gradient, which sum in float32.
+            float32, and so are the parts of the weight's gradient, which sum in float32. On a CPU without products of
+            bfloat16 those are of float32.
         labels: (R,) int64 in [0, V), or `ignore_index` where there is none.
         ignore_index: what stands for no label.
         reduction: "mean" over the labels that there are, or "sum". Without any the mean is NaN and its gradient 0.
@@ -48,6 +51,8 @@ def linear_cross_entropy(
                 f"labels holds {int(foreign[0])}; they are in [0, {weight.shape[0]}), or {ignore_index} where there is "
                 "none"
             )
+    if cpu.lacks_products(hidden):
+        hidden, weight = hidden.float(), weight.float()
     divisor = is_label.sum() if reduction == "mean" else torch.ones_like(is_label.sum())
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, labels, is_label, divisor, torch.is_grad_enabled()

@@ -142,11 +142,15 @@ def writes_out(z: Tensor, taps: int, modes: int) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as `torch.nn.functional.linear`: (…, out) for x (…, in) and weight (out, in).
 
-    Up to 8 rows on a CPU without a gradient, as of a decode step, go to the native kernels where these are there; their
-    sums are float32 whatever the dtype.
+    Up to 8 rows on a CPU without a gradient, as of a decode step, go to the native kernels where these are there; and
+    any number in bfloat16 where the processor has no products of it. Their sums are float32 whatever the dtype.
     """
     y = cpu.linear_at_once(x, weight, bias)
-    return F.linear(x, weight, bias) if y is None else y
+    if y is not None:
+        return y
+    if cpu.lacks_products(x):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from stripedrag.errors import CheckpointError, SetupError, StoreError, StripedragError, UsageError, said
 from stripedrag.hardware import fast_dtype
+from stripedrag.kernels import cpu
 from stripedrag.model.baselines import BASELINES, find, hub_id, revision, snapshot, template_options
 from stripedrag.model.byte_tokenizer import ByteTokenizer
 from stripedrag.model.config import StripedHyenaConfig
@@ -49,7 +50,8 @@ def load_model(
         name_or_path: "stripedhyena-smol-135m" (the default), "smollm2-135m-instruct" (its transformer baseline), a
             name in `BASELINES`, a folder with config.json and safetensors, or a hub id. Only a baseline and a hub id
             can touch the network.
-        dtype: None takes bfloat16 where the device multiplies it natively, else float32; "auto" the checkpoint's.
+        dtype: None takes bfloat16 where the device multiplies it natively, else float32, but for a StripedHyena on a
+            CPU whose native kernels serve bfloat16 as quickly; "auto" the checkpoint's.
         device: None takes a CUDA device where there is one, else the CPU.
         window_tokens: a longer window than the model was trained on, which it then reads by YaRN (Peng et al. 2023),
             with a warning; a shorter one changes nothing.
@@ -90,8 +92,9 @@ def load_model(
                 raise UsageError(f"the weights of {name_or_path} are quantized already; load it without {quantize}")
             origin = str(name_or_path) if name_or_path in PREPARED or find(str(name_or_path)) else None
             options["quantization_config"] = QuantizationConfig(QUANTIZATIONS[quantize], origin)
+        dtype = dtype or default_dtype(device, is_striped=isinstance(config, StripedHyenaConfig))
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype or fast_dtype(device), output_loading_info=True, **pinned, **options
+            source, config=config, dtype=dtype, output_loading_info=True, **pinned, **options
         )
         refuse_unfit(source, info)
         model = model.to(device).eval()
@@ -114,6 +117,12 @@ def load_model(
             f"not give it ({_first_line(error)})"
         ) from error
     return model, load_tokenizer(name_or_path)
+
+
+def default_dtype(device: torch.device, *, is_striped: bool = True) -> torch.dtype:
+    """What `load_model` takes unasked on a device, for a StripedHyena or for another model."""
+    is_served = is_striped and device.type == "cpu" and cpu.serves_bfloat16()
+    return torch.bfloat16 if is_served else fast_dtype(device)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> PreTrainedTokenizerBase:

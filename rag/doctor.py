@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 from stripedrag import __version__, weights
 from stripedrag.errors import SetupError
-from stripedrag.hardware import fast_dtype
 
 _PACKAGES = ("torch", "transformers", "llama-index-core", "faiss-cpu", "sentence-transformers", "triton")
 
@@ -18,6 +17,7 @@ def examine() -> dict[str, dict[str, str]]:
     from stripedrag.kernels.cpu import has_attention, instruction_set
     from stripedrag.kernels.dispatch import BACKENDS
     from stripedrag.model.baselines import BASELINES, at_hand
+    from stripedrag.model.loading import default_dtype
     from stripedrag.model.smollm2 import PREPARED, prepared_dir
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +45,7 @@ def examine() -> dict[str, dict[str, str]]:
             "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
-            "fast dtype": f"{str(fast_dtype(device)).removeprefix('torch.')} on {device}",
+            "fast dtype": f"{str(default_dtype(device)).removeprefix('torch.')} on {device}",
         },
         f"kernel backends on {device}": backends,
         "weights": {"cache": str(weights.cache_dir()), **places},

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
+from stripedrag.hardware import fast_dtype
 from stripedrag.kernels import cpu
 from stripedrag.kernels.attention import attend, in_parts
 
@@ -36,9 +37,11 @@ def _attention(name: str, new: int, past: int, repeats: int) -> dict[str, Any]:
         torch.randn(1, tokens, count, width, dtype=DTYPE).transpose(1, 2)
         for tokens, count in ((new, heads), (past + new, kv_heads), (past + new, kv_heads))
     )
+    of_torch = [t.to(fast_dtype()) for t in (q, k, v)]  # in which torch is quickest
     mask = torch.ones(new, past + new, dtype=torch.bool).tril(past) if past and new > 1 else None
 
     def sdpa() -> Tensor:
+        q, k, v = of_torch
         if new == 1:  # the heads that share keys as rows of one product, faster than enable_gqa
             return F.scaled_dot_product_attention(q.reshape(1, kv_heads, -1, width), k, v).reshape(q.shape)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -48,7 +51,7 @@ def _attention(name: str, new: int, past: int, repeats: int) -> dict[str, Any]:
         seconds = interleaved(
             repeats,
             ours=lambda: [attend(q, k, v) for _ in range(calls)],
-            in_parts=lambda: [in_parts(q, k, v) for _ in range(calls)],
+            in_parts=lambda: [in_parts(*of_torch) for _ in range(calls)],
             sdpa=lambda: [sdpa() for _ in range(calls)],
         )
     middle = medians(seconds)
@@ -68,7 +71,8 @@ def _attention(name: str, new: int, past: int, repeats: int) -> dict[str, Any]:
 def _table(figures: dict[str, Any]) -> str:
     here, limit = figures["machine"], figures["machine"]["matmul_flop_per_s"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, bfloat16, torch {here['torch']}, {here['commit']}; "
+        f"{here['processor']}, {here['threads']} threads, bfloat16 (torch {here['dtype']}), torch {here['torch']}, "
+        f"{here['commit']}; "
         f"{'native' if figures['native'] else 'no native attention here: torch'}",
         f"multiplies {limit / 1e9:.0f} GFLOP/s, reads {here['read_bytes_per_s'] / 1e9:.0f} GB/s",
         "",

@@ -10,12 +10,11 @@ from stripedrag.errors import BackendError
 from stripedrag.eval.bench.filter import SHAPES, parameters
 from stripedrag.eval.bench.generate import novel_ids
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot, seconds_of
-from stripedrag.hardware import fast_dtype
 from stripedrag.kernels import ops
 from stripedrag.kernels.cpu import refuses
 from stripedrag.model.cache import cache_bytes, new_cache
 from stripedrag.model.generation import prefill
-from stripedrag.model.loading import load_model
+from stripedrag.model.loading import default_dtype, load_model
 from stripedrag.model.smollm2 import STRIPED
 
 CALLS = 100  # of each side in a repetition: a step takes microseconds
@@ -109,7 +108,7 @@ def _model(tokens: int, repeats: int) -> dict[str, Any]:
 def _nats() -> dict[str, float]:
     """Nats a token of a novel, read at once and token by token, in the default's dtype and in float32."""
     nats = {}
-    for dtype in {fast_dtype(), torch.float32}:
+    for dtype in {default_dtype(torch.device("cpu")), torch.float32}:
         model, tokenizer = load_model(STRIPED, device="cpu", dtype=dtype)
         ids = torch.tensor([novel_ids(tokenizer, 2 * TEXT_TOKENS)])
         at_once = model(input_ids=ids).logits[0, TEXT_TOKENS - 1 : -1]

@@ -55,6 +55,7 @@ class System(Protocol):
     """What is measured."""
 
     weight_bytes: int
+    weights: str  # what they are stored in
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, tell: Callable[[float], None]) -> int:
         """Read prompts of one length, then write so many tokens after each, greedily and side by side. `tell` hears
@@ -68,6 +69,7 @@ class InTorch:
     def __init__(self, model: PreTrainedModel, *, at_once: bool) -> None:
         self.model = model
         self.weight_bytes = sum(tensor.nbytes for tensor in model.parameters())
+        self.weights = str(model.dtype).removeprefix("torch.")
         self._at_once = at_once
 
     @torch.no_grad()
@@ -97,6 +99,7 @@ class InLlamaCpp:
 
         self._runs = LlamaCpp(path, torch.get_num_threads())
         self.weight_bytes = self._runs.weight_bytes
+        self.weights = "its file's"
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, tell: Callable[[float], None]) -> int:
         """See `System`."""
@@ -223,6 +226,7 @@ def _measured(systems: dict[str, System], ids: list[int], rows: int, length: int
             "rows": rows,
             "prompt_tokens": length,
             "weight_bytes": systems[name].weight_bytes,
+            "weights": systems[name].weights,
             **{key: median(run[key] for run in taken) for key in taken[0]},
             "runs": taken,
         }
@@ -275,7 +279,9 @@ def _llama_cpp() -> str | None:
 def _table(figures: dict[str, Any]) -> str:
     here = figures["machine"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, {here['commit']}",
+        f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, kernels {here['kernels']}, "
+        f"{here['commit']}",
+        ", ".join(f"{row['system']} in {row['weights']}" for row in figures["rows"][:2]),
         f"llama-cpp-python {figures['llama_cpp'] or 'is not installed'}",
         f"reads {here['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies {here['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s",
         "",

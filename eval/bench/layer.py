@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot
+from stripedrag.hardware import fast_dtype
 from stripedrag.kernels import ops
 from stripedrag.kernels.attention import by_whole_heads
 from stripedrag.model.config import StripedHyenaConfig
@@ -20,7 +21,6 @@ WIDTHS: tuple[dict[str, Any], ...] = (
     {"hidden_size": 576, "num_attention_heads": 9, "proj_groups": 3, "state_size": 8, "inner_mlp_size": 1536},
     {"hidden_size": 1024, "num_attention_heads": 8, "proj_groups": 4, "state_size": 2, "inner_mlp_size": 2816},
 )
-DTYPE = torch.bfloat16
 
 
 class TorchsAttention(Attention):
@@ -48,22 +48,24 @@ class Side(NamedTuple):
 
 
 class Layers:
-    """A Hyena and an attention layer of these widths, in the words of a configuration, on a device."""
+    """A Hyena and an attention layer of these widths, in the words of a configuration, on a device, in the narrowest
+    dtype that torch multiplies natively there.
+    """
 
     def __init__(self, widths: dict[str, Any], device: torch.device) -> None:
         self.config = StripedHyenaConfig(
             vocab_size=16, num_layers=2, attn_layer_idxs=[1], hyena_layer_idxs=[0], **widths
         )
         torch.manual_seed(0)
-        self._model = StripedHyenaModel(self.config).to(DTYPE).to(device)
-        self._device = device
+        self._device, self._dtype = device, fast_dtype(device)
+        self._model = StripedHyenaModel(self.config).to(self._dtype).to(device)
         blocks = [block for block in self._model.blocks if isinstance(block, StripedHyenaBlock)]
         self._hyena, self._attention = blocks
 
     def sides(self, length: int, *, gradient: bool, torchs: bool = False) -> dict[str, Side]:
         """Both layers on so many tokens, and where it is asked for an attention layer by torch's kernels."""
-        x = torch.randn(1, length, self.config.hidden_size, device=self._device, dtype=DTYPE, requires_grad=gradient)
-        rotary = self._model._rotary(torch.arange(length, device=self._device).unsqueeze(0), DTYPE)
+        x = self._made(length, self.config.hidden_size, gradient=gradient)
+        rotary = self._model._rotary(torch.arange(length, device=self._device).unsqueeze(0), self._dtype)
         blocks = {"hyena_layer": self._hyena, "attention_layer": self._attention}
         if torchs:
             blocks["llama_layer"] = deepcopy(self._attention)
@@ -76,7 +78,7 @@ class Layers:
     def operator(self, length: int, *, gradient: bool) -> Side:
         """The Hyena operator as its layer runs it; without a gradient y then stands in z."""
         width, operator = self.config.hidden_size, self._hyena.filter
-        z = torch.randn(1, length, 3 * width, device=self._device, dtype=DTYPE, requires_grad=gradient)
+        z = self._made(length, 3 * width, gradient=gradient)
         return Side(lambda: operator(z, None, None, may_overwrite=True)[0], (z, *operator.parameters()))
 
     def last_product(self, length: int) -> Side:
@@ -84,21 +86,22 @@ class Layers:
         run where nothing more is kept for the gradient.
         """
         l3 = self._hyena.mlp.l3
-        gated = torch.randn(1, length, l3.in_features, device=self._device, dtype=DTYPE, requires_grad=True)
+        gated = self._made(length, l3.in_features)
         return Side(lambda: l3(gated), (gated, l3.weight))
 
     def core(self, length: int, kv_heads: int) -> dict[str, Side]:
         """Attention alone, of so many key/value heads and the queries that share them: ours, and torch's."""
         group, width = self.config.proj_groups, self.config.head_dim
-        q, k, v = (
-            torch.randn(1, heads, length, width, device=self._device, dtype=DTYPE, requires_grad=True)
-            for heads in (group * kv_heads, kv_heads, kv_heads)
-        )
+        q, k, v = (self._made(heads, length, width) for heads in (group * kv_heads, kv_heads, kv_heads))
         torchs = by_whole_heads if q.is_cpu else ops.attend
         return {
             "core": Side(lambda: ops.attend(q, k, v), (q, k, v)),
             "llama_core": Side(lambda: torchs(q, k, v), (q, k, v)),
         }
+
+    def _made(self, *shape: int, gradient: bool = True) -> Tensor:
+        """Random numbers of batch 1."""
+        return torch.randn(1, *shape, device=self._device, dtype=self._dtype, requires_grad=gradient)
 
 
 def run(repeats: int) -> Report:
@@ -137,8 +140,8 @@ def _layers(widths: dict[str, Any], length: int, with_gradient: bool, repeats: i
 def _table(figures: dict[str, Any]) -> str:
     here = figures["machine"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, bfloat16, torch {here['torch']}, kernels {here['kernels']}, "
-        f"{here['commit']}",
+        f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, "
+        f"kernels {here['kernels']}, {here['commit']}",
         f"multiplies {here['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s",
         "",
         f"{'':22}{'H':>5}{'head':>6}{'L':>7}{'Hyena ms':>11}{'attention ms':>14}{'ratio':>7}{'operator':>10}",

@@ -25,12 +25,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from stripedrag.errors import StoreError
-from stripedrag.eval.bench.layer import DTYPE, Layers, Side, TorchsAttention
+from stripedrag.eval.bench.layer import Layers, Side, TorchsAttention
 from stripedrag.eval.bench.load import published
 from stripedrag.eval.bench.report import Report, device_of, interleaved, matmul_rate, plot, seconds_on
 from stripedrag.eval.bench.so_far import SoFar, going_on
 from stripedrag.eval.meter import bounded_memory
-from stripedrag.hardware import keep_freed_memory
+from stripedrag.hardware import fast_dtype, keep_freed_memory
 from stripedrag.kernels import ops
 from stripedrag.kernels.dispatch import select
 from stripedrag.model.config import StripedHyenaConfig
@@ -76,11 +76,12 @@ def run(repeats: int, device: str = "cpu", so_far: Path | None = None) -> Report
         parts = bench.parts()
         whole = bench.whole()
         curves = bench.curves()
-        rate = measured.measured("matmul rate", lambda: matmul_rate(DTYPE, place))
+        rate = measured.measured("matmul rate", lambda: matmul_rate(fast_dtype(place), place))
     config = configuration(WIDTH, 2, 2)
     figures = {
         "bench": "train",
         "device": name,
+        "dtype": str(fast_dtype(place)).removeprefix("torch."),
         "backend": select(None, place, config.short_filter_length, config.state_size).name,
         "matmul_flop_per_s": rate,
         "machine": here,
@@ -136,8 +137,8 @@ def llama(config: StripedHyenaConfig) -> LlamaConfig:
 
 
 class Training:
-    """A model and its optimizer, in bfloat16 but for what stays float32. One without Hyena layers is a Llama, whose
-    attention is torch's.
+    """A model and its optimizer, in bfloat16 (float32 where the device has no products of that) but for what stays
+    float32. One without Hyena layers is a Llama, whose attention is torch's.
     """
 
     def __init__(self, config: StripedHyenaConfig | LlamaConfig, device: torch.device, *, again: bool) -> None:
@@ -146,7 +147,7 @@ class Training:
         with device:
             ours = isinstance(config, StripedHyenaConfig)
             made = StripedHyenaForCausalLM(config) if ours else LlamaForCausalLM(config)
-        self.model: PreTrainedModel = made.to(DTYPE).train()
+        self.model: PreTrainedModel = made.to(fast_dtype(device)).train()
         if isinstance(made, StripedHyenaForCausalLM) and not made.config.hyena_layer_idxs:
             for block in made.backbone.blocks:
                 block.inner_mha_cls.__class__ = TorchsAttention
@@ -174,7 +175,7 @@ class Training:
 
 class _Bench:
     def __init__(self, device: torch.device, repeats: int, progress: Progress, so_far: SoFar) -> None:
-        self._device, self._repeats = device, repeats
+        self._device, self._dtype, self._repeats = device, fast_dtype(device), repeats
         self._progress, self._measured = progress, so_far.measured
         self._is_gpu = device.type == "cuda"
         self._clock = functools.partial(seconds_on, device)
@@ -238,7 +239,7 @@ class _Bench:
         if not self._is_gpu:
             return length > BASE
         config = configuration(WIDTH, 2, 2)
-        kept = length * DTYPE.itemsize * (10 * config.hidden_size + 4 * config.mlp_size)
+        kept = length * self._dtype.itemsize * (10 * config.hidden_size + 4 * config.mlp_size)
         held = 8 * layers // 2 * sum(parameters(kind) for kind in ("attention", "hyena")) + 8 * parameters("rest")
         return layers * kept > _SHARE * (self._free - held)
 
@@ -277,8 +278,8 @@ class _Bench:
 
     def _head(self, config: StripedHyenaConfig) -> Side:
         vocabulary = published()["vocab_size"]
-        hidden = torch.randn(BASE, config.hidden_size, device=self._device, dtype=DTYPE, requires_grad=True)
-        output = torch.randn(vocabulary, config.hidden_size, device=self._device, dtype=DTYPE).mul_(0.02)
+        hidden = torch.randn(BASE, config.hidden_size, device=self._device, dtype=self._dtype, requires_grad=True)
+        output = torch.randn(vocabulary, config.hidden_size, device=self._device, dtype=self._dtype).mul_(0.02)
         labels = torch.randint(vocabulary, (BASE,), device=self._device)
         return Side(lambda: ops.linear_cross_entropy(hidden, output, labels), (hidden, output.requires_grad_()))
 
@@ -307,7 +308,7 @@ class _Bench:
         return {name: (median(seconds[name]), median(seconds[f"{name} backward"])) for name in sides}
 
     def _optimizer(self) -> float:
-        weight = torch.nn.Parameter(torch.zeros(2**26, device=self._device, dtype=DTYPE))
+        weight = torch.nn.Parameter(torch.zeros(2**26, device=self._device, dtype=self._dtype))
         weight.grad = torch.ones_like(weight)
         optimizer = torch.optim.AdamW([weight], lr=1e-5, fused=True)
         seconds = interleaved(self._repeats, 1, self._clock, step=optimizer.step)["step"]
@@ -420,7 +421,7 @@ def ratio(rows: Sequence[dict[str, Any]], tokens: int) -> float | None:
 def _table(figures: dict[str, Any]) -> str:
     here = figures["machine"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, bfloat16, torch {here['torch']}, {here['commit']}; "
+        f"{here['processor']}, {here['threads']} threads, {figures['dtype']}, torch {here['torch']}, {here['commit']}; "
         f"device {figures['device']}, Hyena operator by {figures['backend']}",
         f"multiplies {figures['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s; batch 1, the 7B's widths, heads of {HEAD_WIDTH}",
         "",

@@ -1,5 +1,7 @@
 // Every kernel, compiled for one instruction set: STRIPEDRAG_ISA names the set and the namespace.
+#include "attention_wide.h"
 #include "filter.h"
+#include "gemm.h"
 #include "gradient.h"
 #include "linear.h"
 #include "quantized.h"
@@ -38,6 +40,9 @@ void run_step(Element element, const Step& s) {
 bool run_linear(Element element, const Linear& f) {
   return by_element(element, [&](auto t) { return linear<decltype(t)>(f); });
 }
+bool run_gemm(Element element, const Linear& f) {
+  return by_narrow_element(element, [&](auto t) { return gemm<decltype(t)>(f); });
+}
 bool run_quantized_linear(Element element, const QuantizedLinear& f) {
   return by_narrow_element(element, [&](auto t) {
     using T = decltype(t);
@@ -65,6 +70,9 @@ void run_gate(Element element, const Gate& f) {
 void run_gate_gradient(Element element, const GateGradient& f) {
   by_narrow_element(element, [&](auto t) { gate_gradient<decltype(t)>(f); });
 }
+bool run_attention(Element element, const Attention& f) {
+  return by_narrow_element(element, [&](auto t) { return attention<WideProducts<decltype(t)>>(f); });
+}
 bool run_attend(Element element, const TokenAttention& f) {
   return by_narrow_element(element, [&](auto t) { return attend<decltype(t)>(f); });
 }
@@ -87,8 +95,9 @@ int64_t checkpoint_numbers(Element element, const Shape& shape) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {run_filter,     run_gradient, run_step, run_linear,        run_quantized_linear,
-                         run_dequantize, run_quantize, run_norm, run_norm_gradient, run_gate,
-                         run_gate_gradient, run_attend, run_rotate, run_add, checkpoint_numbers};
+const Kernels kernels = {run_filter,        run_gradient,         run_step,       run_linear,   run_gemm,
+                         run_quantized_linear, run_dequantize,    run_quantize,   run_norm,     run_norm_gradient,
+                         run_gate,          run_gate_gradient,    run_attention,  run_attend,   run_rotate,
+                         run_add,           checkpoint_numbers};
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

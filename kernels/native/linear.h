@@ -11,14 +11,6 @@ STRIPEDRAG_INLINE int threads_for(int threads, int64_t bytes) {
   return int(smaller(threads, 1 + bytes / kBytesPerThread));
 }
 
-template <int... kLane>
-struct LaneList {};
-template <int kCount, int... kLane>
-struct FirstLanes : FirstLanes<kCount - 1, kCount - 1, kLane...> {};
-template <int... kLane>
-struct FirstLanes<0, kLane...> {
-  using List = LaneList<kLane...>;
-};
 template <int kWidth, class V, int... kLane>
 STRIPEDRAG_INLINE V fold_lanes(V a, V b, LaneList<kLane...>) {
   constexpr int kHalf = kWidth / 2;

@@ -33,7 +33,7 @@ namespace native { extern const Kernels kernels; }
 
 #if defined(STRIPEDRAG_BF16)
 namespace bf16 {
-extern bool (*const attention)(const Attention&);
+extern bool (*const attention_bf16)(const Attention&);
 extern bool (*const linear_bf16)(const Linear&);
 extern bool (*const linear_int4_bf16)(const QuantizedLinear&);
 }
@@ -79,8 +79,8 @@ const Choice& choose() {
 // Those of the set that was chosen, but for what AVX-512 BF16 has its own.
 Kernels kernels;
 
-// What only AVX-512 BF16 has, else null. It is not tried with AMX, which torch's own uses.
-bool (*attention)(const Attention&) = nullptr;
+// Whether attention in bfloat16 is by products of it. With AMX it is not tried: torch's own has that.
+bool has_bf16_attention = false;
 
 void choose_bf16(const Choice& chosen) {
 #if defined(STRIPEDRAG_BF16)
@@ -96,7 +96,10 @@ void choose_bf16(const Choice& chosen) {
     const bool has_own = element == Element::bfloat16 && f.bits == 4;
     return has_own ? bf16::linear_int4_bf16(f) : v4::kernels.quantized_linear(element, f);
   };
-  if (!has_amx) attention = bf16::attention;
+  kernels.attention = [](Element element, const Attention& f) {
+    return element == Element::bfloat16 ? bf16::attention_bf16(f) : v4::kernels.attention(element, f);
+  };
+  has_bf16_attention = !has_amx;
 #else
   (void)chosen;
 #endif
@@ -269,7 +272,13 @@ void run_gate_gradient(int element, int64_t numbers, int threads, uintptr_t a, u
   run_kernel(true, [&] { kernels.gate_gradient(Element(element), f); });
 }
 
-void run_attention(const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k, uintptr_t v,
+void run_gemm(int element, int64_t batch, int64_t rows, int64_t columns, int threads, uintptr_t weight, uintptr_t bias,
+              uintptr_t x, uintptr_t y) {
+  const Linear f = {batch, rows, columns, threads, at<void>(weight), at<void>(bias), at<void>(x), at<void>(y)};
+  if (!run_kernel(true, [&] { return kernels.gemm(Element(element), f); })) throw std::bad_alloc();
+}
+
+void run_attention(int element, const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k, uintptr_t v,
                    uintptr_t y, uintptr_t lse) {
   const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
   const auto stride = [&](size_t i) { return nb::cast<int64_t>(strides[i]); };
@@ -277,7 +286,7 @@ void run_attention(const nb::tuple& sizes, const nb::tuple& strides, double scal
                        at<void>(q), at<void>(k), at<void>(v),
                        {stride(0), stride(1), stride(2)}, {stride(3), stride(4), stride(5)}, {stride(6), stride(7), stride(8)},
                        at<void>(y), at<float>(lse)};
-  if (!run_kernel(true, [&] { return attention(f); })) throw std::bad_alloc();
+  if (!run_kernel(true, [&] { return kernels.attention(Element(element), f); })) throw std::bad_alloc();
 }
 
 void run_attend(int element, const nb::tuple& sizes, double scale, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t y) {
@@ -379,21 +388,21 @@ NB_MODULE(_native, m) {
   m.attr("isa") = chosen.name;
   kernels = *chosen.kernels;
   choose_bf16(chosen);
-  m.attr("has_attention") = attention != nullptr;
+  m.attr("has_bf16_attention") = has_bf16_attention;
   m.def("filter", &run_filter, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "y_batch_stride"_a,
         "y_row_stride"_a, "addresses"_a);
   m.def("gradient", &run_gradient, "element"_a, "sizes"_a, "batch_stride"_a, "row_stride"_a, "addresses"_a);
   m.def("use_huge_pages", &use_huge_pages, "address"_a, "bytes"_a);
   m.def("step", &run_step);
   m.def("linear", &run_linear);
+  m.def("gemm", &run_gemm);
   m.def("quantized_linear", &run_quantized_linear);
   m.attr("max_batch") = kMaxBatch;
   m.def("dequantize", &run_dequantize);
   m.def("quantize", &run_quantize);
   m.def("norm", &run_norm);
   m.def("norm_gradient", &run_norm_gradient);
-  if (attention != nullptr)
-    m.def("attention", &run_attention, "sizes"_a, "strides"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "y"_a, "lse"_a);
+  m.def("attention", &run_attention);
   m.def("attend", &run_attend);
   m.def("are_registered", &are_registered);
   nb::class_<Blocks>(m, "Blocks")

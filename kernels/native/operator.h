@@ -74,7 +74,7 @@ struct Step {
   void* iir_state;
 };
 
-// y = W x + b for up to kMaxBatch rows of x, all of one element.
+// y = W x + b for each row of x, all of one element: `linear` for up to kMaxBatch rows, `gemm` for more.
 constexpr int64_t kMaxBatch = 8;
 struct Linear {
   int64_t batch, rows, columns;
@@ -135,7 +135,7 @@ struct GateGradient {
   void *da, *db;
 };
 
-// Causal attention of the last L of `keys` tokens, in bfloat16: each reads all up to itself.
+// Causal attention of the last L of `keys` tokens, in float32 or bfloat16: each reads all up to itself.
 struct Attention {
   int64_t batch, heads, kv_heads, length, keys, width;  // B, G · Hkv, Hkv, L, P + L, D, which is a multiple of 16
   int threads;
@@ -173,6 +173,7 @@ struct Kernels {
   bool (*gradient)(Element, const Gradient&);
   void (*step)(Element, const Step&);
   bool (*linear)(Element, const Linear&);
+  bool (*gemm)(Element, const Linear&);
   bool (*quantized_linear)(Element, const QuantizedLinear&);
   void (*dequantize)(Element, const QuantizedLinear&);
   void (*quantize)(Element, const Quantize&);
@@ -180,6 +181,7 @@ struct Kernels {
   bool (*norm_gradient)(Element, const NormGradient&);
   void (*gate)(Element, const Gate&);
   void (*gate_gradient)(Element, const GateGradient&);
+  bool (*attention)(Element, const Attention&);
   bool (*attend)(Element, const TokenAttention&);
   void (*rotate)(Element, const Rotation&);
   void (*add)(Element, int64_t numbers, const void* x, void* y);  // y += x

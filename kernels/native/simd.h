@@ -123,6 +123,42 @@ STRIPEDRAG_INLINE Vector<Work<T>> load_half(const T* p, int half) {
   }
 }
 
+template <int... kLane>
+struct LaneList {};
+template <int kCount, int... kLane>
+struct FirstLanes : FirstLanes<kCount - 1, kCount - 1, kLane...> {};
+template <int... kLane>
+struct FirstLanes<0, kLane...> {
+  using List = LaneList<kLane...>;
+};
+
+// As many numbers as a vector has lanes, in their order.
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+STRIPEDRAG_INLINE Vector<float> load_in_order(const float* p) { return *reinterpret_cast<const VectorOf<float>::loose*>(p); }
+STRIPEDRAG_INLINE Vector<float> load_in_order(const bfloat16* p) {
+  return (Vector<float>)(__builtin_convertvector(*reinterpret_cast<const LooseHalves*>(p), Bits) << 16);
+}
+STRIPEDRAG_INLINE void store_in_order(float* p, Vector<float> x) { *reinterpret_cast<VectorOf<float>::loose*>(p) = x; }
+STRIPEDRAG_INLINE void store_in_order(bfloat16* p, Vector<float> x) {
+  *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector(round_to_bfloat16(x) >> 16, Halves);
+}
+// The first `valid` of them; the others read as zero and are not written.
+template <class T>
+STRIPEDRAG_INLINE Vector<float> load_in_order(const T* p, int valid) {
+  if (valid == kLanes<float>) return load_in_order(p);
+  T padded[kLanes<float>] = {};
+  memcpy(padded, p, size_t(valid) * sizeof(T));
+  return load_in_order(padded);
+}
+template <class T>
+STRIPEDRAG_INLINE void store_in_order(T* p, Vector<float> x, int valid) {
+  if (valid == kLanes<float>) return store_in_order(p, x);
+  T padded[kLanes<float>];
+  store_in_order(padded, x);
+  memcpy(p, padded, size_t(valid) * sizeof(T));
+}
+
 template <class T>
 STRIPEDRAG_INLINE void store(T* p, const Pair<Work<T>>& x) {
   if constexpr (sizeof(T) == 2) {

@@ -88,7 +88,8 @@ bool run(Shape shape, bool with_mask, int64_t row_padding) {
 template <class T>
 bool run_linear(int64_t batch, int64_t rows, int64_t columns) {
   auto weight = numbers<T>(rows * columns), bias = numbers<T>(rows), x = numbers<T>(batch * columns), y = numbers<T>(batch * rows);
-  if (!kernels.linear(element_of<T>, {batch, rows, columns, 2, weight.get(), bias.get(), x.get(), y.get()})) return false;
+  const Linear f = {batch, rows, columns, 2, weight.get(), bias.get(), x.get(), y.get()};
+  if (!(batch > kMaxBatch ? kernels.gemm : kernels.linear)(element_of<T>, f)) return false;
   for (int64_t b = 0; b < batch; b++)
     for (int64_t r = 0; r < rows; r++) {
       double sum = STRIPEDRAG_ISA::widen(bias[r]);
@@ -96,6 +97,36 @@ bool run_linear(int64_t batch, int64_t rows, int64_t columns) {
         sum += double(STRIPEDRAG_ISA::widen(weight[r * columns + i])) * STRIPEDRAG_ISA::widen(x[b * columns + i]);
       if (!(std::abs(sum - STRIPEDRAG_ISA::widen(y[b * rows + r])) <= 2e-2 * (1 + std::abs(sum)))) return false;
     }
+  return true;
+}
+
+// Attention of the last L of P + L tokens, held to sums over all keys.
+template <class T>
+bool run_attention(int64_t batch, int64_t heads, int64_t kv_heads, int64_t length, int64_t past, int64_t width) {
+  const int64_t keys = past + length, row = heads * width, kv_row = kv_heads * width;
+  const auto q = numbers<T>(batch * length * row), y = numbers<T>(batch * length * row);
+  const auto k = numbers<T>(batch * keys * kv_row), v = numbers<T>(batch * keys * kv_row);
+  const auto lse = numbers<float>(batch * heads * length);
+  const Attention f = {batch, heads, kv_heads, length, keys, width, 2, 1 / std::sqrt(double(width)), q.get(), k.get(), v.get(),
+                       {length * row, width, row}, {keys * kv_row, width, kv_row}, {keys * kv_row, width, kv_row}, y.get(), lse.get()};
+  if (!kernels.attention(element_of<T>, f)) return false;
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t t = 0; t < length; t++) {
+        const int64_t kv = h / (heads / kv_heads);
+        double total = 0, sum = 0;
+        for (int64_t key = 0; key <= past + t; key++) {
+          double score = 0;
+          const int64_t at = (b * keys + key) * kv_row + kv * width;
+          for (int64_t c = 0; c < width; c++)
+            score += double(STRIPEDRAG_ISA::widen(q[(b * length + t) * row + h * width + c])) * STRIPEDRAG_ISA::widen(k[at + c]);
+          const double share = std::exp(score * f.scale);
+          total += share, sum += share * STRIPEDRAG_ISA::widen(v[at + width - 1]);
+        }
+        const double made = STRIPEDRAG_ISA::widen(y[((b * length + t) * heads + h) * width + width - 1]);
+        if (!(std::abs(made - sum / total) <= (sizeof(T) == 2 ? 1e-2 : 1e-5))) return false;
+        if (!(std::abs(lse[(b * heads + h) * length + t] - std::log(total)) <= 1e-4)) return false;
+      }
   return true;
 }
 
@@ -208,6 +239,11 @@ int main() {
   for (const int64_t columns : {1, 31, 33, 576})
     for (const int64_t batch : {1, 3, 8})
       if (!run_linear<float>(batch, 37, columns) || !run_linear<bfloat16>(batch, 300, columns)) return 1;
+  for (const int64_t columns : {1, 31, 257})  // by many rows: more than are taken at once, and a panel partly filled
+    if (!run_linear<float>(9, 70, columns) || !run_linear<bfloat16>(101, 37, columns)) return 1;
+  for (const int64_t width : {16, 80})
+    for (const int64_t length : {1, 29})
+      if (!run_attention<float>(1, 4, 2, length, 250, width) || !run_attention<bfloat16>(1, 3, 3, length, 3, width)) return 1;
   for (const int64_t head_width : {2, 10, 64})
     for (const int64_t tokens : {1, 255, 513})
       for (const int64_t kv_heads : {1, 2})

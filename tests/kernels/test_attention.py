@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stripedrag.kernels import cpu, ops
 from stripedrag.kernels.attention import attend, by_whole_heads, in_parts
 
-native = pytest.mark.skipif(not cpu.has_attention(), reason="no AVX-512 BF16, or AMX")
+native = pytest.mark.skipif(not cpu.has_attention(), reason="no native attention in bfloat16, or AMX")
 has_kernels = pytest.mark.skipif(cpu.instruction_set() is None, reason="no native kernels")
 
 
@@ -32,6 +32,8 @@ def _exact(q, k, v):
 def _read(q, k, v):
     with torch.no_grad():
         attended = cpu.attention_at_once(q, k, v)
+        if q.dtype == torch.float32 and not cpu.has_attention(torch.float32):
+            return cpu.attention(q, k, v)  # which can be asked for where it is not chosen
         assert attended is not None
         if q.shape[2] > 1:  # one token is for another kernel
             assert torch.equal(attended.nan_to_num(), ops.attend(q, k, v).nan_to_num())
@@ -105,12 +107,14 @@ def test_gradients_of_grouped_queries_are_those_of_attention():
     width=st.sampled_from([16, 32, 48, 64, 80, 96, 128, 144]),
     batch=st.integers(1, 2),
     threads=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     data=st.data(),
 )
-def test_it_is_attention_for_any_threads_and_split(kv_heads, groups, new, past, width, batch, threads, data):
-    q, k, v = _made(groups * kv_heads, kv_heads, new, past, width, batch)
+def test_it_is_attention_for_any_threads_and_split(kv_heads, groups, new, past, width, batch, threads, dtype, data):
+    q, k, v = (t.to(dtype) for t in _made(groups * kv_heads, kv_heads, new, past, width, batch))
     whole = _read(q, k, v)
-    assert (whole - _exact(q, k, v)).abs().max() <= 8e-3 * max(1.0, v.abs().max().item())
+    tolerance = {torch.float32: 4e-6, torch.bfloat16: 8e-3}[dtype]
+    assert (whole - _exact(q, k, v)).abs().max() <= tolerance * max(1.0, v.abs().max().item())
     cut = data.draw(st.integers(0, new - 1), "cut")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -136,23 +140,26 @@ def test_strides_are_the_callers():
 
 @native
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e4, 1e12, 1e20])
-def test_scores_of_any_size(size):
-    q, k, v = _made(new=20, past=500)
-    k = (k * size).bfloat16()
-    torch.testing.assert_close(_read(q, k, v), _exact(q, k, v).bfloat16(), rtol=0, atol=4e-2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_any_size(size, dtype):
+    q, k, v = (t.to(dtype) for t in _made(new=20, past=500))
+    k = (k * size).to(dtype)
+    torch.testing.assert_close(_read(q, k, v), _exact(q, k, v).to(dtype), rtol=0, atol=4e-2)
 
 
 @native
-def test_a_score_of_minus_infinity_weighs_nothing():
-    q, k, v = _made(heads=1, kv_heads=1, new=20, past=300)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_score_of_minus_infinity_weighs_nothing(dtype):
+    q, k, v = (t.to(dtype) for t in _made(heads=1, kv_heads=1, new=20, past=300))
     q, k = q.abs(), k.abs()
     k[:, :, :280] = -torch.inf  # the whole of the first block, and some
-    torch.testing.assert_close(_read(q, k, v), _exact(q, k, v).bfloat16(), rtol=0, atol=4e-2)
+    torch.testing.assert_close(_read(q, k, v), _exact(q, k, v).to(dtype), rtol=0, atol=4e-2)
 
 
 @native
-def test_what_is_no_number_stays_so_where_it_is_seen():
-    q, k, v = _made(new=20, past=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_so_where_it_is_seen(dtype):
+    q, k, v = (t.to(dtype) for t in _made(new=20, past=0))
     k[0, 0, 7, 3] = torch.nan
     nan = _read(q, k, v).isnan()
     assert nan[0, :3, 7:].all() and not nan[0, :3, :7].any() and not nan[0, 3:].any()
@@ -200,7 +207,9 @@ def test_new_tokens_read_what_came_before_and_themselves_causally(dtype, toleran
 def test_what_no_kernel_is_for_is_left_to_torch():
     q, k, v = _made()
     with torch.no_grad():
-        assert cpu.attention_at_once(q.float(), k.float(), v.float()) is None
+        assert cpu.attention_at_once(q.double(), k.double(), v.double()) is None
+        if not cpu.has_attention(torch.float32):
+            assert cpu.attention_at_once(q.float(), k.float(), v.float()) is None
         assert cpu.attention_at_once(q[..., :20], k[..., :20], v[..., :20]) is None
         assert cpu.attention_at_once(q.mT.contiguous().mT, k, v) is None
         with torch.autocast("cpu", torch.bfloat16):

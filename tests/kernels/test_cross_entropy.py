@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stripedrag.kernels import cross_entropy, ops
+from stripedrag.kernels import cpu, cross_entropy, ops
 
 
 def operands(dtype=torch.float32):
@@ -40,7 +40,10 @@ def test_in_bfloat16_it_is_as_near_as_torch_is():
     exact = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].T, labels), wide)
     ours = ops.linear_cross_entropy(hidden, weight, labels)
     theirs = F.cross_entropy((hidden @ weight.T).float(), labels)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    if cpu.lacks_products(hidden):  # no logit is rounded
+        assert ours.item() == pytest.approx(F.cross_entropy(wide[0] @ wide[1].T, labels).item(), rel=1e-6)
+    else:
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     gradients = (torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, theirs))
     for one, other, wanted in zip(*gradients, exact, strict=True):
         assert one.dtype == torch.bfloat16

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from hyena_inputs import CPU, assert_close
 from stripedrag.kernels import cpu, ops
@@ -44,6 +46,77 @@ def test_a_row_has_the_bits_that_it_has_alone(dtype, columns, batch):
         alone = [cpu.linear_at_once(row, weight, bias) for row in x]
     assert together.shape == (batch, 1, 70)
     assert torch.equal(together, torch.stack(alone))
+
+
+@native
+@given(
+    batch=st.integers(1, 300),
+    rows=st.integers(1, 120),
+    columns=st.integers(1, 600),
+    with_bias=st.booleans(),
+    threads=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    data=st.data(),
+)
+@example(batch=481, rows=3, columns=257, with_bias=True, threads=2, dtype=torch.bfloat16, data=None)
+def test_many_rows_are_multiplied_as_in_float64_and_each_as_it_is_alone(
+    batch, rows, columns, with_bias, threads, dtype, data
+):
+    _, weight, bias = layer(rows, columns, dtype)
+    weight, bias = weight.detach(), bias if with_bias else None
+    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    whole = cpu.gemm(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    sizes = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3}[dtype]
+    assert whole.dtype == dtype and ((whole - exact).abs() <= tolerance * sizes).all()
+    cut = batch // 2 if data is None else data.draw(st.integers(0, batch), "cut")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = [cpu.gemm(part, weight, bias) for part in (x[:cut], x[cut:]) if len(part)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@native
+def test_what_is_no_number_stays_in_its_row_and_its_column():
+    x, weight = torch.ones(100, 40).bfloat16(), torch.ones(50, 40).bfloat16()
+    x[70, 3], weight[20, 7] = torch.nan, torch.inf
+    y = cpu.gemm(x, weight)
+    assert y[70].isnan().all() and y.isnan().sum() == 50
+    assert y[:70, 20].isinf().all() and y.isinf().sum() == 99
+
+
+@pytest.fixture
+def without_products(monkeypatch):
+    """As on a processor that has no products of bfloat16."""
+    monkeypatch.setattr(cpu, "_LACKS_BFLOAT16", True)
+
+
+@native
+@pytest.mark.skipif(cpu.instruction_set() == "v2", reason="without fused products nothing is quicker")
+def test_many_rows_in_bfloat16_are_ours_where_the_processor_has_no_products_of_it(without_products):
+    x, weight, bias = layer(70, 64, torch.bfloat16)
+    wide = torch.randn(2, 11, 3 * 64).bfloat16()[..., :64]  # as the Hyena operator leaves them
+    with torch.no_grad():
+        assert torch.equal(ops.linear(wide, weight, bias), cpu.gemm(wide.contiguous(), weight, bias))
+        assert cpu.linear_at_once(wide.float(), torch.nn.Parameter(weight.float()), bias.float()) is None
+        assert cpu.linear_at_once(x[..., :0], weight, bias) is None
+
+
+def test_without_products_of_bfloat16_torch_is_given_float32(without_products):
+    _, weight, bias = layer(70, 64, torch.bfloat16)
+    x = torch.randn(2, 11, 64).bfloat16().requires_grad_()
+    y = ops.linear(x, weight, bias)
+    dy = torch.randn(y.shape).bfloat16()
+    wide = [t.detach().float().requires_grad_() for t in (x, weight)]
+    exact = F.linear(*wide, bias.float())
+    assert y.dtype == torch.bfloat16 and torch.equal(y, exact.bfloat16())
+    made = torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(exact, wide, dy.float())
+    for ours, wanted in zip(*made, strict=True):
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, wanted.bfloat16())
 
 
 @native

@@ -126,8 +126,8 @@ def attend_shared(
     rows, heads, length, width = q.shape
     kv_heads = keys.shape[1]
     if cpu.lacks_products(q):
-        own = own_keys.float(), own_values.float()
-        return attend_shared(q.float(), keys.float(), values.float(), *own, seen).to(q.dtype)
+        own_keys, own_values = own_keys.float(), own_values.float()
+        return attend_shared(q.float(), keys.float(), values.float(), own_keys, own_values, seen).to(q.dtype)
     # All queries of all rows as rows of one product with the shared keys.
     grouped = q.reshape(rows, kv_heads, -1, width)
     flat = grouped.transpose(0, 1).reshape(1, kv_heads, -1, width)

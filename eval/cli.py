@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stripedrag.errors import UsageError, faults
-from stripedrag.eval.bench import BENCHES, LONG_BENCHES
+from stripedrag.eval.bench import BENCHES, LONG_BENCHES, SHORTEST_PROMPT
 from stripedrag.files import written_whole
 from stripedrag.rag import cli_index as cli_index  # its commands
 from stripedrag.rag.cli import app, main
@@ -232,6 +232,14 @@ def bench(
     questions: Annotated[
         Path | None, typer.Option(help="`recall` and `stream`: the questions on it, JSON lines.")
     ] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            help=f"`generate` and `prefill`: leave out prompts longer than so many tokens, at least {SHORTEST_PROMPT}; "
+            "the longest take an hour.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -252,6 +260,12 @@ def bench(
         raise UsageError(f"--device is {device!r}; it is cpu, or with `filter` and `train` cuda")
     data: dict[str, Any] = {} if corpus is None else {"corpus": corpus, "questions": questions}
     data |= {} if device == "cpu" else {"device": device}
+    if longest is not None:
+        if name not in ("generate", "prefill") or longest < SHORTEST_PROMPT:
+            raise UsageError(
+                f"--longest is {longest}; it goes with `generate` and `prefill`, from {SHORTEST_PROMPT} on"
+            )
+        data["longest"] = longest
     if to is not None and to.suffix == ".svg":
         raise UsageError(f"{to} is where the plot would go; name the JSON file, {to.with_suffix('.json').name}")
     if to is not None and to.is_dir():

@@ -52,11 +52,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     takes_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if mask is None and not past and length > 1 and takes_gradient:
         q, k, v = _as_autocast(q, k, v)
-        if cpu.takes_attention(q, k, v):
+        if cpu.takes_attention(q, k, v) and not cpu.lacks_products(q):
             whole: Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
             return whole
     if cpu.lacks_products(q):
-        return attend(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), mask).to(q.dtype)
     if length == 1:
         # The query heads of one key/value head as rows of one product: at 8,000 keys in bfloat16 on a CPU a
         # quarter of enable_gqa's time (5.2 to 1.2 ms).
@@ -96,15 +97,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # whatever a hook gives back, channels lie side by side
         q, k, v, y, lse = (t if t.stride(-1) == 1 else t.contiguous() for t in ctx.saved_tensors)
-        kv_heads, dtype = k.shape[1], q.dtype
-        if cpu.lacks_products(q):
-            q, k, v, y, dy = (t.float() for t in (q, k, v, y, dy))
+        kv_heads = k.shape[1]
         whole = (t.repeat_interleave(q.shape[1] // kv_heads, dim=1) for t in (k, v))
         dq, *of_whole = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, *whole, y, lse, 0.0, True
         )
-        dk, dv = (t.unflatten(1, (kv_heads, -1)).sum(2).to(dtype) for t in of_whole)
-        return dq.to(dtype), dk, dv
+        dk, dv = (t.unflatten(1, (kv_heads, -1)).sum(2) for t in of_whole)
+        return dq, dk, dv
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

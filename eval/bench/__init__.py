@@ -1,6 +1,7 @@
 """Benchmarks by name: each is a module with `run(repeats) -> Report`. Run by `stripedrag bench`."""
 
 LONG_BENCHES = ("generate", "train")  # of hours: their `run` takes `so_far`, too, the file to go on from
+SHORTEST_PROMPT = 1024  # tokens, of `generate` and `prefill`: their `run` takes the `longest`, too
 
 BENCHES = {
     "attention": "stripedrag.eval.bench.attention",

@@ -24,6 +24,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stripedrag.eval.bench import SHORTEST_PROMPT
 from stripedrag.eval.bench.report import Report, plot
 from stripedrag.eval.bench.so_far import going_on
 from stripedrag.eval.data_formats import Chapter
@@ -42,7 +43,7 @@ from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import BASELINE, STRIPED
 from stripedrag.rag.prompt import PromptFormat
 
-LENGTHS = (1024, 8192, 32_768)
+LENGTHS = (SHORTEST_PROMPT, 8192, 32_768)
 LONGEST = 131_072  # for ours alone; attention alone would take the others hours
 ROWS, ROW_TOKENS = 8, 1024  # of a batch
 ANSWER_TOKENS = 32
@@ -108,25 +109,29 @@ class InLlamaCpp:
         return tokens * int(self._runs.token_bytes)
 
 
-def run(repeats: int, so_far: Path | None = None) -> Report:
+def run(repeats: int, so_far: Path | None = None, longest: int = LONGEST) -> Report:
     """For each system and length tokens a second of both, seconds to the first token, bytes of the cache and peak.
 
-    What is measured goes to `so_far` as it comes, from which a run that was cut goes on. Raises `StoreError` where the
-    system does not tell of a process's memory, `UsageError` where `so_far` is of another run.
+    Prompts longer than `longest` tokens are left out, the one with needles among them. What is measured goes to
+    `so_far` as it comes, from which a run that was cut goes on. Raises `StoreError` where the system does not tell of a
+    process's memory, `UsageError` where `so_far` is of another run.
     """
     systems, tokenizer = _systems()
-    ids = novel_ids(tokenizer, max(*LENGTHS, ROWS * ROW_TOKENS))
+    asked = [(1, length) for length in LENGTHS[:-1]] + [(ROWS, ROW_TOKENS), (1, LENGTHS[-1])]
+    asked = [(batch, length) for batch, length in asked if length <= longest]
+    ids = novel_ids(tokenizer, max(batch * length for batch, length in asked))
     measured, here = going_on(so_far, llama_cpp=_llama_cpp(), repeats=repeats)
     limits = {name: _limits(system, here) for name, system in systems.items() if isinstance(system, InTorch)}
     ours, rows = cast(InTorch, systems[STRIPED]), list[dict[str, Any]]()
-    asked = [(1, length) for length in LENGTHS[:-1]] + [(ROWS, ROW_TOKENS), (1, LENGTHS[-1])]
     for batch, length in track(asked, "reading", console=Console(stderr=True)):
         if length == LENGTHS[-1] and GGUF in systems:  # the slower in llama.cpp would take another hour
             slower = max((GGUF, GGUF_8), key=lambda name: _first_token_s(rows, name, LENGTHS[-2]))
             systems = {name: system for name, system in systems.items() if name != slower}
         measure = functools.partial(_measured, systems, ids, batch, length, repeats)
         rows += measured.measured(f"{batch} x {length} tokens", measure)
-    found = measured.measured("needles", lambda: needles(ours.model, tokenizer, LONGEST))
+    found = None
+    if longest >= LONGEST:
+        found = measured.measured("needles", lambda: needles(ours.model, tokenizer, LONGEST))
     figures = {
         "bench": "generate",
         "machine": here,
@@ -303,18 +308,8 @@ def _table(figures: dict[str, Any]) -> str:
         f"  {name:30}{limit['prefill_tokens_per_s']:>8.0f}{limit['decode_tokens_per_s']:>8.0f}"
         for name, limit in figures["limits"].items()
     ]
-    found = figures["needles"]
-    lines += [
-        "",
-        f"needles in {found['tokens']:,} tokens: read in {found['first_token_s']:.0f} s "
-        f"({found['prefill_tokens_per_s']:.0f} tokens/s), then {found['decode_tokens_per_s']:.1f} tokens/s; cache "
-        f"{found['cache_bytes'] / 1e6:.0f} MB, peak {found['peak_bytes'] / 1e6:.0f} MB beyond the weights; all three "
-        f"asked in {found['asked_s']:.1f} s:",
-    ]
-    lines += [
-        f"  at {one['depth']:.0%}: {one['number']}, answered {one['answer']!r}{'' if one['right'] else ' (wrong)'}"
-        for one in found["answers"]
-    ]
+    if (found := figures["needles"]) is not None:
+        lines += ["", *_table_of_needles(found)]
     lines += [
         "",
         *([f"{figures['resumed']} measurements are of earlier runs that were cut;"] if figures["resumed"] else []),
@@ -324,10 +319,24 @@ def _table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _table_of_needles(found: dict[str, Any]) -> list[str]:
+    return [
+        f"needles in {found['tokens']:,} tokens: read in {found['first_token_s']:.0f} s "
+        f"({found['prefill_tokens_per_s']:.0f} tokens/s), then {found['decode_tokens_per_s']:.1f} tokens/s; cache "
+        f"{found['cache_bytes'] / 1e6:.0f} MB, peak {found['peak_bytes'] / 1e6:.0f} MB beyond the weights; all three "
+        f"asked in {found['asked_s']:.1f} s:",
+        *(
+            f"  at {one['depth']:.0%}: {one['number']}, answered {one['answer']!r}{'' if one['right'] else ' (wrong)'}"
+            for one in found["answers"]
+        ),
+    ]
+
+
 def _plot(figures: dict[str, Any], path: Path) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for row in figures["rows"]:
         if row["rows"] == 1:
             series.setdefault(row["system"], []).append((row["prompt_tokens"], row["first_token_s"]))
-    series[STRIPED].append((figures["needles"]["tokens"], figures["needles"]["first_token_s"]))
+    if (found := figures["needles"]) is not None:
+        series[STRIPED].append((found["tokens"], found["first_token_s"]))
     plot(path, series, "time to the first token", "tokens of prompt", "seconds", log_x=True, log_y=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from stripedrag.eval.bench import SHORTEST_PROMPT
 from stripedrag.eval.bench.generate import novel_ids
 from stripedrag.eval.bench.report import Report, interleaved, machine, medians, plot, seconds_of
 from stripedrag.model.cache import new_cache
@@ -22,7 +23,7 @@ from stripedrag.model.layers import Attention, GatedMLP, HyenaFilter, Linear, RM
 from stripedrag.model.loading import load_model
 from stripedrag.model.smollm2 import STRIPED
 
-PROMPT_TOKENS = (1024, 8192, 32_768)
+PROMPT_TOKENS = (SHORTEST_PROMPT, 8192, 32_768)
 PARTS: dict[str, type[nn.Module]] = {
     "products with weights": Linear,
     "attention": Attention,  # and the rotation of its positions, and its cache
@@ -33,13 +34,16 @@ PARTS: dict[str, type[nn.Module]] = {
 REST = "the rest"  # sums of blocks, the embedding, the last token's logits
 
 
-def run(repeats: int) -> Report:
-    """Seconds of a prefill by its parts, their shares, and of the machine's rate what products and attention reach."""
-    here = machine()
-    model, tokenizer = load_model(STRIPED, device="cpu", window_tokens=max(PROMPT_TOKENS))
-    ids = torch.tensor([novel_ids(tokenizer, max(PROMPT_TOKENS))])
-    rows = [_row(model, ids[:, :tokens], here["matmul_flop_per_s"], repeats) for tokens in PROMPT_TOKENS]
+def run(repeats: int, longest: int = PROMPT_TOKENS[-1]) -> Report:
+    """Seconds of a prefill by its parts, their shares, and of the machine's rate what products and attention reach;
+    of prompts up to `longest` tokens.
+    """
+    here, lengths = machine(), [tokens for tokens in PROMPT_TOKENS if tokens <= longest]
+    model, tokenizer = load_model(STRIPED, device="cpu", window_tokens=max(lengths))
+    ids = torch.tensor([novel_ids(tokenizer, max(lengths))])
+    rows = [_row(model, ids[:, :tokens], here["matmul_flop_per_s"], repeats) for tokens in lengths]
     figures = {"bench": "prefill", "machine": here, "repeats": repeats, "name": STRIPED, "rows": rows}
+    figures["dtype"] = str(model.dtype).removeprefix("torch.")
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
 
@@ -107,7 +111,7 @@ def own_seconds(blocks: nn.Module) -> Iterator[dict[str, float]]:
 def _table(figures: dict[str, Any]) -> str:
     here, rows = figures["machine"], figures["rows"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, "
+        f"{here['processor']}, {here['threads']} threads, {figures['dtype']}, torch {here['torch']}, "
         f"kernels {here['kernels']}, {here['commit']}",
         f"multiplies {here['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s",
         "",

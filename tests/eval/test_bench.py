@@ -363,13 +363,14 @@ def test_the_sides_of_attention_compute_the_same(monkeypatch):
 
     monkeypatch.setattr(attention, "interleaved", keep)
     here = {"processor": "p", "threads": 1, "torch": "t", "commit": "c", "matmul_flop_per_s": 1, "read_bytes_per_s": 1}
+    here["dtype"] = "d"
     monkeypatch.setattr(attention, "machine", lambda: here)
     report = attention.run(1)
     assert [(row["new"], row["past"]) for row in report.figures["rows"]] == [(1, 40), (7, 40), (20, 0)]
     assert report.table.count("small") == 3
     for ours, *others in zip(*made.values(), strict=True):
         for other in others:
-            torch.testing.assert_close(ours, other, atol=2e-2, rtol=0)
+            torch.testing.assert_close(ours, other.to(ours.dtype), atol=2e-2, rtol=0)
 
 
 def test_a_gpus_benchmark_runs_and_predicts(monkeypatch):
@@ -397,6 +398,9 @@ def test_a_gpus_benchmark_runs_and_predicts(monkeypatch):
             filter_gpu._apart(torch.float32, (right[0], wrong, right[2]), right)
     run = CliRunner().invoke(app, ["bench", "filter", "--device", "cuda"])
     assert run.exit_code and "torch finds no CUDA device here" in str(run.exception)
+    for asked in (["rows", "--longest", "2048"], ["prefill", "--longest", "1000"]):
+        run = CliRunner().invoke(app, ["bench", *asked])
+        assert f"--longest is {asked[-1]}; it goes with `generate` and `prefill`, from 1024 on" in str(run.exception)
     run = CliRunner().invoke(app, ["bench", "rows", "--device", "cuda"])
     assert run.exit_code and "it is cpu, or with `filter` and `train` cuda" in str(run.exception)
 
@@ -786,6 +790,11 @@ def test_reading_and_writing_are_timed_with_needles(monkeypatch, tmp_path):
     assert any(one["right"] for one in needles["answers"])
     report.plot(tmp_path / "generate.svg")
     assert "<svg" in (tmp_path / "generate.svg").read_text()
+    report = generate.run(1, longest=24)
+    assert {(row["rows"], row["prompt_tokens"]) for row in report.figures["rows"]} == {(1, 24), (8, 16)}
+    assert report.figures["needles"] is None and "needles" not in report.table
+    report.plot(tmp_path / "short.svg")
+    assert (tmp_path / "short.svg").exists()
 
 
 def test_llama_cpp_writes_what_the_transformer_writes():

@@ -44,8 +44,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
             "twice (B, Hkv, P + L, D)"
         )
     if mask is None:
-        at_once = cpu.token_attention_at_once if q.shape[2] == 1 else cpu.attention_at_once
-        if (attended := at_once(q, k, v)) is not None:
+        attended = cpu.token_attention_at_once(q, k, v) if q.shape[2] == 1 else None
+        attended = cpu.attention_at_once(q, k, v) if attended is None else attended
+        if attended is not None:
             return attended
     batch, heads, length, width = q.shape
     kv_heads, past = k.shape[1], k.shape[2] - length
@@ -124,17 +125,16 @@ def attend_shared(
     """
     rows, heads, length, width = q.shape
     kv_heads = keys.shape[1]
-    if cpu.lacks_products(q):
-        own_keys, own_values = own_keys.float(), own_values.float()
-        return attend_shared(q.float(), keys.float(), values.float(), own_keys, own_values, seen).to(q.dtype)
     # All queries of all rows as rows of one product with the shared keys.
     grouped = q.reshape(rows, kv_heads, -1, width)
     flat = grouped.transpose(0, 1).reshape(1, kv_heads, -1, width)
     shared, shared_lse = read(flat, keys, values)
     shared = shared.view(kv_heads, rows, -1, width).transpose(0, 1)
     shared_lse = shared_lse.view(kv_heads, rows, -1).transpose(0, 1)
+    if cpu.lacks_products(q):
+        grouped, own_keys, own_values = grouped.float(), own_keys.float(), own_values.float()
     own, own_lse = read_where(grouped, own_keys, own_values, seen.repeat(1, heads // kv_heads, 1)[:, None])
-    return merge(shared, shared_lse, own, own_lse).reshape(rows, heads, length, width)
+    return merge(shared, shared_lse, own, own_lse).reshape(rows, heads, length, width).to(q.dtype)
 
 
 def in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -153,12 +153,28 @@ def read(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> tuple[T
     log-sum-exp (B, G · Hkv, L) in float32. On other devices than a CPU with G = 1, and not causally.
     """
     if q.device.type == "cpu":
+        if not is_causal and (attended := _read_at_once(q, k, v)) is not None:
+            return attended
+        if cpu.lacks_products(q):
+            out, lse = read(q.float(), k.float(), v.float(), is_causal=is_causal)
+            return out.to(q.dtype), lse
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=is_causal)
         return out, lse
     assert not is_causal and q.shape[1] == k.shape[1]
     some = max(1, _SCORES // (q.shape[1] * k.shape[2]))
     parts = [read_where(part, k, v, None) for part in q.split(some, dim=2)]
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _read_at_once(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """As `read`, not causally, by the native kernel: the queries of a key/value head as so many heads of one token."""
+    batch, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    tokens = q.reshape(batch, kv_heads * (heads // kv_heads) * length, 1, width)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not cpu.takes_attention(tokens, k, v):
+        return None
+    lse = q.new_empty(tokens.shape[:3], dtype=torch.float32)
+    return cpu.attention(tokens, k, v, lse).reshape(q.shape), lse.view(batch, heads, length)
 
 
 def read_where(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:

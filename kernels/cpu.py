@@ -6,6 +6,7 @@ extension directly: at a decode step's few microseconds of work, the dispatcher 
 """
 
 import importlib
+import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ import torch  # before the extension: both use OpenMP, and the first to load dec
 from torch import Tensor
 from torch.nn import Parameter
 
-from stripedrag.hardware import fast_dtype
 from stripedrag.kernels import library
 from stripedrag.kernels.library import (
     Gradients,
@@ -44,7 +44,8 @@ except ImportError as error:
 MAX_TAPS, MAX_MODES = 8, 16
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_LACKS_BFLOAT16 = fast_dtype() is torch.float32  # products of it: torch's take a hundred times as long as float32's
+# Products of it: torch's take a hundred times as long there as float32's.
+_LACKS_BFLOAT16 = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_supported()
 
 
 def refuses(device: torch.device, taps: int = 3, modes: int = 1) -> str | None:
@@ -68,7 +69,7 @@ def instruction_set() -> str | None:
 
 def has_attention(dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether the native attention serves this processor. In bfloat16: one with AVX-512 BF16 (and "v4") that has no
-    AMX, or one without products of it, where numbers are made wide; in float32, where it was measured, "v3".
+    AMX, or one of `serves_bfloat16`, where numbers are made wide; in float32, where it was measured, "v3".
     """
     if dtype is torch.bfloat16:
         return _native is not None and (_native.has_bf16_attention or serves_bfloat16())
@@ -76,8 +77,8 @@ def has_attention(dtype: torch.dtype = torch.bfloat16) -> bool:
 
 
 def serves_bfloat16() -> bool:
-    """Whether the native kernels give a processor without products of bfloat16 linear layers and attention in it, which
-    are as fast as float32's and read half as much: "v3" and "v4".
+    """Whether the native kernels give a processor without products of bfloat16 (x86-64 without AVX-512) linear layers
+    and attention in it, which are as fast as float32's and read half as much: one of "v3".
     """
     return _LACKS_BFLOAT16 and instruction_set() in ("v3", "v4")
 
@@ -190,7 +191,8 @@ def step_at_once(z: Tensor, parameters: FilterParameters, state: HyenaState) -> 
 
 def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """`F.linear` for up to 8 rows in float32 or bfloat16, and for more where torch has no quick products of bfloat16;
-    or None where that is not what is asked for. A row's bits do not depend on the others.
+    or None where that is not what is asked for. A row's bits do not depend on the others, but for whether there are
+    more than 8.
 
     torch's own takes three times as long on one row in bfloat16, which is most of a decode step.
     """
@@ -204,14 +206,14 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     ):
         return None
     dtype, numbers, (rows, columns) = x.dtype, x.numel(), weight.shape
-    are_few = numbers <= _native.max_batch * columns
+    are_few, is_served = numbers <= _native.max_batch * columns, dtype is torch.bfloat16 and serves_bfloat16()
     if (
         not numbers
-        or not (are_few or (dtype is torch.bfloat16 and serves_bfloat16()))
+        or not (are_few or is_served)
         or (dtype is not torch.bfloat16 and dtype is not torch.float32)
         or weight.dtype is not dtype
         or torch.is_autocast_enabled("cpu")
-        or not (x.is_cpu and weight.is_cpu and weight.is_contiguous() and (x.is_contiguous() or not are_few))
+        or not (x.is_cpu and weight.is_cpu and weight.is_contiguous() and (x.is_contiguous() or is_served))
         or x.shape[-1] != columns
         or not (
             bias is None
@@ -225,7 +227,8 @@ def linear_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
         )
     ):
         return None
-    return _run_linear(_native.linear if are_few else _native.gemm, x.contiguous(), weight, bias)
+    x = x.contiguous()
+    return _run_linear(_native.linear, x, weight, bias) if are_few else gemm(x, weight, bias)
 
 
 def _run_linear(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -241,6 +244,7 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for any number of rows in float32 or bfloat16, all contiguous, with products and sums of float32. A
     row's bits do not depend on the others, nor on the threads.
     """
+    assert x.dtype is weight.dtype and x.dtype in _ROW_DTYPES and x.is_contiguous() and weight.is_contiguous()
     return _run_linear(_native.gemm, x, weight, bias)
 
 

@@ -52,7 +52,10 @@ def linear_cross_entropy(
                 "none"
             )
     if cpu.lacks_products(hidden):
-        hidden, weight = hidden.float(), weight.float()
+        with torch.autocast("cpu", enabled=False):
+            return linear_cross_entropy(
+                hidden.float(), weight.float(), labels, ignore_index=ignore_index, reduction=reduction
+            )
     divisor = is_label.sum() if reduction == "mean" else torch.ones_like(is_label.sum())
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, labels, is_label, divisor, torch.is_grad_enabled()

@@ -1,5 +1,5 @@
 """The public door of the kernels: the whole Hyena operator between the two Linear layers of a block, and what blocks
-need beside it: a linear layer on a few rows, attention (`attention.py`), RMSNorm, SwiGLU, and the loss of a model
+need beside it: linear layers, attention (`attention.py`), RMSNorm, SwiGLU, and the loss of a model
 (`cross_entropy.py`).
 
 B batch, L length, H channels, G filter groups, N modes, K taps. Inputs are checked here, once for every backend.
@@ -17,6 +17,7 @@ from stripedrag.kernels import cpu
 from stripedrag.kernels.attention import attend, attend_shared
 from stripedrag.kernels.cross_entropy import linear_cross_entropy
 from stripedrag.kernels.dispatch import select
+from stripedrag.kernels.library import is_watched
 from stripedrag.kernels.operands import FilterParameters, HyenaState, working_dtype, zero_state
 
 __all__ = [
@@ -148,9 +149,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = cpu.linear_at_once(x, weight, bias)
     if y is not None:
         return y
-    if cpu.lacks_products(x):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    return F.linear(x, weight, bias)
+    is_plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.ndim == 2 and x.shape[-1:] == weight.shape[1:]
+    if not (is_plain and cpu.lacks_products(x) and cpu.lacks_products(weight)):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and not is_watched():
+        recorded: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return recorded
+    return _wide_linear(x, weight, bias)
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -190,6 +195,34 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
             return y
         return cpu.swiglu(a, b)
     return F.silu(a) * b
+
+
+def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+class _WideLinear(torch.autograd.Function):
+    """In bfloat16 by products of float32; nothing wide is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _wide_linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide, made = dy.flatten(0, -2).float(), [None, None, None]
+        with torch.autocast("cpu", enabled=False):
+            if ctx.needs_input_grad[0]:
+                made[0] = (wide @ weight.float()).to(x.dtype).view(x.shape)
+            if ctx.needs_input_grad[1]:
+                made[1] = (wide.T @ x.flatten(0, -2).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            made[2] = wide.sum(0).to(dy.dtype)
+        return tuple(made)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, up to 8 rows at a time through our kernels."""
+    """torch's linear layer, as `ops.linear` runs it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, out) for input (…, in)."""

@@ -51,7 +51,8 @@ def load_model(
             name in `BASELINES`, a folder with config.json and safetensors, or a hub id. Only a baseline and a hub id
             can touch the network.
         dtype: None takes bfloat16 where the device multiplies it natively, else float32, but for a StripedHyena on a
-            CPU whose native kernels serve bfloat16 as quickly; "auto" the checkpoint's.
+            CPU whose native kernels serve bfloat16 as quickly (x86-64 with AVX2 and without AVX-512); "auto" the
+            checkpoint's. To train, or for `torch.compile` on such a CPU, float32 is right.
         device: None takes a CUDA device where there is one, else the CPU.
         window_tokens: a longer window than the model was trained on, which it then reads by YaRN (Peng et al. 2023),
             with a warning; a shorter one changes nothing.

@@ -3,9 +3,13 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from stripedrag import __version__, weights
 from stripedrag.errors import SetupError
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "transformers", "llama-index-core", "faiss-cpu", "sentence-transformers", "triton")
 
@@ -14,6 +18,7 @@ def examine() -> dict[str, dict[str, str]]:
     """Findings by section, in words."""
     import torch
 
+    from stripedrag.hardware import fast_dtype
     from stripedrag.kernels.cpu import has_attention, instruction_set
     from stripedrag.kernels.dispatch import BACKENDS
     from stripedrag.model.baselines import BASELINES, at_hand
@@ -45,13 +50,17 @@ def examine() -> dict[str, dict[str, str]]:
             "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
-            "fast dtype": f"{str(default_dtype(device)).removeprefix('torch.')} on {device}",
+            "fast dtype": f"{_name(default_dtype(device))} on {device}, {_name(fast_dtype(device))} for transformers",
         },
         f"kernel backends on {device}": backends,
         "weights": {"cache": str(weights.cache_dir()), **places},
         "baselines": {"at hand": ", ".join(filter(at_hand, BASELINES)) or "none in the hub's cache"},
         "packages": {"stripedrag": __version__, **{name: _installed(name) for name in _PACKAGES}},
     }
+
+
+def _name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _installed(name: str) -> str:

@@ -104,7 +104,8 @@ def _table(figures: dict[str, Any]) -> str:
 
     striped, transformer = figures["file_bytes"], figures["transformer_file_bytes"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, {here['commit']}",
+        f"{here['processor']}, {here['threads']} threads, {here['default_dtype']}, "
+        f"torch {here['torch']}, {here['commit']}",
         f"{STRIPED}, a context of {figures['context_tokens']} tokens",
         "",
         f"to the first token, first question     {seconds['first']:>9.2f} s",

@@ -120,7 +120,7 @@ def run(repeats: int, so_far: Path | None = None, longest: int = LONGEST) -> Rep
     asked = [(1, length) for length in LENGTHS[:-1]] + [(ROWS, ROW_TOKENS), (1, LENGTHS[-1])]
     asked = [(batch, length) for batch, length in asked if length <= longest]
     ids = novel_ids(tokenizer, max(batch * length for batch, length in asked))
-    measured, here = going_on(so_far, llama_cpp=_llama_cpp(), repeats=repeats)
+    measured, here = going_on(so_far, llama_cpp=_llama_cpp(), repeats=repeats, longest=longest)
     limits = {name: _limits(system, here) for name, system in systems.items() if isinstance(system, InTorch)}
     ours, rows = cast(InTorch, systems[STRIPED]), list[dict[str, Any]]()
     for batch, length in track(asked, "reading", console=Console(stderr=True)):
@@ -137,6 +137,7 @@ def run(repeats: int, so_far: Path | None = None, longest: int = LONGEST) -> Rep
         "machine": here,
         "llama_cpp": _llama_cpp(),
         "repeats": repeats,
+        "longest": longest,
         "resumed": measured.resumed,
         "limits": limits,
         "rows": rows,
@@ -313,7 +314,8 @@ def _table(figures: dict[str, Any]) -> str:
     lines += [
         "",
         *([f"{figures['resumed']} measurements are of earlier runs that were cut;"] if figures["resumed"] else []),
-        f"medians of {figures['repeats']} in turn (at {LENGTHS[-1]:,} tokens without the slower of llama.cpp's two);",
+        f"medians of {figures['repeats']} in turn, up to {figures['longest']:,} tokens (at {LENGTHS[-1]:,} without the "
+        "slower of llama.cpp's two);",
         f"peak MB beyond what the process had before, of {BASELINE} with the activations of a whole prompt",
     ]
     return "\n".join(lines)

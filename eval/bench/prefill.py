@@ -43,7 +43,6 @@ def run(repeats: int, longest: int = PROMPT_TOKENS[-1]) -> Report:
     ids = torch.tensor([novel_ids(tokenizer, max(lengths))])
     rows = [_row(model, ids[:, :tokens], here["matmul_flop_per_s"], repeats) for tokens in lengths]
     figures = {"bench": "prefill", "machine": here, "repeats": repeats, "name": STRIPED, "rows": rows}
-    figures["dtype"] = str(model.dtype).removeprefix("torch.")
     return Report(figures, _table(figures), lambda path: _plot(figures, path))
 
 
@@ -111,7 +110,7 @@ def own_seconds(blocks: nn.Module) -> Iterator[dict[str, float]]:
 def _table(figures: dict[str, Any]) -> str:
     here, rows = figures["machine"], figures["rows"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, {figures['dtype']}, torch {here['torch']}, "
+        f"{here['processor']}, {here['threads']} threads, {here['default_dtype']}, torch {here['torch']}, "
         f"kernels {here['kernels']}, {here['commit']}",
         f"multiplies {here['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s",
         "",

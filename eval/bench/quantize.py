@@ -104,7 +104,8 @@ def _stored(model: PreTrainedModel) -> Iterator[Tensor]:
 def _table(figures: dict[str, Any]) -> str:
     here, names = figures["machine"], list(figures["bytes"])
     lines = [
-        f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, {here['commit']}",
+        f"{here['processor']}, {here['threads']} threads, {here['default_dtype']}, "
+        f"torch {here['torch']}, {here['commit']}",
         f"{STRIPED}, {figures['windows']} windows of {figures['window_tokens']:,} tokens of articles not trained on",
         "",
         f"{'weights':14}{'MB':>7}{'perplexity':>12}{'divergence':>12}"

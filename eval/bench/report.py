@@ -19,6 +19,7 @@ from stripedrag.errors import UsageError
 from stripedrag.eval.meter import peak_resident_bytes, reset_peak
 from stripedrag.hardware import fast_dtype
 from stripedrag.kernels.cpu import instruction_set
+from stripedrag.model.loading import default_dtype
 
 _SLEEP_CYCLES = 10_000_000  # some milliseconds
 
@@ -137,7 +138,9 @@ def plot(
 
 
 def machine() -> dict[str, Any]:
-    """What ran it: commit, versions, processor, threads, and its measured limits."""
+    """What ran it: commit, versions, processor, threads, the dtype that torch multiplies fastest and that of a
+    StripedHyena, and its measured limits.
+    """
     dtype = fast_dtype()
     return {
         "commit": commit(),
@@ -147,6 +150,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
+        "default_dtype": str(default_dtype(torch.device("cpu"))).removeprefix("torch."),
         "kernels": instruction_set() or "torch",
         "read_bytes_per_s": _read_bandwidth(),
         "matmul_flop_per_s": matmul_rate(dtype),

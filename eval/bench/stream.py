@@ -121,7 +121,8 @@ def _table(figures: dict[str, Any]) -> str:
     recall = {name: fmean(found) for name, found in figures["evidence_in"].items()}
     f1 = {name: fmean(one[name] for one in figures["answers_f1"]) for name in ("shared", "alone")}
     lines = [
-        f"{here['processor']}, {here['threads']} threads, {here['dtype']}, torch {here['torch']}, {here['commit']}",
+        f"{here['processor']}, {here['threads']} threads, {here['default_dtype']}, "
+        f"torch {here['torch']}, {here['commit']}",
         f"{STRIPED}, {len(figures['questions'])} questions document after document",
         f"{figures['context_tokens']} tokens, of which up to {figures['shared']:.2f} are shared",
         "",

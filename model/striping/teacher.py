@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stripedrag.files import written_whole
+from stripedrag.kernels import cpu
 from stripedrag.model.striping.data import ANSWER, TEXT, Windows
 from stripedrag.model.striping.families import striped_config, transformer_digest
 from stripedrag.model.striping.loss import ROWS, Targets
@@ -116,9 +117,9 @@ def predicted(windows: Windows) -> Tensor:
 
 
 def unembedding(model: PreTrainedModel) -> Tensor:
-    """The model's (V, H) matrix from states to logits."""
+    """The model's (V, H) matrix from states to logits, in a dtype that the device multiplies."""
     weight: Tensor = model.get_output_embeddings().weight
-    return weight
+    return weight.float() if cpu.lacks_products(weight) else weight
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from stripedrag.kernels import gpu
+from stripedrag.kernels import cpu, gpu
 
 LONGEST = 65  # tokens
 LONG = {"test_golden_filters", "test_the_response_of_a_slow_pole_holds_over_a_long_sequence"}
@@ -26,6 +26,12 @@ if importlib.util.find_spec("triton"):
         return _patching_call(self, *args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = _call
+
+
+@pytest.fixture
+def without_products(monkeypatch):
+    """As on a processor that has no products of bfloat16."""
+    monkeypatch.setattr(cpu, "_LACKS_BFLOAT16", True)
 
 
 def pytest_collection_modifyitems(items):

@@ -241,6 +241,7 @@ int main() {
       if (!run_linear<float>(batch, 37, columns) || !run_linear<bfloat16>(batch, 300, columns)) return 1;
   for (const int64_t columns : {1, 31, 257})  // by many rows: more than are taken at once, and a panel partly filled
     if (!run_linear<float>(9, 70, columns) || !run_linear<bfloat16>(101, 37, columns)) return 1;
+  if (!run_linear<bfloat16>(13, 1700, 40)) return 1;  // tasks of several panels
   for (const int64_t width : {16, 80})
     for (const int64_t length : {1, 29})
       if (!run_attention<float>(1, 4, 2, length, 250, width) || !run_attention<bfloat16>(1, 3, 3, length, 3, width)) return 1;

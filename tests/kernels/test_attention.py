@@ -310,3 +310,28 @@ def test_under_autocast_a_gradient_is_that_of_narrow_numbers():
         torch.autograd.grad(y, operands, dy), torch.autograd.grad(expected, narrow, dy), strict=True
     ):
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
+
+
+@pytest.mark.parametrize("width", [24, 32])
+@pytest.mark.parametrize("way", ["plain", "mask", "gradient", "shared", "one token"])
+def test_without_products_of_bfloat16_what_is_read_is_float32s_rounded(without_products, width, way):
+    q, k, v = _made(new=1 if way == "one token" else 9, past=0 if way == "gradient" else 30, width=width, batch=2)
+    wide = [t.float() for t in (q, k, v)]
+    if way == "gradient":
+        operands, of_wide = ([t.clone().requires_grad_() for t in given] for given in ((q, k, v), wide))
+        made = [torch.autograd.grad(ops.attend(*given).sum(), given) for given in (operands, of_wide)]
+    elif way == "shared":
+        seen = torch.ones(2, 9, 30 + 9, dtype=torch.bool).tril(30)
+        with torch.no_grad():
+            made = [
+                [ops.attend_shared(given[0], *(t[:1] for t in given[1:]), *given[1:], seen)]
+                for given in ((q, k, v), wide)
+            ]
+    else:
+        mask = torch.ones(2, 1, q.shape[2], k.shape[2], dtype=torch.bool) if way == "mask" else None
+        layouts = ((q, k, v), (q, *(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))))
+        with torch.no_grad():
+            made = [[ops.attend(*given, mask) for given in layouts], [ops.attend(*wide, mask)] * 2]
+    for ours, wanted in zip(*made, strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), wanted, rtol=1e-2, atol=1e-2)

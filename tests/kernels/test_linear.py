@@ -58,6 +58,7 @@ def test_a_row_has_the_bits_that_it_has_alone(dtype, columns, batch):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     data=st.data(),
 )
+@example(batch=97, rows=1600, columns=300, with_bias=True, threads=1, dtype=torch.bfloat16, data=None)
 @example(batch=481, rows=3, columns=257, with_bias=True, threads=2, dtype=torch.bfloat16, data=None)
 def test_many_rows_are_multiplied_as_in_float64_and_each_as_it_is_alone(
     batch, rows, columns, with_bias, threads, dtype, data
@@ -89,34 +90,52 @@ def test_what_is_no_number_stays_in_its_row_and_its_column():
     assert y[:70, 20].isinf().all() and y.isinf().sum() == 99
 
 
-@pytest.fixture
-def without_products(monkeypatch):
-    """As on a processor that has no products of bfloat16."""
-    monkeypatch.setattr(cpu, "_LACKS_BFLOAT16", True)
-
-
 @native
-@pytest.mark.skipif(cpu.instruction_set() == "v2", reason="without fused products nothing is quicker")
+@pytest.mark.skipif(cpu.instruction_set() not in ("v3", "v4"), reason="without fused products nothing is quicker")
 def test_many_rows_in_bfloat16_are_ours_where_the_processor_has_no_products_of_it(without_products):
     x, weight, bias = layer(70, 64, torch.bfloat16)
     wide = torch.randn(2, 11, 3 * 64).bfloat16()[..., :64]  # as the Hyena operator leaves them
     with torch.no_grad():
-        assert torch.equal(ops.linear(wide, weight, bias), cpu.gemm(wide.contiguous(), weight, bias))
+        for x_of_any_layout in (wide, wide[:, :3]):
+            made = cpu.linear_at_once(x_of_any_layout, weight, bias)
+            assert made is not None and torch.equal(ops.linear(x_of_any_layout, weight, bias), made)
+        assert torch.equal(cpu.linear_at_once(wide, weight, bias), cpu.gemm(wide.contiguous(), weight, bias))
         assert cpu.linear_at_once(wide.float(), torch.nn.Parameter(weight.float()), bias.float()) is None
         assert cpu.linear_at_once(x[..., :0], weight, bias) is None
 
 
-def test_without_products_of_bfloat16_torch_is_given_float32(without_products):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_products_of_bfloat16_a_gradient_is_float32s_and_nothing_wide_is_kept(without_products, autocast):
     _, weight, bias = layer(70, 64, torch.bfloat16)
-    x = torch.randn(2, 11, 64).bfloat16().requires_grad_()
-    y = ops.linear(x, weight, bias)
+    given = torch.randn(2, 11, 64).bfloat16().requires_grad_(), weight, bias.requires_grad_()
+    kept = []
+    keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t)
+    with keeping, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = ops.linear(*given)
+    assert set(kept) == {torch.bfloat16}
     dy = torch.randn(y.shape).bfloat16()
-    wide = [t.detach().float().requires_grad_() for t in (x, weight)]
-    exact = F.linear(*wide, bias.float())
-    assert y.dtype == torch.bfloat16 and torch.equal(y, exact.bfloat16())
-    made = torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(exact, wide, dy.float())
+    wide = [t.detach().float().requires_grad_() for t in given]
+    exact = F.linear(*wide)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=4e-3, atol=1e-5)
+    made = torch.autograd.grad(y, given, dy), torch.autograd.grad(exact, wide, dy.float())
     for ours, wanted in zip(*made, strict=True):
-        assert ours.dtype == torch.bfloat16 and torch.equal(ours, wanted.bfloat16())
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), wanted, rtol=4e-3, atol=1e-4)
+
+
+def test_without_products_of_bfloat16_other_weights_and_dtypes_are_left_alone(without_products):
+    x, weight, bias = layer(6, 32, torch.float32)
+    many = x.expand(9, 1, 32)
+    assert torch.equal(ops.linear(many, weight, bias), F.linear(many, weight, bias))
+    with pytest.raises(RuntimeError):  # torch's own word on dtypes that are mixed
+        ops.linear(many.bfloat16(), weight, bias)
+
+    class Foreign(torch.Tensor):
+        pass
+
+    foreign = weight.detach().bfloat16().as_subclass(Foreign)
+    assert type(ops.linear(many.bfloat16(), foreign)) is Foreign
 
 
 @native

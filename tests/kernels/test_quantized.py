@@ -280,3 +280,14 @@ def assert_same(one: QuantizedWeight, other: QuantizedWeight):
     assert one.columns == other.columns
     for a, b in zip(one[:3], other[:3], strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_without_products_of_bfloat16_many_rows_are_multiplied_in_float32(without_products, bits):
+    q, bias = quantize(weight(70, 300), bits), torch.randn(70).bfloat16()
+    x = torch.randn(2, 11, 300, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = quantized.linear(x, q, bias)
+    exact = F.linear(x.float(), dequantize(q, torch.float32), bias.float())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=4e-3, atol=1e-4)

@@ -214,7 +214,7 @@ class _WideLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wide, made = dy.flatten(0, -2).float(), [None, None, None]
+        wide, made = dy.flatten(0, -2).float(), list[Tensor | None]([None, None, None])
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[0]:
                 made[0] = (wide @ weight.float()).to(x.dtype).view(x.shape)

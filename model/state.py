@@ -107,7 +107,8 @@ class StripedHyenaState:
                 if about.get("model") != (ours := fingerprint(model)):
                     raise CheckpointError(
                         f"{path} is of the model {about.get('model', '')[:12]}, and this one is {ours[:12]}: other "
-                        "weights, another dtype or another window. Load it with the model that it was saved from"
+                        "weights, another dtype or another window. Load it with the model that it was saved from, in "
+                        "its dtype"
                     )
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:

@@ -161,7 +161,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_tensors(striped
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
-@pytest.mark.parametrize(("stage", "off"), [pytest.param("whole", 0.01, marks=pytest.mark.slow), ("layers", 0.05)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "off"), [("whole", 0.01), ("layers", 0.05)])
 def test_two_processes_take_the_steps_of_one(striped, teacher, data, recipe, tmp_path, stage, off):
     layers = json.loads((striped[0] / "config.json").read_text())["attn_layer_idxs"]
     wanted = json.loads(recipe.read_text())
@@ -197,6 +198,7 @@ def test_without_hyena_layers_the_transformer_is_fine_tuned(teacher, data, recip
     assert "fine-tuned, without Hyena layers" in card and "| layers | layers |" not in card
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_finished_one(striped, teacher, data, recipe, tmp_path):
     begun = striped[0]
     own = {"checkpoint_seconds": 0, "stages": [RECIPE["stages"][1] | {"name": "more"}]}

@@ -214,12 +214,12 @@ class _WideLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wide, made = dy.flatten(0, -2).float(), list[Tensor | None]([None, None, None])
+        wide, made = dy.reshape(-1, len(weight)).float(), list[Tensor | None]([None, None, None])
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[0]:
                 made[0] = (wide @ weight.float()).to(x.dtype).view(x.shape)
             if ctx.needs_input_grad[1]:
-                made[1] = (wide.T @ x.flatten(0, -2).float()).to(weight.dtype)
+                made[1] = (wide.T @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             made[2] = wide.sum(0).to(dy.dtype)
         return tuple(made)

@@ -104,10 +104,13 @@ def test_many_rows_in_bfloat16_are_ours_where_the_processor_has_no_products_of_i
         assert cpu.linear_at_once(x[..., :0], weight, bias) is None
 
 
+@pytest.mark.parametrize("shape", [(2, 11, 64), (64,), (0, 64)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_without_products_of_bfloat16_a_gradient_is_float32s_and_nothing_wide_is_kept(without_products, autocast):
+def test_without_products_of_bfloat16_a_gradient_is_float32s_and_nothing_wide_is_kept(
+    without_products, autocast, shape
+):
     _, weight, bias = layer(70, 64, torch.bfloat16)
-    given = torch.randn(2, 11, 64).bfloat16().requires_grad_(), weight, bias.requires_grad_()
+    given = torch.randn(shape).bfloat16().requires_grad_(), weight, bias.requires_grad_()
     kept = []
     keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t)
     with keeping, torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -7,7 +7,7 @@ extension directly: at a decode step's few microseconds of work, the dispatcher 
 
 import importlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch  # before the extension: both use OpenMP, and the first to load decides which library serves the process
@@ -86,6 +86,12 @@ def serves_bfloat16() -> bool:
 def lacks_products(x: Tensor) -> bool:
     """Whether what torch multiplies by x is better made float32: it is bfloat16 on a CPU without products of that."""
     return _LACKS_BFLOAT16 and x.dtype is torch.bfloat16 and x.is_cpu
+
+
+def in_float32(run: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """What `run` gives of these in float32, rounded to the dtype of x; without autocast, which would narrow them."""
+    with torch.autocast("cpu", enabled=False):
+        return run(x.float(), *(None if other is None else other.float() for other in others)).to(x.dtype)
 
 
 def hyena_filter(

@@ -155,7 +155,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and not is_watched():
         recorded: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return recorded
-    return _wide_linear(x, weight, bias)
+    return cpu.in_float32(F.linear, x, weight, bias)
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -197,18 +197,13 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
-def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-
-
 class _WideLinear(torch.autograd.Function):
     """In bfloat16 by products of float32; nothing wide is kept for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _wide_linear(x, weight, bias)
+        return cpu.in_float32(F.linear, x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -122,8 +122,7 @@ def linear(x: Tensor, quantized: QuantizedWeight, bias: Tensor | None = None) ->
     if x.ndim == 0 or x.shape[-1] != quantized.columns:
         raise ValueError(f"x has shape {tuple(x.shape)}; for this weight it is (…, {quantized.columns})")
     if cpu.lacks_products(x):
-        with torch.autocast("cpu", enabled=False):
-            return linear(x.float(), quantized, None if bias is None else bias.float()).to(x.dtype)
+        return cpu.in_float32(lambda x, bias: linear(x, quantized, bias), x, bias)
     if library.is_watched() or not x.is_cpu:
         return F.linear(x, dequantize(quantized, x.dtype), bias)
     if not torch.is_grad_enabled():

@@ -68,63 +68,6 @@ STRIPEDRAG_INLINE void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Panels of 64 keys, in each a pair of channels after another; keys that are not there are zeros.
-void lay_out_keys(const uint16_t* k, int64_t stride, int64_t keys, int64_t pairs, uint32_t* to) {
-  for (int64_t first = 0; first < divide_up(keys, kPanel) * kPanel; first += 16) {
-    uint32_t* panel = to + first / kPanel * pairs * kPanel + first % kPanel;
-    for (int64_t pair = 0; pair < pairs; pair += 16) {
-      const int64_t some = smaller(16, pairs - pair);
-      __m512i rows[16];
-      for (int i = 0; i < 16; i++) {
-        const __mmask16 there = __mmask16(first + i < keys ? (1u << some) - 1 : 0);
-        rows[i] = _mm512_maskz_loadu_epi32(there, k + (first + i) * stride + 2 * pair);
-      }
-      transpose(rows);
-      for (int64_t i = 0; i < some; i++) _mm512_store_si512(panel + (pair + i) * kPanel, rows[i]);
-    }
-  }
-}
-
-// Columns of 64 channels (the last may be fewer), in each a pair of keys after another.
-void lay_out_values(const uint16_t* v, int64_t stride, int64_t keys, int64_t width, uint32_t* to) {
-  const auto load = [&](int64_t key, int64_t channel) {
-    if (key >= keys) return _mm512_setzero_si512();
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + key * stride + channel)));
-  };
-  const int64_t pairs = divide_up(keys, kPanel) * kPanel / 2;
-  for (int64_t column = 0; column < width; column += 64)
-    for (int64_t p = 0, n = smaller(64, width - column); p < pairs; p++)
-      for (int64_t c = 0; c < n; c += 16, to += 16)
-        _mm512_store_si512(to, _mm512_or_si512(load(2 * p, column + c), _mm512_slli_epi32(load(2 * p + 1, column + c), 16)));
-}
-
-// A row's shares exp(scale · (score - highest)) of the first `seen` of `width` keys, zeros for the others; its maximum and
-// sum go on, and `keep` is what its sums so far are still worth.
-STRIPEDRAG_INLINE void weigh(const float* scores, int64_t seen, int64_t width, float scale, float* highest, float* total,
-                             float* keep, uint32_t* shares) {
-  const auto mask = [&](int64_t key) {
-    return __mmask16(key + 16 <= seen ? 0xffff : key < seen ? (1u << (seen - key)) - 1 : 0);
-  };
-  Floats lanes = _mm512_set1_ps(*highest);
-  for (int64_t key = 0; key < seen; key += 16)
-    lanes = _mm512_mask_max_ps(lanes, mask(key), lanes, _mm512_load_ps(scores + key));
-  const float now = _mm512_reduce_max_ps(lanes);
-  const Floats most = _mm512_set1_ps(now), by = _mm512_set1_ps(scale);
-  Floats sum = _mm512_setzero_ps();
-  for (int64_t key = 0; key < width; key += 32) {
-    Floats share[2];
-    for (int half = 0; half < 2; half++) {
-      const Floats score = _mm512_load_ps(scores + key + 16 * half);
-      share[half] = _mm512_maskz_mov_ps(mask(key + 16 * half), power_of_two(_mm512_mul_ps(_mm512_sub_ps(score, most), by)));
-      sum = _mm512_add_ps(sum, share[half]);
-    }
-    _mm512_store_si512(shares + key / 2, (__m512i)_mm512_cvtne2ps_pbh(share[1], share[0]));
-  }
-  *keep = _mm512_cvtss_f32(power_of_two(_mm512_set1_ps((*highest - now) * scale)));
-  *total = *total * *keep + _mm512_reduce_add_ps(sum);
-  *highest = now;
-}
-
 struct PairProducts {
   using Element = bfloat16;
   using Number = uint32_t;
@@ -134,18 +77,63 @@ struct PairProducts {
     if (from != nullptr) memcpy(to, from, size_t(width) * sizeof(bfloat16));
     else memset(to, 0, size_t(width) * sizeof(bfloat16));
   }
+  // Panels of 64 keys, in each a pair of channels after another; keys that are not there are zeros.
   static STRIPEDRAG_INLINE_MEMBER void lay_out_keys(const bfloat16* k, int64_t stride, int64_t keys, int64_t width, uint32_t* to) {
-    bf16::lay_out_keys(&k->bits, stride, keys, width / 2, to);
+    const int64_t pairs = width / 2;
+    for (int64_t first = 0; first < divide_up(keys, kPanel) * kPanel; first += 16) {
+      uint32_t* panel = to + first / kPanel * pairs * kPanel + first % kPanel;
+      for (int64_t pair = 0; pair < pairs; pair += 16) {
+        const int64_t some = smaller(16, pairs - pair);
+        __m512i rows[16];
+        for (int i = 0; i < 16; i++) {
+          const __mmask16 there = __mmask16(first + i < keys ? (1u << some) - 1 : 0);
+          rows[i] = _mm512_maskz_loadu_epi32(there, k + (first + i) * stride + 2 * pair);
+        }
+        transpose(rows);
+        for (int64_t i = 0; i < some; i++) _mm512_store_si512(panel + (pair + i) * kPanel, rows[i]);
+      }
+    }
   }
+  // Columns of 64 channels (the last may be fewer), in each a pair of keys after another.
   static STRIPEDRAG_INLINE_MEMBER void lay_out_values(const bfloat16* v, int64_t stride, int64_t keys, int64_t width, uint32_t* to) {
-    bf16::lay_out_values(&v->bits, stride, keys, width, to);
+    const auto load = [&](int64_t key, int64_t channel) {
+      if (key >= keys) return _mm512_setzero_si512();
+      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + key * stride + channel)));
+    };
+    const int64_t pairs = divide_up(keys, kPanel) * kPanel / 2;
+    for (int64_t column = 0; column < width; column += 64)
+      for (int64_t p = 0, n = smaller(64, width - column); p < pairs; p++)
+        for (int64_t c = 0; c < n; c += 16, to += 16)
+          _mm512_store_si512(to, _mm512_or_si512(load(2 * p, column + c), _mm512_slli_epi32(load(2 * p + 1, column + c), 16)));
   }
   static STRIPEDRAG_INLINE_MEMBER void score(const uint32_t* q, int64_t depth, const uint32_t* k, float* scores, int64_t stride) {
     multiply<4, false>(q, depth, k, depth, scores, stride, nullptr);
   }
+  // A row's shares exp(scale · (score - highest)) of the first `seen` of `width` keys, zeros for the others; its maximum and
+  // sum go on, and `keep` is what its sums so far are still worth.
   static STRIPEDRAG_INLINE_MEMBER void weigh(const float* scores, int64_t seen, int64_t width, float scale, float* highest,
                                              float* total, float* keep, uint32_t* shares) {
-    bf16::weigh(scores, seen, width, scale, highest, total, keep, shares);
+    const auto mask = [&](int64_t key) {
+      return __mmask16(key + 16 <= seen ? 0xffff : key < seen ? (1u << (seen - key)) - 1 : 0);
+    };
+    Floats lanes = _mm512_set1_ps(*highest);
+    for (int64_t key = 0; key < seen; key += 16)
+      lanes = _mm512_mask_max_ps(lanes, mask(key), lanes, _mm512_load_ps(scores + key));
+    const float now = _mm512_reduce_max_ps(lanes);
+    const Floats most = _mm512_set1_ps(now), by = _mm512_set1_ps(scale);
+    Floats sum = _mm512_setzero_ps();
+    for (int64_t key = 0; key < width; key += 32) {
+      Floats share[2];
+      for (int half = 0; half < 2; half++) {
+        const Floats score = _mm512_load_ps(scores + key + 16 * half);
+        share[half] = _mm512_maskz_mov_ps(mask(key + 16 * half), power_of_two(_mm512_mul_ps(_mm512_sub_ps(score, most), by)));
+        sum = _mm512_add_ps(sum, share[half]);
+      }
+      _mm512_store_si512(shares + key / 2, (__m512i)_mm512_cvtne2ps_pbh(share[1], share[0]));
+    }
+    *keep = _mm512_cvtss_f32(power_of_two(_mm512_set1_ps((*highest - now) * scale)));
+    *total = *total * *keep + _mm512_reduce_add_ps(sum);
+    *highest = now;
   }
   static STRIPEDRAG_INLINE_MEMBER void mix(const uint32_t* shares, int64_t shares_stride, const uint32_t* values, int64_t pairs,
                                            int64_t width, float* sums, int64_t stride, const float* keep) {

@@ -95,9 +95,8 @@ int64_t checkpoint_numbers(Element element, const Shape& shape) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {run_filter,        run_gradient,         run_step,       run_linear,   run_gemm,
-                         run_quantized_linear, run_dequantize,    run_quantize,   run_norm,     run_norm_gradient,
-                         run_gate,          run_gate_gradient,    run_attention,  run_attend,   run_rotate,
-                         run_add,           checkpoint_numbers};
+const Kernels kernels = {run_filter,   run_gradient,      run_step,      run_linear,        run_gemm,   run_quantized_linear,
+                         run_dequantize, run_quantize,    run_norm,      run_norm_gradient, run_gate,   run_gate_gradient,
+                         run_attention, run_attend,       run_rotate,    run_add,           checkpoint_numbers};
 
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -37,7 +37,6 @@ STRIPEDRAG_INLINE Integers integers(const uint16_t* q) {
 #endif
 }
 STRIPEDRAG_INLINE Floats floats(Integers q) { return __builtin_convertvector(q, Floats); }
-STRIPEDRAG_INLINE Floats floats(const float* x) { return *reinterpret_cast<const VectorOf<float>::loose*>(x); }
 
 STRIPEDRAG_INLINE float sum_of(const Floats& x) { return sum_of_lanes<float>(x); }
 
@@ -89,11 +88,11 @@ STRIPEDRAG_INLINE void dot_int8(float (&dots)[R], const int8_t* q, const float* 
   for (; i + kStep <= columns; i += kStep)
     for (int s = 0; s < kSums; s++) {
       const int64_t at = i + s * kLanes<float>;
-      const Floats with = floats(x + at);
+      const Floats with = load_in_order(x + at);
       for (int r = 0; r < R; r++) sums[r][s] += floats(integers(q + r * columns + at)) * with;
     }
   for (; i + kLanes<float> <= columns; i += kLanes<float>)
-    for (int r = 0; r < R; r++) sums[r][0] += floats(integers(q + r * columns + i)) * floats(x + i);
+    for (int r = 0; r < R; r++) sums[r][0] += floats(integers(q + r * columns + i)) * load_in_order(x + i);
   for (int r = 0; r < R; r++) {
     float rest = 0;
     for (int64_t k = i; k < columns; k++) rest += float(q[r * columns + k]) * x[k];
@@ -123,7 +122,7 @@ STRIPEDRAG_INLINE float dot_int4(const uint16_t* words, const bfloat16* scales, 
     Floats groups[kBlockGroups] = {};
     for (int64_t i = 0; i < kGroupColumns; i += kLanes<float>) {
       const Integers word = integers(words + i);
-      for (int j = 0; j < kBlockGroups; j++) groups[j] += floats((word >> (4 * j)) & 15) * floats(x + j * kGroupColumns + i);
+      for (int j = 0; j < kBlockGroups; j++) groups[j] += floats((word >> (4 * j)) & 15) * load_in_order(x + j * kGroupColumns + i);
     }
     Block offset, x_sum;
     memcpy(&x_sum, x_sums + block * kBlockGroups, sizeof x_sum);

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from stripedrag.errors import SetupError
+from stripedrag.hardware import fast_dtype
+from stripedrag.kernels import cpu
 from stripedrag.model import StripedHyenaConfig, StripedHyenaForCausalLM, smollm2
-from stripedrag.model.loading import load_model
+from stripedrag.model.loading import default_dtype, load_model
 from stripedrag.model.striping import families
 
 TEXT = (
@@ -99,3 +101,12 @@ def test_a_model_folder_that_cannot_be_written_is_named(striped, tmp_path):
     occupied.write_text("")
     with pytest.raises(SetupError, match=r"could not write .*model: .*\. Free space there or set STRIPEDRAG_CACHE"):
         smollm2._save(striped[0], striped[1], occupied / "model")
+
+
+@pytest.mark.skipif(cpu.instruction_set() not in ("v3", "v4"), reason="no kernels that serve bfloat16")
+def test_a_striped_model_is_read_in_bfloat16_where_kernels_serve_it(monkeypatch):
+    monkeypatch.setattr(cpu, "_LACKS_BFLOAT16", True)
+    assert default_dtype(torch.device("cpu")) is torch.bfloat16
+    assert default_dtype(torch.device("cpu"), is_striped=False) is fast_dtype()
+    monkeypatch.setattr(cpu, "_LACKS_BFLOAT16", False)
+    assert default_dtype(torch.device("cpu")) is fast_dtype()

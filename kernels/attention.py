@@ -25,8 +25,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     sqrt(D). Differentiable, where the native kernel serves once. Without a mask native kernels serve one token in
     float32 and bfloat16 without a gradient, and more, D a multiple of 16, in what `cpu.has_attention` says: of finite
     numbers they give the same bits for any number of threads, and wherever a prompt is split into parts of more than
-    one token. The gradient of a whole sequence (P = 0) is then torch's, taken from their output; k and v are kept for
-    it as they are.
+    one token. The gradient of a whole sequence (P = 0) is native where this one is by products of bfloat16, the same
+    bits for any number of threads; else it is torch's, taken from their output. k and v are kept as they are.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -81,8 +81,8 @@ def by_whole_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention by the native kernel, with torch's gradient of its own flash attention: all that this takes of
-    the forward pass is the output and the log-sum-exp.
+    """Causal attention by the native kernel. Where there is no native gradient it is torch's of its own flash
+    attention: all that this takes of the forward pass is the output and the log-sum-exp.
     """
 
     @staticmethod
@@ -97,6 +97,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # whatever a hook gives back, channels lie side by side
         q, k, v, y, lse = (t if t.stride(-1) == 1 else t.contiguous() for t in ctx.saved_tensors)
+        if (gradients := cpu.attention_gradient_at_once(dy, q, k, v, y, lse)) is not None:
+            return gradients
         kv_heads = k.shape[1]
         whole = (t.repeat_interleave(q.shape[1] // kv_heads, dim=1) for t in (k, v))
         dq, *of_whole = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -363,6 +363,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None) -> Ten
     return y.transpose(1, 2)
 
 
+def attention_gradient_at_once(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The gradients of q, k and v from that of y = `attention(q, k, v, lse)` of whole sequences, in bfloat16 where
+    `attention` is by products of that; else None. The same bits for any number of threads.
+    """
+    if not (
+        takes_attention(q, k, v)
+        and q.dtype is dy.dtype is y.dtype is torch.bfloat16
+        and _native.has_bf16_attention
+        and takes_rows(dy, y, lse)
+        and dy.shape == y.shape == q.shape
+        and k.shape[2] == q.shape[2]
+        and lse.dtype is torch.float32
+    ):
+        return None
+    dy = dy if dy.stride(3) == 1 else dy.contiguous()  # whatever gave it
+    y, lse = y.transpose(1, 2).contiguous(), lse.contiguous()
+    batch, heads, length, width = q.shape
+    sizes = (batch, heads, k.shape[1], length, length, width, torch.get_num_threads())
+    strides = [stride for t in (q, k, v, dy) for stride in t.stride()[:3]]
+    made = [t.new_empty(batch, length, t.shape[1], width) for t in (q, k, v)]
+    addresses = (tensor.data_ptr() for tensor in (q, k, v, y, lse, dy, *made))
+    _native.attention_gradient(sizes, tuple(strides), width**-0.5, *addresses)
+    dq, dk, dv = (t.transpose(1, 2) for t in made)
+    return dq, dk, dv
+
+
 def token_attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Attention of one token, q (B, G · Hkv, 1, D), over all of k and v (B, Hkv, P, D) in float32 or bfloat16, or None
     where that is not what is asked for.

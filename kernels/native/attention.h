@@ -120,16 +120,4 @@ static bool attention(const Attention& f) {
   return true;
 }
 
-// run(n) with n, a number of vectors up to kMost, as a constant.
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-template <int kMost, class Run>
-STRIPEDRAG_INLINE void by_count(int64_t n, Run run) {
-  if constexpr (kMost > 1)
-    if (n < kMost) return by_count<kMost - 1>(n, run);
-  run(Count<kMost>{});
-}
-
 }  // namespace stripedrag::STRIPEDRAG_ISA

@@ -34,6 +34,7 @@ namespace native { extern const Kernels kernels; }
 #if defined(STRIPEDRAG_BF16)
 namespace bf16 {
 extern bool (*const attention_bf16)(const Attention&);
+extern bool (*const attention_gradient_bf16)(const AttentionGradient&);
 extern bool (*const linear_bf16)(const Linear&);
 extern bool (*const linear_int4_bf16)(const QuantizedLinear&);
 }
@@ -79,8 +80,9 @@ const Choice& choose() {
 // Those of the set that was chosen, but for what AVX-512 BF16 has its own.
 Kernels kernels;
 
-// Whether attention in bfloat16 is by products of it. With AMX it is not tried: torch's own has that.
+// Whether attention in bfloat16, and its gradient, are by products of it. With AMX neither is tried: torch's own has that.
 bool has_bf16_attention = false;
+bool (*attention_gradient)(const AttentionGradient&) = nullptr;
 
 void choose_bf16(const Choice& chosen) {
 #if defined(STRIPEDRAG_BF16)
@@ -100,6 +102,7 @@ void choose_bf16(const Choice& chosen) {
     return element == Element::bfloat16 ? bf16::attention_bf16(f) : v4::kernels.attention(element, f);
   };
   has_bf16_attention = !has_amx;
+  attention_gradient = bf16::attention_gradient_bf16;
 #else
   (void)chosen;
 #endif
@@ -278,14 +281,27 @@ void run_gemm(int element, int64_t batch, int64_t rows, int64_t columns, int thr
   if (!run_kernel(true, [&] { return kernels.gemm(Element(element), f); })) throw std::bad_alloc();
 }
 
-void run_attention(int element, const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k, uintptr_t v,
-                   uintptr_t y, uintptr_t lse) {
+// From (B, heads, kv_heads, L, P + L, D, threads), and the strides of the first three axes of q, k and v.
+Attention attention_of(const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k, uintptr_t v,
+                       uintptr_t y, uintptr_t lse) {
   const auto size = [&](size_t i) { return nb::cast<int64_t>(sizes[i]); };
   const auto stride = [&](size_t i) { return nb::cast<int64_t>(strides[i]); };
-  const Attention f = {size(0), size(1), size(2), size(3), size(4), size(5), int(size(6)), scale,
-                       at<void>(q), at<void>(k), at<void>(v),
-                       {stride(0), stride(1), stride(2)}, {stride(3), stride(4), stride(5)}, {stride(6), stride(7), stride(8)},
-                       at<void>(y), at<float>(lse)};
+  return {size(0), size(1), size(2), size(3), size(4), size(5), int(size(6)), scale, at<void>(q), at<void>(k), at<void>(v),
+          {stride(0), stride(1), stride(2)}, {stride(3), stride(4), stride(5)}, {stride(6), stride(7), stride(8)},
+          at<void>(y), at<float>(lse)};
+}
+
+void run_attention_gradient(const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k,
+                            uintptr_t v, uintptr_t y, uintptr_t lse, uintptr_t dy, uintptr_t dq, uintptr_t dk, uintptr_t dv) {
+  const auto stride = [&](size_t i) { return nb::cast<int64_t>(strides[9 + i]); };
+  const AttentionGradient f = {attention_of(sizes, strides, scale, q, k, v, y, lse), at<void>(dy),
+                               {stride(0), stride(1), stride(2)}, at<void>(dq), at<void>(dk), at<void>(dv)};
+  if (!run_kernel(true, [&] { return attention_gradient(f); })) throw std::bad_alloc();
+}
+
+void run_attention(int element, const nb::tuple& sizes, const nb::tuple& strides, double scale, uintptr_t q, uintptr_t k, uintptr_t v,
+                   uintptr_t y, uintptr_t lse) {
+  const Attention f = attention_of(sizes, strides, scale, q, k, v, y, lse);
   if (!run_kernel(true, [&] { return kernels.attention(Element(element), f); })) throw std::bad_alloc();
 }
 
@@ -403,6 +419,7 @@ NB_MODULE(_native, m) {
   m.def("norm", &run_norm);
   m.def("norm_gradient", &run_norm_gradient);
   m.def("attention", &run_attention);
+  m.def("attention_gradient", &run_attention_gradient);
   m.def("attend", &run_attend);
   m.def("are_registered", &are_registered);
   nb::class_<Blocks>(m, "Blocks")

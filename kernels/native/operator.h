@@ -146,6 +146,14 @@ struct Attention {
   float* lse;                                         // (B, heads, L): of the scaled scores the log-sum-exp; null: unwanted
 };
 
+// The gradient of attention of whole sequences, L = `keys`, in bfloat16.
+struct AttentionGradient {
+  Attention attention;             // with its y and lse
+  const void* dy;                  // (B, heads, L, D), channels contiguous
+  int64_t dy_strides[3];           // of its first three axes, in numbers
+  void *dq, *dk, *dv;              // (B, L, heads, D), and twice (B, L, Hkv, D)
+};
+
 // Attention of one token over `keys` tokens, itself among them; float32 or bfloat16.
 struct TokenAttention {
   int64_t batch, heads, kv_heads, keys, width;  // B, G · Hkv, Hkv, P, D

@@ -44,6 +44,18 @@ STRIPEDRAG_INLINE void multiply(const float* a, int64_t a_stride, const float* b
     for (int n = 0; n < N; n++) store_in_order(c + i * c_stride + kWidth * n, sums[i][n]);
 }
 
+// run(n) with n, a number of vectors up to kMost, as a constant.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <int kMost, class Run>
+STRIPEDRAG_INLINE void by_count(int64_t n, Run run) {
+  if constexpr (kMost > 1)
+    if (n < kMost) return by_count<kMost - 1>(n, run);
+  run(Count<kMost>{});
+}
+
 // Of two vectors the lanes of every other run of kRun: the first of each with the first of the other, or the second.
 template <int kRun, class V, int... kLane>
 STRIPEDRAG_INLINE void exchange_lanes(V& a, V& b, LaneList<kLane...>) {

@@ -354,11 +354,15 @@ def test_the_sides_of_attention_compute_the_same(monkeypatch):
 
     monkeypatch.setattr(attention, "SHAPES", {"small": (6, 2, 32)})
     monkeypatch.setattr(attention, "LENGTHS", ((1, 40), (7, 40), (20, 0)))
-    made = {}
+    monkeypatch.setattr(attention, "OF_GRADIENT", (20,))
+    made, gradients = {}, {}
 
     def keep(repeats, **sides):
         for name, run in sides.items():
-            made.setdefault(name, []).append(run()[0])
+            if "torch" in sides:
+                gradients[name] = run()
+            else:
+                made.setdefault(name, []).append(run()[0])
         return {name: [1.0] for name in sides}
 
     monkeypatch.setattr(attention, "interleaved", keep)
@@ -367,7 +371,9 @@ def test_the_sides_of_attention_compute_the_same(monkeypatch):
     monkeypatch.setattr(attention, "machine", lambda: here)
     report = attention.run(1)
     assert [(row["new"], row["past"]) for row in report.figures["rows"]] == [(1, 40), (7, 40), (20, 0)]
-    assert report.table.count("small") == 3
+    assert report.table.count("small") == 4
+    for ours, other in zip(gradients["ours"], gradients["torch"], strict=True):
+        torch.testing.assert_close(ours, other.to(ours.dtype), atol=3e-2, rtol=1e-2)
     for ours, *others in zip(*made.values(), strict=True):
         for other in others:
             torch.testing.assert_close(ours, other.to(ours.dtype), atol=2e-2, rtol=0)

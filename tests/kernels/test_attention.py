@@ -265,7 +265,33 @@ def test_its_gradient_is_that_of_attention(kv_heads, groups, tokens, past, width
     for ours, torchs, wanted in zip(*made, strict=True):
         error = (ours - wanted).norm()
         assert ours.dtype == torch.bfloat16
-        assert error <= min(1.25 * (torchs - wanted).norm() + 5e-3 * wanted.norm(), 5e-2 * wanted.norm() + 1e-2)
+        assert error <= 1.25 * (torchs - wanted).norm() + 5e-3 * wanted.norm()
+        if dtype is torch.float32:  # else an output that was rounded makes two tokens' wrong by 6 %, torch's as well
+            assert error <= 5e-2 * wanted.norm() + 1e-2
+
+
+@pytest.mark.skipif(not cpu.has_attention() or cpu.serves_bfloat16(), reason="no native gradient of attention")
+@pytest.mark.parametrize(
+    ("kv_heads", "groups", "tokens", "width", "batch"),
+    [(1, 1, 2, 16, 1), (2, 3, 193, 64, 2), (3, 1, 384, 80, 1), (1, 4, 700, 128, 2), (5, 2, 192, 144, 1)],
+)
+def test_the_native_gradient_has_the_same_bits_for_any_threads(kv_heads, groups, tokens, width, batch):
+    q, k, v = _made(groups * kv_heads, kv_heads, tokens, 0, width, batch)
+    lse = torch.empty(q.shape[:3])
+    y, dy = cpu.attention(q, k, v, lse), torch.randn(q.shape).bfloat16()
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            made.append(cpu.attention_gradient_at_once(dy, q, k, v, y, lse))
+    finally:
+        torch.set_num_threads(before)
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    exact = torch.autograd.grad(_exact(*wide), wide, dy)
+    for gradients in made:
+        for one, first, wanted in zip(gradients, made[0], exact, strict=True):
+            assert torch.equal(one, first)
+            assert (one - wanted).norm() <= 1e-2 * wanted.norm() + 1e-2
 
 
 @native

@@ -1,7 +1,9 @@
 """One token through all blocks in one native call: the numbers of the blocks one by one, where nothing is passed by."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -442,6 +444,63 @@ def test_a_cache_that_does_not_fit_changes_nothing(make, steps):
     assert steps[-1] is False
     for one, another in zip(held(cache), before, strict=True):
         assert torch.equal(one, another)
+
+
+@pytest.mark.parametrize(
+    "change", ["keys replaced", "keys moved", "state replaced", "one layer shorter", "begun anew", "layer replaced"]
+)
+def test_a_cache_that_was_changed_in_between_is_read_as_it_is(make, steps, monkeypatch, change):
+    model = make()
+    _, cache = decoded(model)
+    hyena, attention = cache.layers[0], cache.layers[1]
+    if change == "keys replaced":
+        attention.keys = attention.keys.roll(1, dims=-1)
+    elif change == "keys moved":
+        attention._keys.data = attention._keys.data.roll(1, dims=-1)
+    elif change == "state replaced":
+        hyena.recurrent_states[0] = hyena.recurrent_states[0].roll(1, dims=1)
+    elif change == "one layer shorter":
+        attention.crop(-2)
+    elif change == "begun anew":
+        hyena.reset()
+    else:
+        cache.layers[1] = copy.deepcopy(attention)
+        cache.layers[1].values.neg_()
+    other, steps[:] = copy.deepcopy(cache), []
+    arguments = {"input_ids": ids(1)[:, :1], "use_cache": True}
+    with torch.no_grad():
+        got = model(past_key_values=cache, **arguments).logits
+        assert steps == ([] if change == "begun anew" else [True])
+        monkeypatch.setattr(modeling, "step_at_once", lambda *arguments: None)
+        torch.testing.assert_close(got, model(past_key_values=other, **arguments).logits, rtol=0, atol=1e-5)
+
+
+def test_two_caches_are_told_apart(make, steps):
+    model = make()
+    expected, _ = decoded(model)
+    caches = [new_cache(model.config) for _ in range(2)]
+    tokens = ids(1)
+    steps.clear()
+    with torch.no_grad():
+        for cache in caches:
+            model(input_ids=tokens[:, :READ], past_key_values=cache, use_cache=True)
+        for i in range(READ, TOKENS):
+            for cache in caches:
+                got = model(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+                torch.testing.assert_close(got, expected[:, i - READ : i - READ + 1], rtol=0, atol=0)
+    assert steps == [True] * 2 * (TOKENS - READ)
+
+
+def test_a_step_keeps_nothing_of_a_cache(make, steps):
+    model = make()
+    _, cache = decoded(model)
+    layer = cache.layers[1]
+    keys, state = weakref.ref(layer._keys), weakref.ref(cache.layers[0].recurrent_states[0])
+    layer.keys = layer.keys.clone()
+    assert keys() is None  # before the next step
+    del cache, layer
+    gc.collect()
+    assert state() is None and model.backbone.decode_step is not None
 
 
 def test_positions_one_by_one_have_the_angles_that_they_have_together(make):

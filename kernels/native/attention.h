@@ -18,20 +18,15 @@ constexpr int64_t kTaskNumbers = 768 * 64;  // of a task's queries: with their s
 template <class P>
 constexpr int64_t kRowsTogether = 8 * P::kGroup;  // whose scores are made together
 
-// A task's memory, one allocation after the other, each on a line: the last ends at `end`.
+// A task's memory.
 template <class P>
-struct Room {
+struct Room : Parts {
   using Number = typename P::Number;
-  float *sums, *scores, *highest, *total, *keep, *end;  // (rows, D), (together, block), (rows), (rows), (together)
-  Number *queries, *keys, *values;                      // (rows, D), panels of (D, kPanel), columns of (block, kPanel)
-  Number* shares;                                       // (together, block)
-  Room(float* at, int64_t rows, int64_t width) : end(at) {
-    const auto take = [this](int64_t count) {
-      float* begin = end;
-      end += divide_up(count, 16) * 16;
-      return begin;
-    };
-    const auto take_packed = [&](int64_t count) { return reinterpret_cast<Number*>(take(count / P::kPacked)); };
+  float *sums, *scores, *highest, *total, *keep;  // (rows, D), (together, block), (rows), (rows), (together)
+  Number *queries, *keys, *values;                // (rows, D), panels of (D, kPanel), columns of (block, kPanel)
+  Number* shares;                                 // (together, block)
+  Room(float* at, int64_t rows, int64_t width) : Parts{at} {
+    const auto take_packed = [this](int64_t count) { return take<Number>(count / P::kPacked); };
     sums = take(rows * width);
     scores = take(kRowsTogether<P> * kBlockKeys);
     highest = take(rows);
@@ -52,7 +47,7 @@ static void attend_task(const Attention& f, int64_t batch, int64_t kv_head, int6
   constexpr int64_t kRows = kRowsTogether<P>, kPanel = P::kPanel, kPacked = P::kPacked;
   const int64_t heads = f.heads / f.kv_heads, past = f.keys - f.length, depth = f.width / kPacked;
   const int64_t rows = (end - begin) * heads, padded = divide_up(rows, P::kGroup) * P::kGroup;
-  const float scale = float(f.scale * 1.4426950408889634);  // of base 2
+  const float scale = float(f.scale * kLog2E);  // of base 2
   const auto position = [&](int64_t row) { return begin + smaller(row, rows - 1) / heads; };
   const auto query = [&](int64_t row) { return kv_head * heads + row % heads; };
 

@@ -12,8 +12,7 @@ struct PairProducts {
   static constexpr int64_t kPacked = 2, kGroup = bf16::kGroup, kPanel = bf16::kPanel;
 
   static STRIPEDRAG_INLINE_MEMBER void lay_out_query(const bfloat16* from, int64_t width, uint32_t* to) {
-    if (from != nullptr) memcpy(to, from, size_t(width) * sizeof(bfloat16));
-    else memset(to, 0, size_t(width) * sizeof(bfloat16));
+    lay_out_row(from, width, to);
   }
   static STRIPEDRAG_INLINE_MEMBER void lay_out_keys(const bfloat16* k, int64_t stride, int64_t keys, int64_t width, uint32_t* to) {
     lay_out_by_channels(k, stride, keys, width, to);

@@ -14,32 +14,25 @@ namespace stripedrag::STRIPEDRAG_ISA {
 namespace {
 
 constexpr int64_t kBlock = 192, kBlockPairs = kBlock / 2;  // of keys, or of queries
-constexpr float kLog2E = 1.4426950408889634f;
 static_assert(kBlock % kPanel == 0 && kBlock % kGroup == 0, "a block is of whole panels and groups");
 
-// A thread's memory, one allocation after the other, each on a line: the last ends at `end`.
-struct GradientRoom {
-  float *scores, *upstream, *dk, *dv, *lse, *delta, *end;  // twice (block, panel), twice (block, D), twice (block)
-  uint32_t *keys, *values, *key_channels;                  // twice (block, D / 2), (D to whole groups, block / 2)
-  uint32_t *q_by_channels, *dy_by_channels;                // panels of (D / 2, queries)
-  uint32_t *q_by_rows, *dy_by_rows;                        // panels of (queries / 2, D)
-  uint32_t *shares, *changes, *changes_by_keys;            // twice (keys, queries / 2), panels of (keys / 2, queries)
-  GradientRoom(float* at, int64_t width) : end(at) {
-    const auto take = [this](int64_t count) {
-      float* begin = end;
-      end += divide_up(count, 16) * 16;
-      return begin;
-    };
-    const auto take_pairs = [&](int64_t count) { return reinterpret_cast<uint32_t*>(take(count)); };
+// A thread's memory.
+struct GradientRoom : Parts {
+  float *scores, *upstream, *dk, *dv, *lse, *delta;  // twice (block, panel), twice (block, D), twice (block)
+  uint32_t *keys, *values, *key_channels;            // twice (block, D / 2), (D to whole groups, block / 2)
+  uint32_t *q_by_channels, *dy_by_channels;          // panels of (D / 2, queries)
+  uint32_t *q_by_rows, *dy_by_rows;                  // panels of (queries / 2, D)
+  uint32_t *shares, *changes, *changes_by_keys;      // twice (keys, queries / 2), panels of (keys / 2, queries)
+  GradientRoom(float* at, int64_t width) : Parts{at} {
     const int64_t numbers = kBlock * width, scores_pairs = kBlock * kBlockPairs;
     scores = take(kBlock * kPanel), upstream = take(kBlock * kPanel);
     dk = take(numbers), dv = take(numbers);
     lse = take(kBlock), delta = take(kBlock);
-    keys = take_pairs(numbers / 2), values = take_pairs(numbers / 2);
-    key_channels = take_pairs(divide_up(width, kGroup) * kGroup * kBlockPairs);
-    q_by_channels = take_pairs(numbers / 2), dy_by_channels = take_pairs(numbers / 2);
-    q_by_rows = take_pairs(numbers / 2), dy_by_rows = take_pairs(numbers / 2);
-    shares = take_pairs(scores_pairs), changes = take_pairs(scores_pairs), changes_by_keys = take_pairs(scores_pairs);
+    keys = take<uint32_t>(numbers / 2), values = take<uint32_t>(numbers / 2);
+    key_channels = take<uint32_t>(divide_up(width, kGroup) * kGroup * kBlockPairs);
+    q_by_channels = take<uint32_t>(numbers / 2), dy_by_channels = take<uint32_t>(numbers / 2);
+    q_by_rows = take<uint32_t>(numbers / 2), dy_by_rows = take<uint32_t>(numbers / 2);
+    shares = take<uint32_t>(scores_pairs), changes = take<uint32_t>(scores_pairs), changes_by_keys = take<uint32_t>(scores_pairs);
   }
 };
 
@@ -134,15 +127,9 @@ class AttentionBackward {
   void lay_out_block(int64_t batch, int64_t kv_head, int64_t first, int64_t keys, const GradientRoom& room) const {
     const bfloat16* k = head_of(f_.k, f_.k_strides, batch, kv_head, first);
     const bfloat16* v = head_of(f_.v, f_.v_strides, batch, kv_head, first);
-    const size_t row_bytes = size_t(f_.width) * sizeof(bfloat16);
     for (int64_t key = 0; key < kBlock; key++) {
-      if (key < keys) {
-        memcpy(room.keys + key * depth_, k + key * f_.k_strides[2], row_bytes);
-        memcpy(room.values + key * depth_, v + key * f_.v_strides[2], row_bytes);
-      } else {
-        memset(room.keys + key * depth_, 0, row_bytes);
-        memset(room.values + key * depth_, 0, row_bytes);
-      }
+      lay_out_row(key < keys ? k + key * f_.k_strides[2] : nullptr, f_.width, room.keys + key * depth_);
+      lay_out_row(key < keys ? v + key * f_.v_strides[2] : nullptr, f_.width, room.values + key * depth_);
     }
     for (int64_t channel = 0; channel < f_.width; channel += 16)
       for (int64_t pair = 0; pair < kBlockPairs; pair += 16) {
@@ -172,7 +159,7 @@ class AttentionBackward {
     lay_out_by_rows(dy, g_.dy_strides[2], rows, f_.width, room.dy_by_rows);
     const int64_t at = (batch * f_.heads + head) * f_.length + query, panels = divide_up(rows, kPanel);
     for (int64_t row = 0; row < panels * kPanel; row++) {
-      room.lse[row] = row < rows ? f_.lse[at + row] * kLog2E : 0;
+      room.lse[row] = row < rows ? f_.lse[at + row] * float(kLog2E) : 0;
       room.delta[row] = row < rows ? delta_.begin()[at + row] : 0;
     }
 
@@ -225,7 +212,7 @@ class AttentionBackward {
   // so many keys and `rows`: the others are zeros whatever stood there.
   template <bool masked>
   void weigh(int64_t begin, int64_t seen, int64_t ahead, int64_t rows, int64_t keys, const GradientRoom& room) const {
-    const Floats scale = _mm512_set1_ps(float(f_.scale) * kLog2E);
+    const Floats scale = _mm512_set1_ps(float(f_.scale * kLog2E));
     for (int64_t key = 0; key < seen; key += 2)
       for (int64_t column = 0; column < kPanel; column += 32) {
         __m512i shares[2], changes[2];

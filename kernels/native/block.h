@@ -40,6 +40,19 @@ class Scratch {
   P* begin_;
 };
 
+// What an allocation of floats is divided into, one part after the other, each on a line.
+struct Parts {
+  float* end;  // of those that were taken
+  // `count` numbers as wide as a float.
+  template <class P = float>
+  P* take(int64_t count) {
+    static_assert(sizeof(P) == sizeof(float), "parts are counted in floats");
+    float* const begin = end;
+    end += divide_up(count, kLineBytes / 4) * (kLineBytes / 4);
+    return reinterpret_cast<P*>(begin);
+  }
+};
+
 // Whether `bytes` at `p` are worth streaming stores, and can be written so: by whole pairs that begin on a line.
 template <class T>
 static bool can_stream(const void* p, int64_t head_width, int64_t bytes) {

@@ -67,6 +67,12 @@ STRIPEDRAG_INLINE void transpose(__m512i (&rows)[16]) {
   }
 }
 
+// A row as it stands; zeros where there is none.
+STRIPEDRAG_INLINE void lay_out_row(const bfloat16* from, int64_t width, uint32_t* to) {
+  if (from != nullptr) memcpy(to, from, size_t(width) * sizeof(bfloat16));
+  else memset(to, 0, size_t(width) * sizeof(bfloat16));
+}
+
 // x (rows, width) in panels of 64 rows, in each a pair of channels after another; rows that are not there are zeros.
 STRIPEDRAG_INLINE void lay_out_by_channels(const bfloat16* x, int64_t stride, int64_t rows, int64_t width, uint32_t* to) {
   const int64_t pairs = width / 2;

@@ -10,6 +10,7 @@ constexpr int kSumVectors = 4;  // of 32 registers 24 hold sums, 4 a row of b
 constexpr int kSumVectors = 2;  // of 16 registers 12 and 2
 #endif
 constexpr int kSumRows = 6;
+constexpr double kLog2E = 1.4426950408889634;
 constexpr int kPanel = kSumVectors * kLanes<float>;  // columns of a panel, which lies row after row without gaps
 
 // What sums begin with: nothing, what is there, or that by a factor for each row.

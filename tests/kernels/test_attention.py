@@ -266,7 +266,7 @@ def test_its_gradient_is_that_of_attention(kv_heads, groups, tokens, past, width
         error = (ours - wanted).norm()
         assert ours.dtype == torch.bfloat16
         assert error <= 1.25 * (torchs - wanted).norm() + 5e-3 * wanted.norm()
-        if dtype is torch.float32:  # else an output that was rounded makes two tokens' wrong by 6 %, torch's as well
+        if dtype is torch.float32 or tokens > 3:  # else an output that was rounded is 6 % wrong, torch's too
             assert error <= 5e-2 * wanted.norm() + 1e-2
 
 

@@ -129,7 +129,8 @@ def attend_shared(
     # All queries of all rows as rows of one product with the shared keys.
     grouped = q.reshape(rows, kv_heads, -1, width)
     flat = grouped.transpose(0, 1).reshape(1, kv_heads, -1, width)
-    shared, shared_lse = read(flat, keys, values)
+    at_once = _read_at_once(flat, keys, values)
+    shared, shared_lse = read(flat, keys, values) if at_once is None else at_once
     shared = shared.view(kv_heads, rows, -1, width).transpose(0, 1)
     shared_lse = shared_lse.view(kv_heads, rows, -1).transpose(0, 1)
     if cpu.lacks_products(q):
@@ -150,12 +151,10 @@ def in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def read(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> tuple[Tensor, Tensor]:
-    """Attention of q (B, G · Hkv, L, D) over all of k and v (B, Hkv, P, D), or causally where P = L, and its
+    """By torch, attention of q (B, G · Hkv, L, D) over all of k and v (B, Hkv, P, D), or causally where P = L, and its
     log-sum-exp (B, G · Hkv, L) in float32. On other devices than a CPU with G = 1, and not causally.
     """
     if q.device.type == "cpu":
-        if not is_causal and (attended := _read_at_once(q, k, v)) is not None:
-            return attended
         if cpu.lacks_products(q):
             out, lse = read(q.float(), k.float(), v.float(), is_causal=is_causal)
             return out.to(q.dtype), lse

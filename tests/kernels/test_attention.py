@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from stripedrag.hardware import fast_dtype
 from stripedrag.kernels import cpu, ops
 from stripedrag.kernels.attention import attend, by_whole_heads, in_parts
 
@@ -310,6 +311,25 @@ def test_a_gradient_is_that_of_what_is_asked_for_in_any_layout():
         y = ops.attend(*plain)
     for one, other in zip(torch.autograd.grad(y, plain, torch.ones_like(y)), each, strict=True):
         assert torch.equal(one, other)
+
+
+def test_in_parts_is_torchs_alone(monkeypatch):
+    monkeypatch.setattr(cpu, "attention", lambda *arguments: pytest.fail("torch's rival would be ours"))
+    q, k, v = (t.to(fast_dtype()) for t in _made())
+    with torch.inference_mode():
+        got = in_parts(q, k, v)
+    torch.testing.assert_close(got.double(), _exact(q, k, v), rtol=0, atol=3e-2)
+
+
+@native
+@torch.inference_mode()
+def test_what_rows_share_is_read_by_the_native_kernel(monkeypatch):
+    read, attention = [], cpu.attention
+    monkeypatch.setattr(cpu, "attention", lambda *arguments: read.append(1) or attention(*arguments))
+    q, k, v = _made(new=5, past=0, batch=3)
+    _, keys, values = _made(new=70, past=0)
+    ops.attend_shared(q, keys, values, k, v, torch.ones(3, 5, 5, dtype=torch.bool).tril())
+    assert read == [1]
 
 
 @native
